@@ -1,0 +1,383 @@
+"""The decoder: today's small GPT, in the form Hugging Face calls Qwen3 (or Llama, without QK-norm).
+
+Pre-norm blocks of grouped-query attention with rotary positions and SwiGLU, RMSNorm, no biases.
+Modules carry transformers' own names, so a state dict *is* a Hugging Face checkpoint.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoint import read_config, read_tensors, write_json, write_tensors
+from cli import UserError
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 256
+    block_size: int = 128  # longest context, in tokens
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    n_kv_head: int | None = None  # fewer than n_head: grouped-query attention; None: n_head
+    head_dim: int | None = None  # None: n_embd / n_head
+    n_hidden: int | None = None  # SwiGLU width; None: 8/3 n_embd, rounded up to a multiple of 64
+    qk_norm: bool = True  # True: Qwen3; False: Llama
+    tie_embeddings: bool = True
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise UserError(f"n_embd: expected a multiple of n_head = {self.n_head}, got {self.n_embd}")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_hidden = self.n_hidden or 64 * math.ceil(8 / 3 * self.n_embd / 64)
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_kv_head: expected a divisor of n_head = {self.n_head}, got {self.n_kv_head}")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim: rotary positions need an even number, got {self.head_dim}")
+
+    def to_hf(self) -> dict:
+        """config.json, readable by transformers 4 (rope_theta) and 5 (rope_parameters)."""
+        return {
+            "architectures": ["Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"],
+            "model_type": "qwen3" if self.qk_norm else "llama",
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.block_size,
+            "num_hidden_layers": self.n_layer,
+            "num_attention_heads": self.n_head,
+            "num_key_value_heads": self.n_kv_head,
+            "head_dim": self.head_dim,
+            "hidden_size": self.n_embd,
+            "intermediate_size": self.n_hidden,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "attention_bias": False,
+            "attention_dropout": self.dropout,
+            "tie_word_embeddings": self.tie_embeddings,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "dtype": "float32",
+            "torch_dtype": "float32",
+        }
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> "GPTConfig":
+        """From config.json's fields; refuses by name whatever this decoder does not compute."""
+
+        def refuse(feature: str, value: object) -> None:
+            raise UserError(f"config.json: {feature} = {value!r} is not supported")
+
+        if hf.get("model_type") not in ("qwen3", "llama"):
+            refuse("model_type", hf.get("model_type"))
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            refuse("rope scaling", rope)
+        only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+                "use_sliding_window": False, "partial_rotary_factor": 1.0}
+        for feature, expected in only.items():
+            if hf.get(feature, expected) not in (expected, None):
+                refuse(feature, hf[feature])
+        if set(hf.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+            refuse("layer_types", hf["layer_types"])
+        try:
+            return cls(
+                vocab_size=hf["vocab_size"],
+                block_size=hf["max_position_embeddings"],
+                n_layer=hf["num_hidden_layers"],
+                n_head=hf["num_attention_heads"],
+                n_kv_head=hf.get("num_key_value_heads"),
+                head_dim=hf.get("head_dim"),
+                n_embd=hf["hidden_size"],
+                n_hidden=hf["intermediate_size"],
+                qk_norm=hf["model_type"] == "qwen3",
+                tie_embeddings=hf.get("tie_word_embeddings", False),
+                rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10_000.0)),
+                norm_eps=hf.get("rms_norm_eps", 1e-6),
+                dropout=hf.get("attention_dropout", 0.0),
+            )
+        except KeyError as error:
+            raise UserError(f"config.json: {error} is missing") from None
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, each (n_layer, B, n_kv_head, length, head_dim)."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, length: int | None = None,
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        shape = (config.n_layer, batch_size, config.n_kv_head, length or config.block_size, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.pos = 0  # tokens held; GPT.forward moves it on
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, n_kv_head, T, head_dim); return all keys and values so far."""
+        end = self.pos + k.size(2)
+        self.keys[layer, :, :, self.pos:end] = k
+        self.values[layer, :, :, self.pos:end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def rope_table(config: GPTConfig, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, (block_size, head_dim / 2) (Su et al., 2021)."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    positions = torch.arange(config.block_size, device=device).float()
+    angles = torch.outer(positions, 1.0 / config.rope_theta**exponent)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pair (x[i], x[i + head_dim/2]) of each head: x (B, nh, T, hd), cos (T, hd / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; each key/value head serves n_head / n_kv_head query heads."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, q_width, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, config.n_embd, bias=False)
+        if config.qk_norm:  # keeps attention logits bounded (Henry et al., 2020)
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.o_proj(self.attend(q, k, v, cos, sin, cache))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        """All between the projections: q, k, v (B, T, heads * hd) -> (B, T, n_head * hd)."""
+        B, T, _ = q.shape
+        q, k, v = (y.view(B, T, -1, self.config.head_dim) for y in (q, k, v))  # (B, T, nh, hd)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hd)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        past, mask = 0, None
+        if cache is not None:
+            past = cache.pos
+            k, v = cache.update(self.layer, k, v)  # (B, n_kv_head, past + T, hd)
+            if past and T > 1:  # several new tokens behind a past: the causal mask is not square
+                mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=past == 0 and T > 1,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            enable_gqa=self.config.n_kv_head != self.config.n_head)
+        return y.transpose(1, 2).reshape(B, T, -1)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.n_embd),
+            "layers": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+            "norm": nn.RMSNorm(config.n_embd, eps=config.norm_eps),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        cos, sin = rope_table(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(parameter)  # every block starts as the identity
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None,
+                cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """idx, targets (B, T) int64 -> logits (B, T, vocab_size), mean loss in nats (or None).
+
+        With a cache, idx continues what the cache holds, and only the last position's logits
+        (B, 1, vocab_size) are computed.
+        """
+        T, past = idx.size(1), cache.pos if cache is not None else 0
+        if past + T > self.config.block_size:
+            raise UserError(f"{past + T} tokens do not fit the model's context of {self.config.block_size}")
+        cos, sin = self.cos[past:past + T], self.sin[past:past + T]  # (T, hd / 2)
+        x = self.model.embed_tokens(idx)  # (B, T, C)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, cache)
+        if cache is not None:
+            cache.pos += T
+            x = x[:, -1:]
+        logits = self.lm_head(self.model.norm(x))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    @property
+    def device(self) -> torch.device:
+        return self.cos.device
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Forward and backward at full context: 6 N + 12 L nh hd T (Chowdhery et al., 2022, app. B)."""
+        c = self.config
+        matmul_params = self.num_params() - (0 if c.tie_embeddings else c.vocab_size * c.n_embd)
+        return 6 * matmul_params + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+
+    def estimate_mfu(self, tokens_per_second: float, peak_flops: float) -> float:
+        """Model FLOPs utilisation: share of `peak_flops` (FLOP/s, all devices together) in use."""
+        return self.flops_per_token() * tokens_per_second / peak_flops
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> "GPT":
+        """Load a folder written by owlet or transformers (Qwen3, Llama), as fp32, in eval mode."""
+        folder = Path(folder)
+        hf = read_config(folder)
+        if "quantization_config" in hf:
+            raise UserError(f"{folder}: a quantized folder; expected an fp32 one")
+        config = GPTConfig.from_hf(hf)
+        state = {name: tensor.float() for name, tensor in read_tensors(folder).items()}
+        if config.tie_embeddings:
+            state["lm_head.weight"] = state.get("model.embed_tokens.weight", torch.empty(0))
+        with torch.device("meta"):  # no time spent on weights that are replaced at once
+            model = cls(config)
+        check_tensors(folder, {name: t.shape for name, t in model.state_dict().items()}, state)
+        model.load_state_dict(state, assign=True)
+        if config.tie_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        model.cos, model.sin = rope_table(config)
+        return model.eval()
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write config.json, generation_config.json and model.safetensors (fp32), each atomically."""
+        folder = Path(folder)
+        state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        if self.config.tie_embeddings:
+            del state["lm_head.weight"]
+        write_json(folder / "config.json", self.config.to_hf())
+        write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 0.8, "top_k": 50})
+        write_tensors(folder / "model.safetensors", state)
+
+
+def check_tensors(folder: Path, expected: dict[str, torch.Size], got: dict[str, Tensor]) -> None:
+    """Every expected tensor present in its shape, and nothing else; else name the first that is off."""
+    for name, shape in expected.items():
+        if name not in got:
+            raise UserError(f"{folder}: tensor {name} is missing from model.safetensors")
+        if got[name].shape != shape:
+            raise UserError(f"{folder}: tensor {name}: expected shape {tuple(shape)}, got {tuple(got[name].shape)}")
+    for name in got:
+        if name not in expected:
+            raise UserError(f"{folder}: tensor {name} in model.safetensors has no place in this model")
+
+
+def sample_next(logits: Tensor, seen: Tensor, temperature: float, top_k: int | None, top_p: float | None,
+                repetition_penalty: float, generator: torch.Generator | None) -> Tensor:
+    """Draw one token a row: logits (B, V) fp32, seen (B, T) the tokens so far -> (B,) int64."""
+    if repetition_penalty != 1.0:  # Keskar et al., 2019
+        score = logits.gather(1, seen)
+        score = torch.where(score > 0, score / repetition_penalty, score * repetition_penalty)
+        logits = logits.scatter(1, seen, score)
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None and top_p < 1:  # nucleus (Holtzman et al., 2019): the likeliest always stays
+        ordered, order = logits.softmax(dim=-1).sort(descending=True)
+        tail = ordered.cumsum(dim=-1) - ordered >= top_p
+        logits = logits.masked_fill(tail.gather(1, order.argsort()), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+def generate(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
+             top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
+             eos: int | None = None, generator: torch.Generator | None = None,
+             use_cache: bool = True) -> Iterator[Tensor]:
+    """Continue the prompts idx (B, T) int64; an iterator over (B,) new tokens at a time.
+
+    temperature 0 is greedy. Stops when every row has produced `eos`; a row that has, repeats it.
+    Past block_size the window restarts on the last half of a context. Keys and values are
+    recomputed there, so the tokens are the same with and without the cache.
+    Raises UserError, before any work, for a prompt or setting out of range.
+    """
+    T, block = idx.size(1), model.config.block_size
+    for name, good, expected, got in (
+            ("the prompt", 1 <= T <= block, f"1 to {block} tokens (the model's context)", T),
+            ("temperature", 0 <= temperature < math.inf, "0 (greedy) or more", temperature),
+            ("top-k", top_k is None or top_k >= 1, "1 or more", top_k),
+            ("top-p", top_p is None or 0 < top_p <= 1, "more than 0, at most 1", top_p),
+            ("repetition-penalty", repetition_penalty > 0, "more than 0", repetition_penalty)):
+        if not good:
+            raise UserError(f"{name}: expected {expected}, got {got}")
+    draw = partial(sample_next, temperature=temperature, top_k=top_k, top_p=top_p,
+                   repetition_penalty=repetition_penalty, generator=generator)
+    return _decode(model, idx, max_new_tokens, draw, eos, use_cache)
+
+
+@torch.inference_mode()
+def _decode(model: GPT, idx: Tensor, max_new_tokens: int, draw: Callable[[Tensor, Tensor], Tensor],
+            eos: int | None, use_cache: bool) -> Iterator[Tensor]:
+    (B, T), block = idx.shape, model.config.block_size
+    tokens = torch.empty(B, T + max_new_tokens, dtype=torch.long, device=model.device)
+    tokens[:, :T] = idx
+    done = torch.zeros(B, dtype=torch.bool, device=model.device)
+    cache = KVCache(model.config, B, min(block, T + max_new_tokens), model.device) if use_cache else None
+    start = 0  # of the window
+    for end in range(T, T + max_new_tokens):
+        if end - start > block:
+            start = end - max(1, block // 2)
+            if cache is not None:
+                cache.pos = 0
+        known = start + (cache.pos if cache is not None else 0)
+        logits, _ = model(tokens[:, known:end], cache=cache)
+        token = draw(logits[:, -1].float(), tokens[:, start:end])
+        if eos is not None:
+            token = torch.where(done, eos, token)
+            done |= token == eos
+        tokens[:, end] = token
+        yield token
+        if eos is not None and done.all():
+            return

@@ -1,0 +1,536 @@
+"""Train a GPT on prepared tokens, in one process or under torchrun.
+
+    python train.py                                  tiny, on the newest folder under data/
+    python train.py small --data data/mybook --max-steps 3000
+    torchrun --nproc_per_node=4 train.py             data parallel: gloo on CPUs, nccl on GPUs
+    python train.py --resume                         go on where the newest run stopped
+
+What happens at a step depends only on (seed, step), never on what ran before in this process:
+a resumed run repeats the uninterrupted one bit for bit, and every world size sees the same batches.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from checkpoint import atomic_path, copy_tokenizer, newest, read_json, read_state, write_state
+from cli import UserError, parse, run
+from model import GPT, GPTConfig
+
+Size = Literal["tiny", "small", "seed", "medium"]
+
+
+@dataclass
+class TrainConfig:
+    size: Annotated[Size, tyro.conf.Positional] = "tiny"
+    """Sets the defaults below: tiny 0.9M, small 11M, seed 26M, medium 85M parameters."""
+    data: Path | None = None
+    """Folder made by data/prepare.py; default: the newest under data/."""
+    out: Path | None = None
+    """Folder to write; default: a new out/DATA-SIZE. With --resume default: the newest under out/."""
+    resume: bool = False
+    """Continue the run in --out, bit for bit; flags given here replace its own."""
+    init_from: Path | None = None
+    """Fine-tune this checkpoint folder (owlet's, or a Qwen3 or Llama one); sets the architecture."""
+
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int | None = None
+    """Key/value heads for grouped-query attention; default: n_head."""
+    n_embd: int = 128
+    block_size: int = 128
+    """Context length in tokens."""
+    qk_norm: bool = True
+    """RMSNorm on queries and keys: a Qwen3 model. False: a Llama model."""
+    tie_embeddings: bool = True
+    """One matrix for embedding and head."""
+    dropout: float = 0.0
+
+    max_steps: int = 2000
+    batch_size: int = 16
+    """Sequences a step, over all ranks together."""
+    grad_accum: int = 1
+    """Parts a rank's share of the batch is worked through in, to save memory; the result is the same."""
+    muon_lr: float = 0.02
+    """Learning rate of Muon, for the hidden matrices."""
+    adam_lr: float = 3e-3
+    """Learning rate of AdamW, for embedding, head and norms."""
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
+    warmup_steps: int = 0
+    decay_share: float = 0.4
+    """Last part of the run over which the learning rates fall linearly to zero."""
+
+    eval_every: int = 250
+    """Steps between evaluations; each also saves a checkpoint."""
+    eval_tokens: int = 100_000
+    """Validation tokens an evaluation looks at, spread evenly; the last one takes them all."""
+    seed: int = 1337
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products (weights stay fp32); auto: bfloat16 where the hardware is fast at it."""
+    compile: bool = False
+    """Compile the model with torch.compile first (a minute or so)."""
+    threads: int | None = None
+    """CPU threads of each rank; default: cores / ranks on this machine."""
+
+
+SIZES = {
+    "tiny": TrainConfig(),
+    "small": TrainConfig(size="small", n_layer=6, n_head=6, n_embd=384, block_size=256, max_steps=3000),
+    "seed": TrainConfig(size="seed", n_layer=8, n_head=8, n_embd=512, block_size=512, max_steps=5000),
+    "medium": TrainConfig(size="medium", n_layer=12, n_head=12, n_embd=768, block_size=1024, max_steps=10_000),
+}
+
+
+def read_flags(args: list[str]) -> TrainConfig:
+    """Flags over the run's own settings (--resume) or over the size's defaults."""
+    description = "Train a GPT on prepared tokens, in one process or under torchrun."
+    first = parse(TrainConfig, description, [a for a in args if a not in ("-h", "--help")])
+    default = SIZES[first.size]
+    if first.resume:
+        out = first.out or newest(Path("out"), "train_state.pt", "python train.py")
+        saved = read_state(out / "train_state.pt")["config"]
+        default = TrainConfig(**saved | {"out": out, "data": Path(saved["data"])})
+    return parse(TrainConfig, description, args, default)
+
+
+# ---------------------------------------------------------------- processes
+
+class Ranks:
+    """Who this process is among those torchrun started (alone: rank 0 of 1), and its device."""
+
+    def __init__(self, device: str, threads: int | None) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if device == "auto":
+            mps = torch.backends.mps.is_available() and self.world == 1
+            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        kind = device.partition(":")[0]
+        if kind not in ("cpu", "cuda", "mps"):
+            raise UserError(f"--device: expected auto, cpu, cuda or mps, got {device}")
+        if kind == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(f"--device: {local_world} ranks need as many GPUs, found {torch.cuda.device_count()}")
+            self.device = torch.device("cuda", local_rank) if self.world > 1 else torch.device(device)
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device(device)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(threads or max(1, cores // local_world))
+        if self.world > 1:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sum over ranks, in float64 where the device has it. (gloo has no average.)"""
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def from_main(self, value: object) -> object:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- data
+
+class TokenData:
+    """train.bin and val.bin of a prepared folder, mapped, not read."""
+
+    def __init__(self, folder: Path, block_size: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
+        self.folder, self.meta = folder, read_json(folder / "meta.json")
+        self.block_size, self.device, self.seed = block_size, torch.device(device), seed
+        self.splits = {}
+        for split in ("train", "val"):
+            path, tokens, dtype = folder / f"{split}.bin", self.meta[split]["tokens"], np.dtype(self.meta["dtype"])
+            if not path.exists() or path.stat().st_size != tokens * dtype.itemsize:
+                raise UserError(f"{path}: expected {tokens} tokens as meta.json says; run data/prepare.py again")
+            if tokens <= block_size:
+                raise UserError(f"{path}: a block of {block_size} is longer than this text of {tokens} tokens; "
+                                f"expected a --block-size of at most {tokens - 1}")
+            self.splits[split] = np.memmap(path, dtype=dtype, mode="r")
+        self.bits_per_nat = self.meta["val"]["tokens"] / self.meta["val"]["bytes"] / math.log(2)
+        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
+
+    def sequences(self, split: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the sequences at `starts`, each (len(starts), block_size) int64."""
+        data, T = self.splits[split], self.block_size
+        block = torch.from_numpy(np.stack([data[s:s + T + 1] for s in starts]).astype(np.int64))
+        if self.device.type == "cuda":
+            block = block.pin_memory()
+        block = block.to(self.device, non_blocking=True)
+        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+    def training_start(self, index: int) -> int:
+        """Where training sequence `index` begins: every epoch has its own shift and permutation."""
+        tokens, T = len(self.splits["train"]), self.block_size
+        per_epoch = max(1, (tokens - T) // T)
+        epoch, i = divmod(index, per_epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            shift = rng.integers(0, min(T, tokens - per_epoch * T))
+            self.epoch, self.order = epoch, shift + T * rng.permutation(per_epoch)
+        return self.order[i]
+
+    def batch(self, first: int, count: int, parts: int) -> list[tuple[Tensor, Tensor]]:
+        """Training sequences first, first + 1, ... (`count` of them), in equal parts."""
+        starts = np.array([self.training_start(index) for index in range(first, first + count)])
+        return [self.sequences("train", part) for part in np.split(starts, parts)]
+
+    def validation_starts(self, limit: int | None = None) -> np.ndarray:
+        """Sequences that cover the validation text once, or `limit` tokens of it, evenly spread."""
+        T = self.block_size
+        starts = np.arange(0, len(self.splits["val"]) - T, T)
+        if limit is not None and limit < len(starts) * T:
+            starts = starts[np.linspace(0, len(starts) - 1, max(1, limit // T)).astype(int)]
+        return starts
+
+
+# ---------------------------------------------------------------- optimisation
+
+def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for the blocks' matrices, AdamW for everything else."""
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    in_muon = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in in_muon]
+    muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
+    adam = torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return [muon, adam]
+
+
+def lr_scale(step: int, config: TrainConfig) -> float:
+    """Trapezoid (Zhai et al., 2022): up over warmup_steps, flat, down to zero over decay_share."""
+    up = (step + 1) / max(1, config.warmup_steps)
+    down = (config.max_steps - step) / max(1.0, config.decay_share * config.max_steps)
+    return min(1.0, up, down)
+
+
+def training_loss(model: nn.Module, x: Tensor, y: Tensor, autocast: torch.autocast) -> Tensor:
+    with autocast:
+        return model(x, y)[1]
+
+
+def update(model: GPT, optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig) -> None:
+    """Clip the gradients, set this step's rates, take the step."""
+    if config.grad_clip:
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale(step, config)
+            if "momentum" in group:  # Muon: less memory while the gradients still turn quickly
+                group["momentum"] = 0.85 + 0.10 * min(1.0, step / 200)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: TokenData, limit: int | None = None, ranks: Ranks | None = None,
+             autocast: contextlib.AbstractContextManager = contextlib.nullcontext()) -> float:
+    """Mean validation loss in nats a token; the ranks share the sequences among them."""
+    starts, batch = data.validation_starts(limit), max(1, 8192 // data.block_size)
+    if ranks is not None:
+        starts = starts[ranks.rank::ranks.world]
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for i in range(0, len(starts), batch):
+        x, y = data.sequences("val", starts[i:i + batch])
+        with autocast:
+            total += model(x, y)[1].item() * len(x)
+    model.train(was_training)
+    total, count = ranks.sum(total, len(starts)) if ranks is not None else (total, len(starts))
+    return total / count
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    # on a CPU bf16 pays with AMX tiles only: AVX512-BF16 alone runs at half the speed of fp32
+    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if amx else torch.float32
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """What this device reaches on a large matrix product (FLOP/s), measured: best of five."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for an asynchronous device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+class RunLog:
+    """log.jsonl, TensorBoard events under runs/, and loss.png."""
+
+    def __init__(self, folder: Path, step: int, bits_per_nat: float) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path, self.bits_per_nat = folder / "log.jsonl", bits_per_nat
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.records = [r for r in map(json.loads, lines) if r["step"] <= step]  # the resumed run's past
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        self.board = SummaryWriter(folder / "runs", purge_step=step)
+
+    def add(self, **record: float) -> None:
+        self.records.append(record)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "step":
+                self.board.add_scalar(name, value, record["step"])
+        self.board.flush()
+
+    def draw(self, title: str) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        for name, style in (("train_loss", {"color": "#9ecae1", "lw": 1}), ("val_loss", {"color": "#08519c", "marker": "o", "ms": 4})):
+            points = [(r["step"], r[name] * self.bits_per_nat) for r in self.records if name in r]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=f"{name.removesuffix('_loss')} ({points[-1][1]:.3f})", **style)
+        axes.set(title=title, xlabel="step", ylabel="bits per byte")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with atomic_path(self.path.with_name("loss.png")) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+        plt.close(figure)
+
+
+def save_checkpoint(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer], step: int, best: float,
+                    config: TrainConfig) -> None:
+    """train_state.pt holds all a resume needs in one atomic file: it can never be half of two steps."""
+    plain = {name: str(value) if isinstance(value, Path) else value
+             for name, value in dataclasses.asdict(config).items()}
+    write_state(out / "train_state.pt", {
+        "step": step, "best": best, "config": plain, "model_config": dataclasses.asdict(model.config),
+        "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
+
+
+# ---------------------------------------------------------------- the run
+
+def new_folder(config: TrainConfig, data: Path) -> Path:
+    """--out, which must hold no run yet, or the first free out/DATA-SIZE, out/DATA-SIZE-2, ..."""
+    if config.out is not None:
+        if (config.out / "train_state.pt").exists():
+            raise UserError(f"{config.out}: holds a run already; --resume continues it, another --out starts afresh")
+        return config.out
+    stem, number = Path("out") / f"{data.name}-{config.size}", 1
+    while (folder := stem if number == 1 else stem.with_name(f"{stem.name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def build_model(config: TrainConfig, vocab_size: int) -> GPT:
+    if config.init_from is None:
+        fields = {f.name for f in dataclasses.fields(GPTConfig)} - {"vocab_size"}
+        return GPT(GPTConfig(vocab_size, **{k: v for k, v in vars(config).items() if k in fields}))
+    model = GPT.from_pretrained(config.init_from)
+    if model.config.vocab_size < vocab_size:
+        raise UserError(f"--init-from: the model knows {model.config.vocab_size} tokens, the data has {vocab_size}; "
+                        f"prepare the data with --tokenizer {config.init_from}")
+    config.block_size = min(config.block_size, model.config.block_size)
+    return model
+
+
+def check(config: TrainConfig, world: int) -> None:
+    parts = world * config.grad_accum
+    for flag, value, least in (("max-steps", config.max_steps, 1), ("batch-size", config.batch_size, 1),
+                               ("grad-accum", config.grad_accum, 1), ("block-size", config.block_size, 1),
+                               ("eval-every", config.eval_every, 1), ("eval-tokens", config.eval_tokens, 1),
+                               ("threads", config.threads or 1, 1)):
+        if value < least:
+            raise UserError(f"--{flag}: expected {least} or more, got {value}")
+    if config.batch_size % parts:
+        raise UserError(f"--batch-size: expected a multiple of ranks x grad-accum = {parts}, got {config.batch_size}")
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+
+
+def train(config: TrainConfig, ranks: Ranks) -> int:
+    """Train; returns the process's exit code (0, or 128 + signal when one asked to stop)."""
+    # where from, where to
+    check(config, ranks.world)
+    config.data = config.data or newest(Path("data"), "meta.json", "python data/prepare.py")
+    state = read_state(config.out / "train_state.pt") if config.resume else None
+    out = config.out = Path(ranks.from_main(config.out if config.resume else new_folder(config, config.data)))
+    say = tqdm.write if ranks.is_main else lambda text: None
+
+    # model and data
+    torch.manual_seed(config.seed)
+    model = build_model(config, read_json(config.data / "meta.json")["vocab_size"])
+    data = TokenData(config.data, config.block_size, ranks.device, config.seed)
+    share = config.batch_size // ranks.world  # of each step's sequences
+    if state is not None:
+        saved = GPTConfig(**state["model_config"])
+        for name, value in vars(model.config).items():
+            if value != getattr(saved, name):
+                raise UserError(f"--resume: {name} was {getattr(saved, name)} in {out}, expected the same, got {value}")
+        if state["step"] >= config.max_steps:
+            raise UserError(f"--resume: {out} is trained for {state['step']} steps already; raise --max-steps to go on")
+        model.load_state_dict(state["model"])
+    model.to(ranks.device).train()
+    optimizers = make_optimizers(model, config)
+    first, best = 0, math.inf
+    if state is not None:
+        first, best = state["step"], state["best"]
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    dtype = pick_dtype(config.dtype, ranks.device)
+    autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
+    wrapped: nn.Module = torch.compile(model) if config.compile else model
+    if ranks.world > 1:
+        wrapped = DistributedDataParallel(wrapped, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+
+    # log
+    peak = peak_flops(ranks.device, dtype) * ranks.world
+    tokens_a_step = config.batch_size * config.block_size
+    if ranks.is_main:
+        copy_tokenizer(config.data, out)
+    log = RunLog(out, first, data.bits_per_nat) if ranks.is_main else None
+    say(f"{out}: {config.size}, {model.num_params() / 1e6:.2f}M parameters, {config.data.name} "
+        f"({len(data.splits['train']):,} tokens), steps {first} to {config.max_steps} of {tokens_a_step:,} tokens\n"
+        f"{ranks.world} x {ranks.device.type}, {torch.get_num_threads()} threads each, "
+        f"{str(dtype).removeprefix('torch.')}, matmul peak {peak / 1e9:,.0f} GFLOP/s")
+
+    # a signal asks for a stop; the loop obeys between two steps, where the state is whole
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked:  # asked twice: at once
+            raise KeyboardInterrupt
+        asked.append(number)
+        say(f"{signal.Signals(number).name}: finishing this step and saving (again: stop at once)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=None if ranks.is_main else True)
+    running, reported, began = torch.zeros((), device=ranks.device), first, time.perf_counter()
+    spoke, pace = began, 0.0
+    for step in range(first, config.max_steps):
+        if config.dropout:  # drawn anew from (seed, step, rank): a resume repeats it
+            torch.manual_seed(int(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)[0]))
+        parts = data.batch(step * config.batch_size + ranks.rank * share, share, config.grad_accum)
+        for i, (x, y) in enumerate(parts):
+            sync = i == len(parts) - 1 or ranks.world == 1
+            with contextlib.nullcontext() if sync else wrapped.no_sync():
+                loss = training_loss(wrapped, x, y, autocast) / len(parts)
+                loss.backward()
+            running += loss.detach()
+        update(model, optimizers, step, config)
+        bar.update()
+        done = step + 1
+
+        last, due = done == config.max_steps, done % config.eval_every == 0
+        stop = bool(asked)
+        if done % 10 == 0 or last or due or (stop and ranks.world == 1):
+            # ranks talk here only, so they also agree here on whether to stop
+            total, stops = ranks.sum(running.item(), float(stop))
+            stop = stops > 0
+            train_loss = total / ranks.world / (done - reported)
+            pace = tokens_a_step * (done - reported) / (time.perf_counter() - began)
+            if not math.isfinite(train_loss):
+                bar.close()
+                raise UserError(f"step {done}: the loss is {train_loss}. {out} keeps its last checkpoint; lower --muon-lr "
+                                f"and --adam-lr (now {config.muon_lr:g}, {config.adam_lr:g}), or --resume with another --seed")
+            left = duration((config.max_steps - done) * tokens_a_step / pace)
+            line = (f"train {train_loss:.3f} nats ({train_loss * data.bits_per_nat:.3f} bits/byte), {pace:,.0f} tokens/s, "
+                    f"{model.estimate_mfu(pace, peak):.0%} of peak")
+            if log:
+                log.add(step=done, train_loss=train_loss, lr_scale=lr_scale(step, config), tokens_per_second=pace)
+                bar.set_postfix_str(line, refresh=False)
+                if bar.disable and time.perf_counter() - spoke > 20 and not (last or due):
+                    spoke = time.perf_counter()
+                    say(f"step {done}/{config.max_steps}: {line}, {left} left")
+            running.zero_()
+            reported, began = done, time.perf_counter()
+        else:
+            stop = False
+
+        if due or last:
+            val_loss = evaluate(model, data, None if last else config.eval_tokens, ranks, autocast)
+            better, best = val_loss < best, min(best, val_loss)
+            if ranks.is_main:
+                log.add(step=done, val_loss=val_loss, val_bits_per_byte=val_loss * data.bits_per_nat)
+                say(f"step {done}/{config.max_steps}: {line}; validation {val_loss:.4f} nats, "
+                    f"{val_loss * data.bits_per_nat:.4f} bits/byte{'' if better else ' (no better)'}, {left} left")
+                if better:  # what others read is the best model so far, not the latest
+                    model.save_pretrained(out)
+        if ranks.is_main and (due or last or stop):
+            save_checkpoint(out, model, optimizers, done, best, config)
+            if not (out / "model.safetensors").exists():
+                model.save_pretrained(out)
+            log.draw(f"{out.name}: {model.num_params() / 1e6:.1f}M parameters on {config.data.name}")
+        began = time.perf_counter() if due or last else began
+        if stop:
+            break
+
+    bar.close()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if done < config.max_steps:
+        say(f"stopped at step {done}; go on with: python train.py --resume --out {out}")
+        return 128 + (asked[0] if asked else signal.SIGTERM)
+    say(f"{out}: best validation {best:.4f} nats, {best * data.bits_per_nat:.4f} bits/byte; curve in {out / 'loss.png'}\n"
+        f"next: python sample.py --checkpoint {out}")
+    return 0
+
+
+def main() -> None:
+    config = read_flags(sys.argv[1:])
+    ranks = Ranks(config.device, config.threads)
+    code = train(config, ranks)
+    ranks.close()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run(main)
