@@ -34,7 +34,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _fsync(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         _fsync(path.parent)  # the rename itself must survive a power cut
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError, safetensors as its own error
@@ -127,12 +127,12 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
                 shutil.copyfile(Path(source) / name, temporary)
 
 
-def newest(root: Path, marker: str, make: str) -> Path:
-    """The folder under `root` whose `marker` file was written last; `make` says how to get one."""
-    found = sorted(Path(root).glob(f"*/{marker}"), key=lambda path: path.stat().st_mtime)
+def by_age(root: Path, marker: str, make: str) -> list[Path]:
+    """The folders under `root` with a file `marker`, newest first; `make` says how to get one."""
+    found = sorted(Path(root).glob(f"*/{marker}"), key=lambda path: -path.stat().st_mtime)
     if not found:
         raise UserError(f"{root}/: no folder with {marker} yet; make one with `{make}`")
-    return found[-1].parent
+    return [path.parent for path in found]
 
 
 def _fsync(path: Path) -> None:

@@ -142,6 +142,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Zhang and Sennrich, 2019. The weight follows x into bf16 under autocast: one fused operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Causal self-attention; each key/value head serves n_head / n_kv_head query heads."""
 
@@ -154,8 +161,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, config.n_embd, bias=False)
         if config.qk_norm:  # keeps attention logits bounded (Henry et al., 2020)
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -198,9 +205,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -216,7 +223,7 @@ class GPT(nn.Module):
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.n_embd),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
-            "norm": nn.RMSNorm(config.n_embd, eps=config.norm_eps),
+            "norm": RMSNorm(config.n_embd, eps=config.norm_eps),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         cos, sin = rope_table(config)
@@ -282,7 +289,7 @@ class GPT(nn.Module):
             state["lm_head.weight"] = state.get("model.embed_tokens.weight", torch.empty(0))
         with torch.device("meta"):  # no time spent on weights that are replaced at once
             model = cls(config)
-        check_tensors(folder, {name: t.shape for name, t in model.state_dict().items()}, state)
+        check_tensors(folder, model.state_dict(), state)
         model.load_state_dict(state, assign=True)
         if config.tie_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
@@ -300,13 +307,14 @@ class GPT(nn.Module):
         write_tensors(folder / "model.safetensors", state)
 
 
-def check_tensors(folder: Path, expected: dict[str, torch.Size], got: dict[str, Tensor]) -> None:
-    """Every expected tensor present in its shape, and nothing else; else name the first that is off."""
-    for name, shape in expected.items():
+def check_tensors(folder: Path, expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
+    """Every expected tensor there in its shape and dtype, and nothing else; names the first that is off."""
+    for name, like in expected.items():
         if name not in got:
             raise UserError(f"{folder}: tensor {name} is missing from model.safetensors")
-        if got[name].shape != shape:
-            raise UserError(f"{folder}: tensor {name}: expected shape {tuple(shape)}, got {tuple(got[name].shape)}")
+        if (got[name].shape, got[name].dtype) != (like.shape, like.dtype):
+            raise UserError(f"{folder}: tensor {name}: expected {like.dtype} {tuple(like.shape)}, "
+                            f"got {got[name].dtype} {tuple(got[name].shape)}")
     for name in got:
         if name not in expected:
             raise UserError(f"{folder}: tensor {name} in model.safetensors has no place in this model")

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from checkpoint import newest, read_config, read_tokenizer
+from checkpoint import by_age, read_config, read_tokenizer
 from cli import UserError, parse, run
 from model import GPT, generate
 
@@ -98,7 +98,7 @@ def main() -> None:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = config.checkpoint or newest(Path("out"), "model.safetensors", "python train.py")
+    folder = config.checkpoint or by_age(Path("out"), "model.safetensors", "python train.py")[0]
     tokenizer = read_tokenizer(folder)
     text = read_prompt(config)
     model, how = load(folder, config.backend, device)

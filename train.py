@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import atomic_path, copy_tokenizer, newest, read_json, read_state, write_state
+from checkpoint import atomic_path, by_age, copy_tokenizer, read_json, read_state, write_state
 from cli import UserError, parse, run
 from model import GPT, GPTConfig
 
@@ -107,7 +107,7 @@ def read_flags(args: list[str]) -> TrainConfig:
     first = parse(TrainConfig, description, [a for a in args if a not in ("-h", "--help")])
     default = SIZES[first.size]
     if first.resume:
-        out = first.out or newest(Path("out"), "train_state.pt", "python train.py")
+        out = first.out or by_age(Path("out"), "train_state.pt", "python train.py")[0]
         saved = read_state(out / "train_state.pt")["config"]
         default = TrainConfig(**saved | {"out": out, "data": Path(saved["data"])})
     return parse(TrainConfig, description, args, default)
@@ -240,8 +240,9 @@ def lr_scale(step: int, config: TrainConfig) -> float:
     return min(1.0, up, down)
 
 
-def training_loss(model: nn.Module, x: Tensor, y: Tensor, autocast: torch.autocast) -> Tensor:
-    with autocast:
+def forward_loss(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean loss in nats a token; matrix products in dtype, weights and everything delicate in fp32."""
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         return model(x, y)[1]
 
 
@@ -260,7 +261,7 @@ def update(model: GPT, optimizers: list[torch.optim.Optimizer], step: int, confi
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: TokenData, limit: int | None = None, ranks: Ranks | None = None,
-             autocast: contextlib.AbstractContextManager = contextlib.nullcontext()) -> float:
+             dtype: torch.dtype = torch.float32) -> float:
     """Mean validation loss in nats a token; the ranks share the sequences among them."""
     starts, batch = data.validation_starts(limit), max(1, 8192 // data.block_size)
     if ranks is not None:
@@ -270,21 +271,21 @@ def evaluate(model: nn.Module, data: TokenData, limit: int | None = None, ranks:
     total = 0.0
     for i in range(0, len(starts), batch):
         x, y = data.sequences("val", starts[i:i + batch])
-        with autocast:
-            total += model(x, y)[1].item() * len(x)
+        total += forward_loss(model, x, y, dtype).item() * len(x)
     model.train(was_training)
     total, count = ranks.sum(total, len(starts)) if ranks is not None else (total, len(starts))
     return total / count
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, n_embd: int) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    # on a CPU bf16 pays with AMX tiles only: AVX512-BF16 alone runs at half the speed of fp32
+    # On a CPU bf16 pays with AMX tiles only (AVX512-BF16 alone runs at half the speed of fp32), and
+    # only on matrices wide enough to outweigh the conversions.
     amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if amx else torch.float32
+    return torch.bfloat16 if amx and n_embd >= 256 else torch.float32
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -330,10 +331,11 @@ class RunLog:
         from matplotlib import pyplot as plt
 
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        for name, style in (("train_loss", {"color": "#9ecae1", "lw": 1}), ("val_loss", {"color": "#08519c", "marker": "o", "ms": 4})):
-            points = [(r["step"], r[name] * self.bits_per_nat) for r in self.records if name in r]
+        for name, style in {"train": {"color": "#9ecae1", "lw": 1},
+                            "val": {"color": "#08519c", "marker": "o", "ms": 4}}.items():
+            points = [(r["step"], r[f"{name}_loss"] * self.bits_per_nat) for r in self.records if f"{name}_loss" in r]
             if points:
-                axes.plot(*zip(*points, strict=True), label=f"{name.removesuffix('_loss')} ({points[-1][1]:.3f})", **style)
+                axes.plot(*zip(*points, strict=True), label=f"{name} ({points[-1][1]:.3f})", **style)
         axes.set(title=title, xlabel="step", ylabel="bits per byte")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -399,7 +401,7 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
     """Train; returns the process's exit code (0, or 128 + signal when one asked to stop)."""
     # where from, where to
     check(config, ranks.world)
-    config.data = config.data or newest(Path("data"), "meta.json", "python data/prepare.py")
+    config.data = config.data or by_age(Path("data"), "meta.json", "python data/prepare.py")[0]
     state = read_state(config.out / "train_state.pt") if config.resume else None
     out = config.out = Path(ranks.from_main(config.out if config.resume else new_folder(config, config.data)))
     say = tqdm.write if ranks.is_main else lambda text: None
@@ -424,8 +426,7 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
         first, best = state["step"], state["best"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    dtype = pick_dtype(config.dtype, ranks.device)
-    autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
+    dtype = pick_dtype(config.dtype, ranks.device, model.config.n_embd)
     wrapped: nn.Module = torch.compile(model) if config.compile else model
     if ranks.world > 1:
         wrapped = DistributedDataParallel(wrapped, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
@@ -462,7 +463,7 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
         for i, (x, y) in enumerate(parts):
             sync = i == len(parts) - 1 or ranks.world == 1
             with contextlib.nullcontext() if sync else wrapped.no_sync():
-                loss = training_loss(wrapped, x, y, autocast) / len(parts)
+                loss = forward_loss(wrapped, x, y, dtype) / len(parts)
                 loss.backward()
             running += loss.detach()
         update(model, optimizers, step, config)
@@ -479,11 +480,11 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
             pace = tokens_a_step * (done - reported) / (time.perf_counter() - began)
             if not math.isfinite(train_loss):
                 bar.close()
-                raise UserError(f"step {done}: the loss is {train_loss}. {out} keeps its last checkpoint; lower --muon-lr "
-                                f"and --adam-lr (now {config.muon_lr:g}, {config.adam_lr:g}), or --resume with another --seed")
+                raise UserError(f"step {done}: the loss is {train_loss}; {out} keeps its last checkpoint. Try lower "
+                                f"--muon-lr and --adam-lr (now {config.muon_lr:g} and {config.adam_lr:g})")
             left = duration((config.max_steps - done) * tokens_a_step / pace)
-            line = (f"train {train_loss:.3f} nats ({train_loss * data.bits_per_nat:.3f} bits/byte), {pace:,.0f} tokens/s, "
-                    f"{model.estimate_mfu(pace, peak):.0%} of peak")
+            line = (f"train {train_loss:.3f} nats ({train_loss * data.bits_per_nat:.3f} bits/byte), "
+                    f"{pace:,.0f} tokens/s, {model.estimate_mfu(pace, peak):.0%} of peak")
             if log:
                 log.add(step=done, train_loss=train_loss, lr_scale=lr_scale(step, config), tokens_per_second=pace)
                 bar.set_postfix_str(line, refresh=False)
@@ -496,7 +497,7 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
             stop = False
 
         if due or last:
-            val_loss = evaluate(model, data, None if last else config.eval_tokens, ranks, autocast)
+            val_loss = evaluate(model, data, None if last else config.eval_tokens, ranks, dtype)
             better, best = val_loss < best, min(best, val_loss)
             if ranks.is_main:
                 log.add(step=done, val_loss=val_loss, val_bits_per_byte=val_loss * data.bits_per_nat)
@@ -519,8 +520,8 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
     if done < config.max_steps:
         say(f"stopped at step {done}; go on with: python train.py --resume --out {out}")
         return 128 + (asked[0] if asked else signal.SIGTERM)
-    say(f"{out}: best validation {best:.4f} nats, {best * data.bits_per_nat:.4f} bits/byte; curve in {out / 'loss.png'}\n"
-        f"next: python sample.py --checkpoint {out}")
+    say(f"{out}: best validation {best:.4f} nats, {best * data.bits_per_nat:.4f} bits/byte; "
+        f"curve in {out / 'loss.png'}\nnext: python sample.py --checkpoint {out}")
     return 0
 
 

@@ -67,7 +67,8 @@ def read_text(path: Path) -> Iterator[str]:
         while True:
             raw = file.read(PIECE)
             if b"\0" in raw:
-                raise UserError(f"{path}: expected UTF-8 text, got a binary file (a zero byte at {done + raw.index(0)})")
+                raise UserError(f"{path}: expected UTF-8 text, got a binary file (a zero byte at "
+                                f"{done + raw.index(0)})")
             try:
                 text = held + decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:

@@ -1,0 +1,64 @@
+# make demo    from a fresh clone to a trained, quantized, talking model (under 10 minutes on 2 cores)
+# make test    all tests        make bench   inference timings        make lint   ruff
+# Each makes .venv and builds the kernels when they are missing; nothing done is done again.
+
+PYTHON ?= python3
+BIN := .venv/bin
+CXX ?= c++
+
+.PHONY: demo test bench lint kernels clean
+.DELETE_ON_ERROR:
+
+.venv/requirements: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "owlet needs Python 3.11 or later; name one: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/requirements-dev: .venv/requirements requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+kernels: build/kernels
+
+build/kernels: .venv/requirements setup.py setup.cfg $(wildcard csrc/*.* csrc/*/*.*)
+	@mkdir -p build
+	@if command -v $(CXX) > /dev/null; then \
+	    echo "building the int8 kernels ..." && CXX=$(CXX) $(BIN)/python setup.py build_ext > build/log 2>&1 || \
+	        { tail -n 40 build/log; exit 1; }; \
+	else \
+	    echo "note: no C++ compiler ($(CXX)), so no int8 kernels; torch.ao takes their place"; \
+	fi
+	@touch $@
+
+demo: build/kernels data/shakespeare/meta.json out/demo/.trained out/demo-int8/comparison.json
+	@echo "\n== the int8 model speaks"
+	$(BIN)/python sample.py --checkpoint out/demo-int8 --prompt "ROMEO:" --max-new-tokens 300
+
+data/shakespeare/meta.json: | .venv/requirements
+	@echo "== the book becomes tokens"
+	$(BIN)/python data/prepare.py
+
+out/demo/.trained: data/shakespeare/meta.json | .venv/requirements
+	@echo "\n== a model is trained"
+	$(BIN)/python train.py tiny --data data/shakespeare --out out/demo $$(test -e out/demo/train_state.pt && echo --resume)
+	@echo "\n== and speaks"
+	$(BIN)/python sample.py --checkpoint out/demo --prompt "ROMEO:" --max-new-tokens 300
+	@touch $@
+
+out/demo-int8/comparison.json: out/demo/.trained build/kernels
+	@echo "\n== it shrinks to int8"
+	$(BIN)/python quantize.py --checkpoint out/demo
+
+test: .venv/requirements-dev build/kernels
+	$(BIN)/python -m pytest
+
+bench: .venv/requirements-dev build/kernels
+	$(BIN)/python -m pytest tests/bench_inference.py
+
+lint: .venv/requirements-dev
+	$(BIN)/ruff check
+
+clean:
+	rm -rf .venv build out data/*/ *.so
