@@ -225,12 +225,8 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     in_muon = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in in_muon]
-    muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
-    adam = torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
-    return [muon, adam]
+    return [torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay),
+            torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
 def lr_scale(step: int, config: TrainConfig) -> float:
@@ -250,11 +246,14 @@ def update(model: GPT, optimizers: list[torch.optim.Optimizer], step: int, confi
     """Clip the gradients, set this step's rates, take the step."""
     if config.grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    muon, adam = optimizers
+    for group in muon.param_groups:
+        group["lr"] = config.muon_lr * lr_scale(step, config)
+        group["weight_decay"] = config.weight_decay
+        group["momentum"] = 0.85 + 0.10 * min(1.0, step / 200)  # shorter while the gradients still turn quickly
+    for group in adam.param_groups:
+        group["lr"] = config.adam_lr * lr_scale(step, config)
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_scale(step, config)
-            if "momentum" in group:  # Muon: less memory while the gradients still turn quickly
-                group["momentum"] = 0.85 + 0.10 * min(1.0, step / 200)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -57,7 +57,7 @@ class PrepareConfig:
 
 def read_text(path: Path) -> Iterator[str]:
     """Yield a file's text with newlines as \\n; refuse what is not UTF-8 text, saying where."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     size = path.stat().st_size
     if size == 0:
         raise UserError(f"{path}: expected UTF-8 text, got an empty file")
@@ -74,8 +74,6 @@ def read_text(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x} "
                                 f"near {done + error.start}; convert the file to UTF-8 first") from None
-            if done == 0:
-                text = text.removeprefix("\ufeff")
             held = "\r" if raw and text.endswith("\r") else ""
             yield text.removesuffix(held).replace("\r\n", "\n").replace("\r", "\n")
             if not raw:
@@ -180,7 +178,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     if tokenizer.get_vocab_size() == 256:
         return np.frombuffer("".join(texts).encode("utf-8"), dtype=np.uint8)
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return np.concatenate([np.array(encoding.ids, dtype=np.uint32) for encoding in encodings])
+    return np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype=np.uint32)
 
 
 # ---------------------------------------------------------------- the whole road

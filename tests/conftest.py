@@ -1,0 +1,76 @@
+"""What the tests share: a small text, prepared once, and scripts run in this process."""
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU is what these tests are about
+
+import prepare
+import pytest
+import torch
+
+import cli
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {"vocab_size": 256, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
+
+
+def make_text(words: int, seed: int = 0) -> str:
+    """Sentences of made-up grammar: structured enough that a small model learns something."""
+    rng = random.Random(seed)
+    names, verbs = ["Owl", "Fox", "Wren", "Mole", "Hare"], ["sees", "likes", "hears", "follows"]
+    hours = ["one", "two", "ten"]
+    sentences = []
+    while words > 0:
+        sentences.append(f"{rng.choice(names)} {rng.choice(verbs)} {rng.choice(names)} at {rng.choice(hours)}.")
+        words -= 5
+    return "\n".join(sentences) + "\n"
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "wood.txt"
+    path.write_text(make_text(8000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder (bytes)."""
+    out = tmp_path_factory.mktemp("data") / "wood"
+    return prepare.prepare(prepare.PrepareConfig(input=(text_file,), out=out))
+
+
+@pytest.fixture
+def tiny() -> GPT:
+    return random_model()
+
+
+def random_model(seed: int = 0, std: float = 0.08, **fields: object) -> GPT:
+    """A small model with nothing at a special value: no zero matrices, no norm weights of 1."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**TINY | fields)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=std)
+    return model
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """script(module.main, "--flag", value) -> exit code, stdout, stderr."""
+
+    def run(main: Callable[[], None], *args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, args)])
+        code = 0
+        try:
+            cli.run(main)
+        except SystemExit as stop:
+            code = stop.code or 0
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run

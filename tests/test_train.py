@@ -1,0 +1,243 @@
+"""Training: the same losses resumed, interrupted, accumulated and spread over ranks."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+from checkpoint import read_state
+from model import GPT
+from train import SIZES, Ranks, TokenData, TrainConfig, lr_scale
+
+SMALL = ["--n-layer", "2", "--n-embd", "32", "--block-size", "32", "--batch-size", "8", "--eval-every", "10",
+         "--eval-tokens", "2000", "--dtype", "float32", "--device", "cpu", "--threads", "1"]
+
+
+# A sum in another order differs in its last bits, and Muon's iteration, which runs in bf16, can turn
+# one of those into a difference of 1/256 in an element of an update.
+SAME = 1e-3
+
+
+def losses(out: Path, name: str = "train_loss") -> dict[int, float]:
+    records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return {record["step"]: record[name] for record in records if name in record}
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return read_state(out / "train_state.pt")["model"]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert losses(a) == losses(b)
+    assert losses(a, "val_loss") == losses(b, "val_loss")
+    first, second = weights(a), weights(b)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def run(script, data):
+    def run(out: Path, *flags: object) -> Path:
+        code, _, err = script(train.main, "--data", data, "--out", out, *SMALL, *flags)
+        assert code == 0, err
+        return out
+
+    return run
+
+
+def test_training_learns_and_leaves_what_it_promises(run, tmp_path):
+    out = run(tmp_path / "run", "--max-steps", 60)
+    names = {path.name for path in out.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                     "tokenizer_config.json", "train_state.pt", "log.jsonl", "loss.png", "runs"}
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((out / "runs").iterdir())
+    assert losses(out)[10] > 4 and losses(out)[60] < 2.7
+    assert set(losses(out, "val_loss")) == {10, 20, 30, 40, 50, 60}
+    assert GPT.from_pretrained(out).config.n_embd == 32
+
+
+def test_log_agrees_with_the_saved_model(run, data, tmp_path):
+    out = run(tmp_path / "run", "--max-steps", 20)
+    loss = train.evaluate(GPT.from_pretrained(out), TokenData(data, 32))
+    assert losses(out, "val_loss")[20] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("flags", [[], ["--dropout", "0.1"]], ids=["plain", "dropout"])
+def test_resumed_equals_uninterrupted(run, script, tmp_path, flags):
+    whole = run(tmp_path / "whole", "--max-steps", 40, *flags)
+    code, _, err = script(stop_at(15), "--data", data_of(whole), "--out", tmp_path / "parts", *SMALL,
+                          "--max-steps", 40, *flags)
+    assert code == 128 + signal.SIGTERM, err
+    assert read_state(tmp_path / "parts" / "train_state.pt")["step"] == 15
+    code, out, err = script(train.main, "--resume", "--out", tmp_path / "parts", "--threads", "1")
+    assert code == 0, err
+    assert "steps 15 to 40" in out
+    ours = losses(tmp_path / "parts")
+    assert ours.pop(15) > 0  # the interruption's own line
+    assert set(ours) == set(losses(whole))
+    assert losses(whole, "val_loss") == losses(tmp_path / "parts", "val_loss")
+    first, second = weights(whole), weights(tmp_path / "parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def data_of(out: Path) -> str:
+    return read_state(out / "train_state.pt")["config"]["data"]
+
+
+def stop_at(step: int):
+    """train.main, which gets a SIGTERM while it works on this step."""
+
+    def main() -> None:
+        update, seen = train.update, []
+
+        def spy(*args: object) -> None:
+            update(*args)
+            seen.append(1)
+            if len(seen) == step:
+                signal.raise_signal(signal.SIGTERM)
+
+        train.update = spy
+        try:
+            train.main()
+        finally:
+            train.update = update
+
+    return main
+
+
+def test_killed_run_resumes_from_its_last_checkpoint(run, data, tmp_path):
+    whole = run(tmp_path / "whole", "--max-steps", 40)
+    out = tmp_path / "killed"
+    command = [sys.executable, ROOT / "train.py", "--data", data, "--out", out, *SMALL, "--max-steps", "40"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not (out / "train_state.pt").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    subprocess.run([sys.executable, ROOT / "train.py", "--resume", "--out", out], check=True, stdout=subprocess.DEVNULL)
+    assert_same_run(whole, out)
+
+
+def test_accumulated_parts_make_the_same_step(run, tmp_path):
+    whole = run(tmp_path / "whole", "--max-steps", 20)
+    parts = run(tmp_path / "parts", "--max-steps", 20, "--grad-accum", 4)
+    assert losses(parts) == pytest.approx(losses(whole), abs=SAME)
+
+
+@pytest.mark.parametrize("flags", [[], ["--grad-accum", "2"]], ids=["plain", "accumulated"])
+def test_two_ranks_give_the_losses_of_one(run, data, tmp_path, flags):
+    one = run(tmp_path / "one", "--max-steps", 20)
+    two = tmp_path / "two"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    done = subprocess.run([*command, "--data", data, "--out", two, *SMALL, "--max-steps", "20", *flags],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert losses(two) == pytest.approx(losses(one), abs=SAME)
+    assert losses(two, "val_loss") == pytest.approx(losses(one, "val_loss"), abs=SAME)
+
+
+def test_every_world_sees_the_same_batches(data):
+    def seen(world: int) -> list[list[int]]:
+        share = 12 // world
+        steps = [[d.batch(step * 12 + rank * share, share, 1)[0][0] for rank in range(world)] for step in range(50)]
+        return [torch.cat(step).tolist() for step in steps]
+
+    d = TokenData(data, 32, seed=3)
+    assert seen(1) == seen(2) == seen(4)
+
+
+def test_an_epoch_covers_the_text_once_and_epochs_differ(data):
+    d = TokenData(data, 32, seed=3)
+    per_epoch = (len(d.splits["train"]) - 32) // 32
+    epochs = [[int(d.training_start(e * per_epoch + i)) for i in range(per_epoch)] for e in range(3)]
+    for starts in epochs:
+        assert len({start // 32 for start in starts}) == per_epoch
+        assert set(np.diff(sorted(starts))) == {32}
+        assert min(starts) >= 0 and max(starts) + 33 <= len(d.splits["train"])
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [int(d.training_start(i)) for i in range(per_epoch)] == epochs[0]  # going back is no different
+
+
+def test_targets_are_the_next_tokens(data):
+    x, y = TokenData(data, 32).batch(0, 4, 1)[0]
+    assert x.shape == y.shape == (4, 32)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+
+
+def test_validation_covers_the_text_or_spreads(data):
+    d = TokenData(data, 32)
+    every, some = d.validation_starts(), d.validation_starts(320)
+    assert every.tolist() == list(range(0, len(d.splits["val"]) - 32, 32))
+    assert len(some) == 10 and some[0] == 0 and some[-1] == every[-1] and set(some) <= set(every)
+
+
+def test_schedule_is_a_trapezoid():
+    config = TrainConfig(max_steps=100, warmup_steps=10, decay_share=0.4)
+    scales = [lr_scale(step, config) for step in range(100)]
+    assert scales[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert scales[10:60] == [1.0] * 50
+    assert scales[60:] == pytest.approx([1 - i / 40 for i in range(40)])
+
+
+def test_optimizers_share_out_every_parameter_once(tiny):
+    muon, adam = train.make_optimizers(tiny, TrainConfig())
+    ours = [id(p) for optimizer in (muon, adam) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(ours) == sorted(id(p) for p in tiny.parameters())
+    assert id(tiny.lm_head.weight) in {id(p) for group in adam.param_groups for p in group["params"]}
+    assert all(p.dim() == 2 for group in muon.param_groups for p in group["params"])
+
+
+def test_fine_tuning_starts_from_the_given_weights(run, script, data, tmp_path):
+    base = run(tmp_path / "base", "--max-steps", 40)
+    tuned = run(tmp_path / "tuned", "--max-steps", 10, "--init-from", base, "--muon-lr", "1e-4", "--adam-lr", "1e-4")
+    assert losses(tuned)[10] < losses(base)[10] - 1
+    assert GPT.from_pretrained(tuned).config == GPT.from_pretrained(base).config
+
+
+def test_best_model_is_kept_when_later_ones_are_worse(run, tmp_path):
+    out = run(tmp_path / "run", "--max-steps", 30, "--weight-decay", 0, "--decay-share", 0)
+    best = min(losses(out, "val_loss"), key=losses(out, "val_loss").get)
+    good = (out / "model.safetensors").read_bytes()
+    run(out, "--resume", "--max-steps", 40, "--muon-lr", 1, "--adam-lr", 1)
+    assert losses(out, "val_loss")[40] > losses(out, "val_loss")[best]
+    assert (out / "model.safetensors").read_bytes() == good
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, script, tmp_path):
+    out = run(tmp_path / "run", "--max-steps", 20)
+    before = (out / "train_state.pt").read_bytes()
+    code, _, err = script(train.main, "--resume", "--out", out, "--max-steps", 60, "--grad-clip", 0, "--adam-lr", 1e30)
+    assert code == 2 and "loss is" in err and err.count("\n") == 1
+    assert (out / "train_state.pt").read_bytes() == before
+
+
+def test_new_runs_get_new_folders(script, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        code, _, err = script(train.main, "--data", data, *SMALL, "--max-steps", 1)
+        assert code == 0, err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["wood-tiny", "wood-tiny-2"]
+
+
+def test_sizes_are_those_promised():
+    counts = {}
+    for name, config in SIZES.items():
+        with torch.device("meta"):
+            counts[name] = train.build_model(config, 256).num_params() / 1e6
+    assert counts == pytest.approx({"tiny": 0.9, "small": 10.7, "seed": 25.8, "medium": 85.1}, abs=0.1)
+
+
+def test_ranks_use_no_cuda_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda *_: pytest.fail("cuda was touched"))
+    ranks = Ranks("cpu", threads=1)
+    assert ranks.device == torch.device("cpu") and ranks.world == 1 and ranks.sum(2.0, 3.0) == [2.0, 3.0]
