@@ -137,9 +137,10 @@ class Int8Linear(nn.Module):
             self.register_buffer("weight", weight)
         if backend == "torch.ao":
             N, K = weight.shape
-            per_row = torch._make_per_channel_quantized_tensor(weight, scale.double(), torch.zeros(N).long(), 0)
-            self.dynamic = torch.ao.nn.quantized.dynamic.Linear(K, N, bias_=False)
-            self.dynamic.set_weight_bias(per_row, None)
+            with warnings.catch_warnings(action="ignore"):  # deprecated, as said above
+                per_row = torch._make_per_channel_quantized_tensor(weight, scale.double(), torch.zeros(N).long(), 0)
+                self.dynamic = torch.ao.nn.quantized.dynamic.Linear(K, N, bias_=False)
+                self.dynamic.set_weight_bias(per_row, None)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.backend == "owlet":
@@ -266,8 +267,7 @@ def from_pretrained(folder: Path, backend: str = "auto", device: str = "cpu") ->
 
 def torch_ao(model: GPT) -> GPT:
     """PyTorch's own dynamic int8 of the same model: linear layers only, the embedding stays fp32."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, which is why it is a yardstick here and no more
+    with warnings.catch_warnings(action="ignore"):  # deprecated: a yardstick here, and no more
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
 
 

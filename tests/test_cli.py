@@ -1,0 +1,280 @@
+"""What the user types, right and wrong: a mistake costs one line and exit code 2, and no file."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import prepare
+import pytest
+from conftest import ROOT
+
+import checkpoint
+import quantize
+import sample
+import train
+
+TINY = ["--n-layer", 1, "--n-embd", 16, "--n-head", 2, "--block-size", 16, "--batch-size", 4, "--max-steps", 2,
+        "--eval-tokens", 500, "--threads", 1, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint_folder(data, tmp_path_factory):
+    """A checkpoint of two steps, never changed."""
+    out = tmp_path_factory.mktemp("out") / "wood"
+    config = train.TrainConfig(data=data, out=out, n_layer=1, n_embd=16, n_head=2, block_size=16, batch_size=4,
+                               max_steps=2, eval_tokens=500, device="cpu")
+    assert train.train(config, train.Ranks("cpu", None)) == 0
+    return out
+
+
+@pytest.fixture
+def folder(checkpoint_folder, tmp_path, monkeypatch):
+    """A copy under out/ of the working folder, free to be damaged."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(checkpoint_folder, tmp_path / "out" / "wood")).relative_to(tmp_path)
+
+
+def refused(result: tuple[int, str, str], *words: object) -> None:
+    code, _, err = result
+    assert code == 2, err
+    assert len(err.strip().splitlines()) == 1, err
+    for word in words:
+        assert str(word) in err
+
+
+def tree(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def damage(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ---------------------------------------------------------------- prepare
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--input", "nowhere.txt"], ["nowhere.txt", "nothing"]),
+    (["--input", "."], ["a folder"]),
+    (["--input", "empty.txt"], ["empty.txt", "empty"]),
+    (["--input", "binary.txt"], ["binary.txt", "zero byte"]),
+    (["--input", "good.txt", "--vocab-size", 255], ["--vocab-size", "256", "255"]),
+    (["--input", "good.txt", "--val", 1.5], ["--val", "1.5"]),
+    (["--input", "good.txt", "--clean", "much"], ["--clean", "much", "plain"]),
+    (["--input", "good.txt", "--tokenizer", "."], ["tokenizer.json"]),
+    (["--inptu", "good.txt"], ["--inptu", "--input"]),
+], ids=lambda value: " ".join(map(str, value)) if str(value).startswith("['--") else "")
+def test_prepare_refuses(script, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("binary.txt").write_bytes(b"\x7fELF\0\0")
+    Path("good.txt").write_text("good " * 100)
+    before = tree(tmp_path)
+    refused(script(prepare.main, *flags), *words)
+    assert tree(tmp_path) == before and not Path("data", "good").exists()
+
+
+# ---------------------------------------------------------------- train
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--block-size", 100_000], ["--block-size", "longer", "100000"]),
+    (["--max-stepz", 5], ["--max-stepz"]),
+    (["--max-steps", "many"], ["--max-steps", "many"]),
+    (["--max-steps", 0], ["--max-steps", "1 or more"]),
+    (["huge"], ["huge", "tiny"]),
+    (["--data", "nowhere"], ["nowhere"]),
+    (["--batch-size", 6, "--grad-accum", 4], ["--batch-size", "multiple", "4", "6"]),
+    (["--n-embd", 30, "--n-head", 4], ["n_embd", "multiple", "30"]),
+    (["--n-head", 4, "--n-kv-head", 3], ["n_kv_head", "divisor", "3"]),
+    (["--device", "tpu"], ["--device", "tpu"]),
+    (["--resume", "--out", "nowhere"], ["nowhere", "train_state.pt"]),
+    (["--init-from", "nowhere"], ["nowhere", "config.json"]),
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value[0], str) and value[0][:1] in "-h" else "")
+def test_train_refuses(script, data, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    default = [] if "--data" in flags or "--resume" in flags else ["--data", data]
+    refused(script(train.main, *default, *TINY, *flags), *words)
+    assert not tree(tmp_path)
+
+
+def test_train_without_data_says_how_to_make_some(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(script(train.main), "data/prepare.py")
+
+
+def test_train_does_not_overwrite_a_run(script, data, folder):
+    before = tree(folder)
+    refused(script(train.main, "--data", data, "--out", folder, *TINY), folder, "--resume")
+    assert tree(folder) == before
+
+
+def test_train_refuses_to_go_on_past_the_end(script, folder):
+    refused(script(train.main, "--resume", "--out", folder), "2 steps already", "--max-steps")
+
+
+def test_train_refuses_another_architecture_on_resume(script, folder):
+    refused(script(train.main, "--resume", "--out", folder, "--n-layer", 2, "--max-steps", 4), "n_layer", "1", "2")
+
+
+def test_a_pickle_in_place_of_the_state_is_not_run(script, folder, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "boom",))
+
+    (folder / "train_state.pt").write_bytes(pickle.dumps(Bomb()))
+    refused(script(train.main, "--resume", "--out", folder), "train_state.pt", "not a training state")
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, -10])
+def test_a_truncated_state_is_named(script, folder, keep):
+    whole = (folder / "train_state.pt").read_bytes()
+    (folder / "train_state.pt").write_bytes(whole[:keep])
+    refused(script(train.main, "--resume", "--out", folder), "train_state.pt")
+
+
+def test_token_files_must_match_their_description(script, data, tmp_path):
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    (copy / "val.bin").write_bytes((copy / "val.bin").read_bytes()[:-2])
+    refused(script(train.main, "--data", copy, "--out", tmp_path / "out", *TINY), "val.bin", "prepare.py")
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- sample
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--top-k", 0], ["top-k", "1 or more", "0"]),
+    (["--top-p", 0], ["top-p"]),
+    (["--temperature", -0.5], ["temperature", "-0.5"]),
+    (["--repetition-penalty", 0], ["repetition-penalty"]),
+    (["--num-samples", 0], ["--num-samples"]),
+    (["--max-new-tokens", 0], ["--max-new-tokens"]),
+    (["--prompt", "x" * 17], ["prompt", "16", "17"]),
+    (["--prompt-file", "nowhere"], ["nowhere"]),
+    (["--prompt-file", "latin1"], ["latin1", "UTF-8"]),
+    (["--prompt", "x", "--prompt-file", "nowhere"], ["--prompt-file"]),
+    (["--checkpoint", "nowhere"], ["nowhere"]),
+    (["--chekpoint", "x"], ["--chekpoint"]),
+    (["--backend", "gpu"], ["--backend", "gpu"]),
+], ids=lambda value: " ".join(map(str, value)) if str(value).startswith("['--") else "")
+def test_sample_refuses(script, folder, flags, words):
+    Path("latin1").write_bytes("é".encode("latin-1"))
+    result = script(sample.main, *flags)
+    refused(result, *words)
+    assert result[1] == ""
+
+
+@pytest.mark.parametrize("main", [sample.main, quantize.main], ids=["sample", "quantize"])
+def test_bad_folders_are_refused(script, folder, main):
+    before = tree(folder.parent)
+    weights = folder / "model.safetensors"
+
+    def check(*words: object) -> None:
+        refused(script(main, "--checkpoint", folder), *words)
+        assert {path.parent for path in tree(folder.parent)} == {path.parent for path in before}
+
+    whole = weights.read_bytes()
+    for keep in (0, 7, 100, len(whole) - 1):
+        weights.write_bytes(whole[:keep])
+        check("model.safetensors")
+    weights.unlink()
+    check("model.safetensors")
+    weights.write_bytes(whole)
+    damage(folder / "config.json", rope_parameters={"rope_type": "yarn"})
+    check("config.json", "rope scaling")
+    damage(folder / "config.json", rope_parameters=None, hidden_size=18, head_dim=8)
+    check("embed_tokens", "(256, 18)", "(256, 16)")
+    (folder / "config.json").write_text("{")
+    check("config.json", "JSON")
+    (folder / "config.json").unlink()
+    check("config.json")
+
+
+def test_scripts_without_a_checkpoint_say_how_to_make_one(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(script(sample.main), "python train.py")
+    refused(script(quantize.main), "python train.py")
+
+
+def test_sample_streams_continues_and_repeats(script, folder):
+    flags = ["--prompt", "Owl ", "--max-new-tokens", 40, "--seed", 3]
+    code, out, err = script(sample.main, *flags)
+    assert code == 0 and out.startswith("Owl ") and "fp32" in err and "seed 3" in err
+    assert script(sample.main, *flags)[1] == out
+    assert script(sample.main, *flags[:-1], 4)[1] != out
+
+
+def test_sample_takes_prompts_from_files_and_pipes(script, folder, monkeypatch):
+    flags = ["--max-new-tokens", 5, "--seed", 3]
+    Path("prompt.txt").write_text("你好 ")
+    from_file = script(sample.main, "--prompt-file", "prompt.txt", *flags)[1]
+    assert from_file.startswith("你好 ")
+    with Path("prompt.txt").open() as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        assert script(sample.main, "--prompt", "-", *flags)[1] == from_file
+
+
+def test_several_samples_differ(script, folder):
+    _, out, _ = script(sample.main, "--prompt", "Fox", "--num-samples", 3, "--max-new-tokens", 30, "--temperature", 1.5)
+    first, second, third = (part.split("\n", 1)[-1] for part in ("\n" + out).split("--- "))
+    assert second.startswith("Fox") and third.startswith("Fox")
+    assert len({first.strip(), second.strip(), third.strip()}) == 3
+
+
+def test_characters_never_break(folder):
+    spell = sample.stream(checkpoint.read_tokenizer(folder), [])
+    texts = [spell(byte) for byte in "né€👍".encode() + b"\xff\xc3A"]
+    assert texts == ["n", "", "é", "", "", "€", "", "", "", "👍", "", "", "\ufffd\ufffdA"]
+
+
+def test_int8_folders_sample_like_fp32_ones(script, folder):
+    assert script(quantize.main, "--no-compare")[0] == 0
+    code, out, err = script(sample.main, "--prompt", "Fox ", "--max-new-tokens", 20)
+    assert code == 0 and out.startswith("Fox ") and "int8" in err and "wood-int8" in err
+
+
+# ---------------------------------------------------------------- the process
+
+@pytest.mark.parametrize("name", ["data/prepare.py", "train.py", "sample.py", "quantize.py"])
+def test_help(name):
+    done = subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True, check=True)
+    assert "usage:" in done.stdout and "default" in done.stdout
+
+
+def small_files_only() -> None:
+    """Writing past 20 KB fails from here on: a disk that fills up, without filling one."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_full_disk_while_saving_loses_nothing(data, folder):
+    before = tree(folder)
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--resume", "--out", folder, "--max-steps", "6",
+                           "--eval-every", "2"], capture_output=True, text=True, preexec_fn=small_files_only)
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr.strip().splitlines()[-1]
+    after = tree(folder)
+    assert not list(folder.glob(".*tmp"))
+    for name in ("train_state.pt", "model.safetensors", "config.json"):
+        assert after[folder / name] == before[folder / name]
+
+
+def test_ctrl_c_leaves_without_a_traceback(folder):
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py", "--max-new-tokens", "1000000"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"Traceback" not in err and b"interrupted" in err
+
+
+def test_a_reader_that_leaves_early_is_no_error(folder):
+    done = subprocess.run(f"{sys.executable} {ROOT / 'sample.py'} --max-new-tokens 20000 | head -c 10",
+                          shell=True, capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr

@@ -1,0 +1,253 @@
+"""int8: the arithmetic, the model, the folder, the table."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import quantize
+import train
+from cli import UserError
+from model import GPT, GPTConfig, generate
+from quantize import Int8Linear, int8_linear_reference, quantize_rows, quantize_tokens
+from train import TokenData, TrainConfig, evaluate
+
+BACKENDS = ["owlet", "torch.ao", "reference"]
+# Relative error of one product of random numbers. torch.ao has one scale for all tokens, and on
+# some CPUs only 7 bits for activations.
+ROUNDING = {"owlet": 0.015, "reference": 0.015, "torch.ao": 0.04}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if request.param == "owlet" and quantize.owlet_kernels is None:
+        pytest.skip("the kernels are not built: python setup.py build_ext")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory):
+    """A tiny model that has learned its text."""
+    out = tmp_path_factory.mktemp("trained") / "wood"
+    config = TrainConfig(data=data, out=out, n_layer=2, n_embd=64, block_size=64, batch_size=16, max_steps=150,
+                         eval_every=150, dtype="float32", device="cpu")
+    assert train.train(config, train.Ranks("cpu", None)) == 0
+    return out
+
+
+# ---------------------------------------------------------------- primitives
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 70), st.floats(1e-6, 1e6), st.integers(0, 1000))
+def test_rows_are_rounded_to_the_nearest_step(N, K, size, seed):
+    w = size * torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+    q, scale = quantize_rows(w)
+    assert q.dtype == torch.int8 and q.min() >= -127
+    assert torch.equal(q.abs().amax(1), torch.full((N,), 127, dtype=torch.int8))
+    error = (q.double() * scale.double()[:, None] - w.double()).abs()
+    assert (error <= 0.5001 * scale.double()[:, None]).all()
+
+
+def test_a_row_of_zeros_stays_zero():
+    q, scale = quantize_rows(torch.zeros(2, 5))
+    assert not q.any() and not scale.any()
+    assert torch.equal(int8_linear_reference(torch.ones(3, 5), q, scale), torch.zeros(3, 2))
+
+
+def test_tokens_are_quantized_each_by_itself():
+    x = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [1e-35, 0.0, 0.0], [3e38, -3e38, 1.0]])
+    q, scale = quantize_tokens(x)
+    assert q.tolist() == [[64, -127, 32], [0, 0, 0], [0, 0, 0], [127, -127, 0]]
+    assert scale.isfinite().all()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_poisoned_token_is_nan_and_the_others_are_not(poison):
+    x = torch.randn(3, 8)
+    x[1, 2] = poison
+    y = int8_linear_reference(x, *quantize_rows(torch.randn(4, 8)))
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_reference_is_integer_arithmetic():
+    g = torch.Generator().manual_seed(0)
+    w = torch.randint(-127, 128, (5, 33), generator=g, dtype=torch.int8)
+    x = torch.randint(-127, 128, (4, 33), generator=g).float()
+    x[:, 0] = 127  # so that every token's scale is 1
+    y = int8_linear_reference(x, w, torch.ones(5))
+    by_hand = [[sum(int(a) * int(b) for a, b in zip(row, column, strict=True)) for column in w] for row in x]
+    assert y.tolist() == by_hand
+
+
+def test_reference_epilogue():
+    x, w = torch.randn(2, 8), torch.randn(6, 8)
+    q, scale = quantize_rows(w)
+    plain = int8_linear_reference(x, q, scale)
+    torch.testing.assert_close(plain, x @ w.T, atol=0.1, rtol=0.05)
+    bias, residual = torch.randn(6), torch.randn(2, 6)
+    torch.testing.assert_close(int8_linear_reference(x, q, scale, bias, residual, "silu"),
+                               torch.nn.functional.silu(plain + bias) + residual)
+    torch.testing.assert_close(int8_linear_reference(x, q, scale, activation="swiglu"),
+                               torch.nn.functional.silu(plain[:, 0::2]) * plain[:, 1::2])
+
+
+# ---------------------------------------------------------------- layers and models
+
+@pytest.mark.parametrize("activation", ["none", "silu", "swiglu"])
+@pytest.mark.parametrize("tokens", [(1,), (3, 5), (0,)], ids=str)
+def test_layers_agree_with_float(backend, activation, tokens):
+    torch.manual_seed(0)
+    w, x = torch.randn(70, 36), torch.randn(*tokens, 36)
+    exact = quantize.activate(x @ w.T, activation)
+    residual = torch.randn_like(exact)
+    y = Int8Linear(*quantize_rows(w), backend, activation)(x, residual)
+    assert y.shape == exact.shape and y.dtype == torch.float32
+    assert (y - residual - exact).norm() <= ROUNDING[backend] * exact.norm()
+    if backend == "owlet":
+        again = int8_linear_reference(x, *quantize_rows(w), None, residual, activation)
+        torch.testing.assert_close(y, again, atol=1e-5, rtol=1e-5)
+
+
+def test_embedding_rows_are_the_matrix(backend):
+    q, scale = quantize_rows(torch.randn(130, 37))
+    q, scale = quantize_rows(torch.randn(130, 36))
+    idx = torch.tensor([[0, 129], [64, 63]])
+    assert torch.equal(Int8Linear(q, scale, backend).rows(idx), q[idx] * scale[idx].unsqueeze(-1))
+
+
+FIELDS = [{}, {"n_kv_head": 1}, {"tie_embeddings": False}, {"qk_norm": False, "n_embd": 36, "n_head": 2}]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_int8_model_is_near_the_float_model(fields, backend):
+    model = random_model(**fields)
+    x = torch.randint(0, 256, (2, 24))
+    exact, near = model(x)[0], quantize.quantize(model, backend)(x)[0]
+    assert (near - exact).norm() < 3 * ROUNDING[backend] * exact.norm()
+    assert not torch.equal(near, exact)
+
+
+def test_trained_model_keeps_its_loss_and_its_words(trained, data, backend):
+    model, texts = GPT.from_pretrained(trained), TokenData(data, 64)
+    int8 = quantize.quantize(model, backend)
+    before, after = evaluate(model, texts), evaluate(int8, texts)
+    assert before < 1.0  # it has learned: a guess is 5.5
+    assert after == pytest.approx(before, rel=0.001 if backend != "torch.ao" else 0.05)
+    prompt = torch.tensor([list(b"Owl sees ")])
+    words = bytes(token.item() for token in generate(int8, prompt, 60, temperature=0)).decode()
+    assert {word.strip(".") for word in words.split()[:-1]} <= {
+        "Owl", "Fox", "Wren", "Mole", "Hare", "sees", "likes", "hears", "follows", "at", "one", "two", "ten"}
+
+
+def test_owlet_and_reference_write_the_same(trained):
+    if quantize.owlet_kernels is None:
+        pytest.skip("the kernels are not built")
+    model, prompt = GPT.from_pretrained(trained), torch.tensor([list(b"Mole ")])
+    texts = [[t.item() for t in generate(quantize.quantize(model, b), prompt, 150, temperature=0)]
+             for b in ("owlet", "reference")]
+    assert texts[0] == texts[1]
+
+
+def test_cached_generation_of_an_int8_model(trained, backend):
+    if backend == "torch.ao":
+        pytest.skip("torch.ao scales a batch, not a token: its results depend on how tokens are grouped")
+    model, prompt = quantize.quantize(GPT.from_pretrained(trained), backend), torch.tensor([list(b"Mole ")])
+    cached, uncached = ([token.item() for token in generate(model, prompt, 100, temperature=0, use_cache=use)]
+                        for use in (True, False))
+    assert cached == uncached
+
+
+# ---------------------------------------------------------------- the folder
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_folder_round_trip(fields, backend, tmp_path):
+    model = random_model(**fields)
+    quantize.save_quantized(model, tmp_path)
+    again = quantize.from_pretrained(tmp_path, backend)
+    x = torch.randint(0, 256, (2, 24))
+    assert torch.equal(again(x)[0], quantize.quantize(model, backend)(x)[0])
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+    assert stored["model.layers.0.mlp.up_proj.weight_scale"].shape == (model.config.n_hidden,)
+    assert ("lm_head.weight" in stored) is not model.config.tie_embeddings
+
+
+def test_seed_size_shrinks_to_a_quarter(tmp_path):
+    torch.manual_seed(0)
+    seed = train.build_model(train.SIZES["seed"], 256)
+    seed.save_pretrained(tmp_path / "fp32")
+    quantize.save_quantized(seed, tmp_path / "int8")
+    fp32, int8 = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "int8"))
+    assert int8 <= 0.257 * fp32
+
+
+def test_a_foreign_int8_folder_is_refused(tiny, tmp_path):
+    quantize.save_quantized(tiny, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["bits"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="quantization_config"):
+        quantize.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_lacks_a_scale_is_refused(tiny, tmp_path):
+    from safetensors.torch import save_file
+
+    quantize.save_quantized(tiny, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["model.layers.1.mlp.down_proj.weight_scale"]
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"down_proj\.weight_scale is missing"):
+        quantize.from_pretrained(tmp_path)
+
+
+def test_without_the_extension_the_next_best_is_used_and_said(monkeypatch, capsys):
+    monkeypatch.setattr(quantize, "owlet_kernels", None)
+    monkeypatch.setattr(quantize, "why_no_kernels", "owlet's int8 kernels are not built", raising=False)
+    assert quantize.pick_backend("auto", torch.device("cpu")) == "torch.ao"
+    assert "not built; going on with torch.ao" in capsys.readouterr().err
+    monkeypatch.setattr(quantize, "has_torch_ao", lambda: False)
+    assert quantize.pick_backend("auto", torch.device("cpu")) == "reference"
+    with pytest.raises(UserError, match="not built"):
+        quantize.pick_backend("owlet", torch.device("cpu"))
+
+
+def test_a_model_of_one_layer_takes_a_quarter_of_the_memory():
+    model = GPT(GPTConfig(n_layer=1, n_embd=256, n_head=4))
+    if quantize.owlet_kernels is None:
+        pytest.skip("the kernels are not built")
+    small = quantize.quantize(model, "owlet")
+    held = sum({b.data_ptr(): b.nbytes for b in (*small.buffers(), *small.parameters())}.values())
+    assert held < 0.27 * 4 * model.num_params() + small.cos.nbytes * 2
+
+
+# ---------------------------------------------------------------- the script
+
+def test_quantize_script_compares(trained, script):
+    code, out, err = script(quantize.main, "--checkpoint", trained, "--eval-tokens", 2000)
+    assert code == 0, err
+    result = json.loads((trained.with_name("wood-int8") / "comparison.json").read_text())
+    assert list(result["rows"]) == ["fp32", "torch.ao int8", "owlet int8"]
+    for row in result["rows"].values():
+        assert row["file_bytes"] > 0 and row["prompt_tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0
+        assert row["memory_bytes"] > 0
+        assert 0 < row["bits_per_byte"] < 2
+    assert abs(result["rows"]["owlet int8"]["bits_per_byte_change"]) < 0.005
+    stored = trained.with_name("wood-int8") / "model.safetensors"
+    assert result["rows"]["owlet int8"]["file_bytes"] == stored.stat().st_size
+    assert "| owlet int8 |" in out
+    assert (trained.with_name("wood-int8") / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quantize_script_takes_the_newest_fp32_folder(tiny, script, tmp_path, monkeypatch):
+    tiny.save_pretrained(tmp_path / "out" / "a")
+    quantize.save_quantized(tiny, tmp_path / "out" / "newer-int8")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = script(quantize.main, "--no-compare")
+    assert code == 0, err
+    assert (tmp_path / "out" / "a-int8" / "model.safetensors").exists()
