@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def write_state(path: Path, state: dict) -> None:
 def read_state(path: Path) -> dict:
     """Read what `write_state` wrote. Tensors and plain types only: nothing is unpickled into code."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # on foreign pickles, which the error below names
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no training state to resume from") from None
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file

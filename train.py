@@ -101,16 +101,26 @@ SIZES = {
 }
 
 
-def read_flags(args: list[str]) -> TrainConfig:
-    """Flags over the run's own settings (--resume) or over the size's defaults."""
+ARCHITECTURE = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "qk_norm", "tie_embeddings", "dropout")
+
+
+def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
+    """Flags over the size's defaults; or (--resume) over the run's own settings, and its saved state."""
     description = "Train a GPT on prepared tokens, in one process or under torchrun."
     first = parse(TrainConfig, description, [a for a in args if a not in ("-h", "--help")])
-    default = SIZES[first.size]
-    if first.resume:
-        out = first.out or by_age(Path("out"), "train_state.pt", "python train.py")[0]
-        saved = read_state(out / "train_state.pt")["config"]
-        default = TrainConfig(**saved | {"out": out, "data": Path(saved["data"])})
-    return parse(TrainConfig, description, args, default)
+    if not first.resume:
+        return parse(TrainConfig, description, args, SIZES[first.size]), None
+    out = first.out or by_age(Path("out"), "train_state.pt", "python train.py")[0]
+    state = read_state(out / "train_state.pt")
+    saved = TrainConfig(**state["config"] | {"out": out, "data": Path(state["config"]["data"])})
+    config = parse(TrainConfig, description, args, saved)
+    for name in ARCHITECTURE:
+        if getattr(config, name) != getattr(saved, name):
+            raise UserError(f"--resume: {name} is {getattr(saved, name)} in {out}, expected the same, "
+                            f"got {getattr(config, name)}")
+    if state["step"] >= config.max_steps:
+        raise UserError(f"--resume: {out} is trained for {state['step']} steps already; raise --max-steps to go on")
+    return config, state
 
 
 # ---------------------------------------------------------------- processes
@@ -323,6 +333,12 @@ class RunLog:
                 self.board.add_scalar(name, value, record["step"])
         self.board.flush()
 
+    def curve(self, width: int = 40) -> str:
+        """The validation losses as a line of text: ▇▅▃▂▁."""
+        values = [r["val_loss"] for r in self.records if "val_loss" in r][-width:]
+        low, high = min(values), max(values)
+        return "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in values)
+
     def draw(self, title: str) -> None:
         import matplotlib
 
@@ -368,9 +384,9 @@ def new_folder(config: TrainConfig, data: Path) -> Path:
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> GPT:
+    """A new model as the flags say, or the one to fine-tune."""
     if config.init_from is None:
-        fields = {f.name for f in dataclasses.fields(GPTConfig)} - {"vocab_size"}
-        return GPT(GPTConfig(vocab_size, **{k: v for k, v in vars(config).items() if k in fields}))
+        return GPT(GPTConfig(vocab_size, **{name: getattr(config, name) for name in ARCHITECTURE}))
     model = GPT.from_pretrained(config.init_from)
     if model.config.vocab_size < vocab_size:
         raise UserError(f"--init-from: the model knows {model.config.vocab_size} tokens, the data has {vocab_size}; "
@@ -396,28 +412,25 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
 
 
-def train(config: TrainConfig, ranks: Ranks) -> int:
-    """Train; returns the process's exit code (0, or 128 + signal when one asked to stop)."""
+def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
+    """Train, from a saved state or from the start. Returns the process's exit code: 0, or
+    128 + the signal that asked for a stop.
+    """
     # where from, where to
     check(config, ranks.world)
     config.data = config.data or by_age(Path("data"), "meta.json", "python data/prepare.py")[0]
-    state = read_state(config.out / "train_state.pt") if config.resume else None
-    out = config.out = Path(ranks.from_main(config.out if config.resume else new_folder(config, config.data)))
+    out = config.out = Path(ranks.from_main(config.out if state else new_folder(config, config.data)))
     say = tqdm.write if ranks.is_main else lambda text: None
 
     # model and data
     torch.manual_seed(config.seed)
-    model = build_model(config, read_json(config.data / "meta.json")["vocab_size"])
+    if state is None:
+        model = build_model(config, read_json(config.data / "meta.json")["vocab_size"])
+    else:
+        model = GPT(GPTConfig(**state["model_config"]))
+        model.load_state_dict(state["model"])
     data = TokenData(config.data, config.block_size, ranks.device, config.seed)
     share = config.batch_size // ranks.world  # of each step's sequences
-    if state is not None:
-        saved = GPTConfig(**state["model_config"])
-        for name, value in vars(model.config).items():
-            if value != getattr(saved, name):
-                raise UserError(f"--resume: {name} was {getattr(saved, name)} in {out}, expected the same, got {value}")
-        if state["step"] >= config.max_steps:
-            raise UserError(f"--resume: {out} is trained for {state['step']} steps already; raise --max-steps to go on")
-        model.load_state_dict(state["model"])
     model.to(ranks.device).train()
     optimizers = make_optimizers(model, config)
     first, best = 0, math.inf
@@ -452,7 +465,8 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=None if ranks.is_main else True)
+    bar = tqdm(total=config.max_steps, initial=first, unit="step", dynamic_ncols=True,
+               disable=None if ranks.is_main else True)
     running, reported, began = torch.zeros((), device=ranks.device), first, time.perf_counter()
     spoke, pace = began, 0.0
     for step in range(first, config.max_steps):
@@ -486,7 +500,7 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
                     f"{pace:,.0f} tokens/s, {model.estimate_mfu(pace, peak):.0%} of peak")
             if log:
                 log.add(step=done, train_loss=train_loss, lr_scale=lr_scale(step, config), tokens_per_second=pace)
-                bar.set_postfix_str(line, refresh=False)
+                bar.set_postfix_str(f"loss {train_loss:.3f}, {pace:,.0f} tokens/s", refresh=False)
                 if bar.disable and time.perf_counter() - spoke > 20 and not (last or due):
                     spoke = time.perf_counter()
                     say(f"step {done}/{config.max_steps}: {line}, {left} left")
@@ -514,20 +528,23 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
             break
 
     bar.close()
+    if log:
+        log.board.close()
     for number, handler in before.items():
         signal.signal(number, handler)
     if done < config.max_steps:
         say(f"stopped at step {done}; go on with: python train.py --resume --out {out}")
         return 128 + (asked[0] if asked else signal.SIGTERM)
-    say(f"{out}: best validation {best:.4f} nats, {best * data.bits_per_nat:.4f} bits/byte; "
-        f"curve in {out / 'loss.png'}\nnext: python sample.py --checkpoint {out}")
+    if log:
+        say(f"{out}: best validation {best:.4f} nats, {best * data.bits_per_nat:.4f} bits/byte\n"
+            f"{log.curve()} the whole curve: {out / 'loss.png'}\nnext: python sample.py --checkpoint {out}")
     return 0
 
 
 def main() -> None:
-    config = read_flags(sys.argv[1:])
+    config, state = read_flags(sys.argv[1:])
     ranks = Ranks(config.device, config.threads)
-    code = train(config, ranks)
+    code = train(config, ranks, state)
     ranks.close()
     sys.exit(code)
 
