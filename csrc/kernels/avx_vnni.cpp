@@ -1,0 +1,50 @@
+// AVX-VNNI: the 256-bit vpdpbusd of CPUs without AVX512 (Alder Lake and later, Zen 5).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels.h"
+
+#define TARGET __attribute__((target("avx2,avxvnni")))
+
+namespace owlet {
+namespace {
+
+template <int Tokens>
+TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads,
+                      int32_t* acc) {
+  // A panel is 8 ymm wide. For several tokens it is done in strips, to keep the sums in registers.
+  constexpr int Vecs = Tokens == 1 ? 8 : 2;
+  for (int strip = 0; strip < 8; strip += Vecs) {
+    __m256i sum[Tokens][Vecs];
+    for (int t = 0; t < Tokens; ++t)
+      for (int v = 0; v < Vecs; ++v) sum[t][v] = _mm256_set1_epi32(-128 * q_sum[t]);
+
+    for (int64_t i = 0; i < quads; ++i) {
+      const auto* w = reinterpret_cast<const __m256i*>(panel + i * kQuadBytes) + strip;
+      for (int t = 0; t < Tokens; ++t) {
+        int32_t quad;
+        std::memcpy(&quad, q + 4 * (t * quads + i), 4);
+        const __m256i a = _mm256_set1_epi32(quad);
+        for (int v = 0; v < Vecs; ++v)
+          sum[t][v] = _mm256_dpbusd_avx_epi32(sum[t][v], _mm256_loadu_si256(w + v), a);
+      }
+    }
+
+    for (int t = 0; t < Tokens; ++t)
+      for (int v = 0; v < Vecs; ++v)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + t * kPanelRows) + strip + v,
+                            sum[t][v]);
+  }
+}
+
+}  // namespace
+
+const Kernel avx_vnni = {
+    "avx_vnni",
+    [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni"); },
+    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
+
+}  // namespace owlet
+#endif

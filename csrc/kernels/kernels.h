@@ -1,0 +1,88 @@
+// The int8 kernels, free of torch:  y = activation(x @ w.T + bias) + residual
+//
+// x is quantized to int8 with one scale per token (row of x); w is int8 with one scale per output
+// channel. Every instruction set computes the same int32 sums, exactly; everything in floating
+// point is done in one place (int8_linear.cpp, numerics.h), so results are bit-identical
+// everywhere.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace owlet {
+
+// Packed weights, uint8 (ceil(N/64), ceil(K/4), 64, 4): panels of 64 rows, in which 4 consecutive k
+// of a row, a quad, are adjacent. That is the operand shape of vpdpbusd, sdot and dp4a, and a panel
+// is read from front to back. A value is stored as w + 128, since vpdpbusd wants one unsigned
+// operand; padding is 128, a zero weight.
+constexpr int kPanelRows = 64;
+constexpr int kQuadBytes = 4 * kPanelRows;  // one quad of every row of a panel
+
+// Tokens a kernel takes at once, so that weights are loaded once for several of them:
+// 6 tokens x 4 zmm accumulators leave room for 4 zmm of weights and one of activations.
+constexpr int kTileTokens = 6;
+
+// Kernels sum q * (w + 128), starting from -128 * sum(q): no partial sum exceeds 128 * 127 * K.
+constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
+
+// acc[t * 64 + n] = sum over k of q[t, k] * w[n, k], for as many tokens as the function was made
+// for. q is (tokens, 4 * quads); q_sum[t] is the sum of q[t, k] over k.
+using DotPanel = void(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads,
+                      int32_t* acc);
+
+struct Kernel {
+  const char* name;
+  bool (*supported)();               // by this CPU and its operating system
+  DotPanel* dot_panel[kTileTokens];  // [tokens - 1]
+};
+
+extern const Kernel avx512_vnni, avx_vnni, avx2;  // x86-64
+extern const Kernel neon;                         // 64-bit Arm
+extern const Kernel generic;
+
+const Kernel& kernel();                    // in use: $OWLET_ISA, or else the best this CPU supports
+std::vector<std::string> kernel_names();   // those this CPU supports, best first
+void use_kernel(const std::string& name);  // switch, for tests; not while another thread computes
+
+// Packs panels [panel_begin, panel_end) of w, int8 (N, K) row-major. False if w holds a -128, which
+// the symmetric format does not have.
+bool pack_panels(const int8_t* w, int64_t N, int64_t K, int64_t panel_begin, int64_t panel_end,
+                 uint8_t* packed);
+
+// Activations in int8. Allocates when it is made and never again.
+class QuantizedTokens {
+ public:
+  QuantizedTokens(int64_t tokens, int64_t K);
+
+  // Quantizes tokens [begin, end) of x, float (tokens, K).
+  void quantize(const float* x, int64_t begin, int64_t end);
+
+  const int64_t tokens, K, quads;
+  const std::unique_ptr<int8_t[]> q;       // (tokens, 4 * quads), zero past K
+  const std::unique_ptr<float[]> scale;    // (tokens): x = q * scale; NaN if x is not finite
+  const std::unique_ptr<int32_t[]> q_sum;  // (tokens)
+};
+
+enum class Activation { none, silu, swiglu };
+
+struct Int8Linear {
+  int64_t N;
+  const uint8_t* packed;
+  const float* scale;  // (N)
+  const float* bias;   // (N) or null
+  // swiglu: rows of w alternate gate and up, and y has N / 2 columns: silu(gate) * up.
+  Activation activation;
+
+  int64_t columns() const { return activation == Activation::swiglu ? N / 2 : N; }
+
+  // How many parallel tasks there are: each is one panel for a block of tokens.
+  int64_t tasks(int64_t tokens) const;
+
+  // Does tasks [begin, end) of y, float (tokens, columns). residual has y's shape, or is null.
+  void forward(const QuantizedTokens& x, const float* residual, int64_t begin, int64_t end,
+               float* y) const;
+};
+
+}  // namespace owlet

@@ -1,0 +1,74 @@
+// The few steps of floating point that CPU and CUDA share, to the last bit. Compile without
+// contraction to fused multiply-adds (-ffp-contract=off, nvcc -fmad=false).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define OWLET_HOST_DEVICE __host__ __device__
+#else
+#define OWLET_HOST_DEVICE
+#endif
+
+namespace owlet {
+
+OWLET_HOST_DEVICE inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+OWLET_HOST_DEVICE inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Added to |x| < 2^22, 1.5 * 2^23 leaves no room for a fraction: the sum is rounded to the nearest
+// integer, ties to even, and that integer stands in its low bits. Unlike lrint, it vectorises.
+constexpr float kRound = 12582912.0f;
+constexpr uint32_t kRoundBits = 0x4b400000;
+
+OWLET_HOST_DEVICE inline int32_t round_to_int(float x) {
+  return static_cast<int32_t>(bits_of(x + kRound) - kRoundBits);
+}
+
+// |x| as an integer that sorts as |x| does, with inf above every number and NaN above inf.
+OWLET_HOST_DEVICE inline int32_t abs_bits(float x) {
+  return static_cast<int32_t>(bits_of(x) & 0x7fffffff);
+}
+
+constexpr int32_t kInfBits = 0x7f800000;
+
+struct TokenScale {
+  float scale;    // q * scale = x
+  float inverse;  // x * inverse = q, before rounding; 0 where q must be 0
+};
+
+OWLET_HOST_DEVICE inline TokenScale token_scale(int32_t amax_bits) {
+  if (amax_bits >= kInfBits) return {float_of(0x7fc00000), 0.0f};  // NaN, to mark the token
+  const float amax = float_of(amax_bits);
+  return {amax / 127.0f, amax >= 1e-30f ? 127.0f / amax : 0.0f};
+}
+
+// e^x to 1 ulp, inf from 88.4 on: x = n ln 2 + r, e^r by Cephes' polynomial, 2^n by its bits.
+OWLET_HOST_DEVICE inline float exp_approx(float x) {
+  x = x < -87.0f ? -87.0f : x;  // written so that a NaN passes
+  x = x > 89.0f ? 89.0f : x;  // n = 128, whose bits are those of inf
+  const float shifted = x * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return p * float_of((bits_of(shifted) << 23) + 0x3f800000);
+}
+
+OWLET_HOST_DEVICE inline float silu(float x) { return x / (1.0f + exp_approx(-x)); }
+
+}  // namespace owlet

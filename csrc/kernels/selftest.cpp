@@ -1,0 +1,138 @@
+// Tests every kernel this CPU supports against a naive triple loop. Needs neither torch nor Python:
+//   g++ -O2 -std=c++17 -ffp-contract=off csrc/kernels/*.cpp -o selftest && ./selftest
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+
+#include "kernels.h"
+
+namespace {
+
+using namespace owlet;
+
+struct Case {
+  int64_t tokens, N, K;
+  Activation activation;
+  bool bias, residual, full_range;
+};
+
+struct Problem {
+  std::vector<int8_t> w;
+  std::vector<float> x, scale, bias, residual;
+};
+
+Problem make_problem(const Case& c, std::mt19937& random) {
+  std::uniform_int_distribution<int> weight(-127, 127), coin(0, 1);
+  std::normal_distribution<float> normal;
+  const int64_t columns = c.activation == Activation::swiglu ? c.N / 2 : c.N;
+  Problem p{std::vector<int8_t>(c.N * c.K), std::vector<float>(c.tokens * c.K),
+            std::vector<float>(c.N), std::vector<float>(c.N),
+            std::vector<float>(c.tokens * columns)};
+  for (auto& v : p.w) v = c.full_range ? (coin(random) ? 127 : -127) : weight(random);
+  for (auto& v : p.x) v = c.full_range ? (coin(random) ? 1.0f : -1.0f) : normal(random);
+  for (auto& v : p.scale) v = 0.01f * std::exp(normal(random)) / std::sqrt(static_cast<float>(c.K));
+  for (auto& v : p.bias) v = normal(random);
+  for (auto& v : p.residual) v = normal(random);
+  if (c.tokens > 1) std::fill_n(p.x.begin(), c.K, 0.0f);  // a token of zeros: scale 0
+  return p;
+}
+
+float naive_silu(double x) { return static_cast<float>(x / (1.0 + std::exp(-x))); }
+
+std::vector<float> naive(const Case& c, const Problem& p) {
+  const bool swiglu = c.activation == Activation::swiglu;
+  std::vector<int32_t> q(c.K);
+  std::vector<float> y(p.residual.size()), v(c.N);
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    const float* x = &p.x[t * c.K];
+    float amax = 0;
+    for (int64_t k = 0; k < c.K; ++k) amax = std::max(amax, std::fabs(x[k]));
+    const float inverse = amax > 0 ? 127.0f / amax : 0.0f;
+    for (int64_t k = 0; k < c.K; ++k) q[k] = std::lrint(x[k] * inverse);
+    for (int64_t n = 0; n < c.N; ++n) {
+      int32_t acc = 0;
+      for (int64_t k = 0; k < c.K; ++k) acc += q[k] * p.w[n * c.K + k];
+      v[n] = static_cast<float>(acc) * (amax / 127.0f) * p.scale[n] + (c.bias ? p.bias[n] : 0.0f);
+      if (c.activation == Activation::silu) v[n] = naive_silu(v[n]);
+    }
+    const int64_t columns = swiglu ? c.N / 2 : c.N;
+    for (int64_t n = 0; n < columns; ++n) {
+      const float value = swiglu ? naive_silu(v[2 * n]) * v[2 * n + 1] : v[n];
+      y[t * columns + n] = value + (c.residual ? p.residual[t * columns + n] : 0.0f);
+    }
+  }
+  return y;
+}
+
+std::vector<float> run(const Case& c, const Problem& p) {
+  const int64_t panels = (c.N + kPanelRows - 1) / kPanelRows;
+  std::vector<uint8_t> packed(panels * ((c.K + 3) / 4) * kQuadBytes);
+  if (!pack_panels(p.w.data(), c.N, c.K, 0, panels, packed.data())) return {};
+  QuantizedTokens x(c.tokens, c.K);
+  x.quantize(p.x.data(), 0, c.tokens);
+  const Int8Linear linear{c.N, packed.data(), p.scale.data(), c.bias ? p.bias.data() : nullptr,
+                          c.activation};
+  std::vector<float> y(p.residual.size());
+  linear.forward(x, c.residual ? p.residual.data() : nullptr, 0, linear.tasks(c.tokens), y.data());
+  return y;
+}
+
+// Every value of every dimension, without the largest products; options take turns. Then every
+// combination of options on one shape.
+std::vector<Case> make_cases() {
+  const int64_t sizes[] = {1, 3, 7, 16, 63, 64, 65, 257, 1408};
+  const Activation activations[] = {Activation::none, Activation::silu, Activation::swiglu};
+  std::vector<Case> cases;
+  for (int64_t tokens : sizes)
+    for (int64_t N : sizes)
+      for (int64_t K : sizes) {
+        if (tokens * N * K > 2'000'000) continue;
+        const size_t i = cases.size();
+        Activation activation = activations[i % 3];
+        if (N % 2 && activation == Activation::swiglu) activation = Activation::none;
+        cases.push_back({tokens, N, K, activation, i % 2 == 0, i % 4 < 2, i % 7 < 2});
+      }
+  for (Activation activation : activations)
+    for (int bits = 0; bits < 8; ++bits)
+      cases.push_back({7, 130, 257, activation, bool(bits & 1), bool(bits & 2), bool(bits & 4)});
+  return cases;
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<std::string> names = kernel_names();
+  std::vector<int> failures(names.size(), 0);
+  std::mt19937 random(1);
+  const std::vector<Case> cases = make_cases();
+  for (const Case& c : cases) {
+    const Problem problem = make_problem(c, random);
+    const std::vector<float> expected = naive(c, problem);
+    use_kernel("generic");
+    const std::vector<float> generic = run(c, problem);
+    for (size_t i = 0; i < names.size(); ++i) {
+      use_kernel(names[i]);
+      const std::vector<float> y = run(c, problem);
+      // Exact without an activation. With one, exp may differ from libm's, but not between kernels.
+      const float tolerance = c.activation == Activation::none ? 0.0f : 1e-6f;
+      bool good = y.size() == expected.size() &&
+                  !std::memcmp(y.data(), generic.data(), y.size() * sizeof(float));
+      for (size_t j = 0; good && j < y.size(); ++j)
+        good = std::fabs(y[j] - expected[j]) <= tolerance * (1 + std::fabs(expected[j]));
+      if (good) continue;
+      ++failures[i];
+      std::printf("%s: wrong for tokens %d, N %d, K %d, activation %d, bias %d, residual %d, "
+                  "full range %d\n",
+                  names[i].c_str(), int(c.tokens), int(c.N), int(c.K), int(c.activation), c.bias,
+                  c.residual, c.full_range);
+    }
+  }
+  int total = 0;
+  for (size_t i = 0; i < names.size(); ++i) {
+    std::printf("%s: %zu cases, %d failed\n", names[i].c_str(), cases.size(), failures[i]);
+    total += failures[i];
+  }
+  return total != 0;
+}

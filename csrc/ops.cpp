@@ -1,0 +1,191 @@
+// The kernels as torch operators, torch.ops.owlet.*: schemas, checks, registration; and the Python
+// module whose import registers them.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <optional>
+#include <string_view>
+
+#include "kernels/kernels.h"
+
+#ifdef OWLET_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/int8_linear.h"
+#endif
+
+namespace owlet {
+namespace {
+
+using at::Tensor;
+
+// Work worth waking a thread for, in multiply-adds.
+constexpr int64_t kGrain = 1 << 16;
+
+Activation parse_activation(std::string_view name) {
+  if (name == "none") return Activation::none;
+  if (name == "silu") return Activation::silu;
+  if (name == "swiglu") return Activation::swiglu;
+  TORCH_CHECK(false, "activation must be none, silu or swiglu, got ", name);
+}
+
+c10::SymDimVector packed_shape(const c10::SymInt& N, const c10::SymInt& K) {
+  return {(N + kPanelRows - 1) / kPanelRows, (K + 3) / 4, kPanelRows, 4};
+}
+
+void check(const char* name, const Tensor& t, at::ScalarType dtype, const Tensor& x,
+           at::ArrayRef<c10::SymInt> shape) {
+  TORCH_CHECK(t.scalar_type() == dtype, name, " must be ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK(t.device() == x.device(), name, " must be on x's device, ", x.device(), ", got ",
+              t.device());
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) same = t.sym_size(i) == shape[i];
+  TORCH_CHECK(same, name, " must have shape ", shape, ", got ", t.sym_sizes());
+}
+
+// Checks every argument and returns y, not yet filled. Shapes may be symbolic: when torch.compile
+// traces, this is all that runs.
+Tensor new_output(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                  const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                  std::string_view activation) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat, "x must be ", at::kFloat, ", got ", x.scalar_type());
+  TORCH_CHECK(x.dim() >= 1, "x must have shape (..., K), got a scalar");
+  TORCH_CHECK(scale.dim() == 1, "scale must have shape (N), got ", scale.sym_sizes());
+  const c10::SymInt K = x.sym_size(-1), N = scale.sym_size(0);
+  TORCH_SYM_CHECK(K.sym_gt(0).sym_and(K.sym_le(kMaxK)), "K must be 1 to ", kMaxK,
+                  ", for sums to fit int32, got ", K);
+  check("packed", packed, at::kByte, x, packed_shape(N, K));
+  check("scale", scale, at::kFloat, x, {N});
+  if (bias) check("bias", *bias, at::kFloat, x, {N});
+
+  c10::SymDimVector shape(x.sym_sizes());
+  shape.back() = N;
+  if (parse_activation(activation) == Activation::swiglu) {
+    TORCH_SYM_CHECK((N % 2).sym_eq(0), "swiglu needs an even N, gate and up in turn, got ", N);
+    shape.back() = N / 2;
+  }
+  if (residual) check("residual", *residual, at::kFloat, x, shape);
+  return at::empty_symint(shape, x.options());
+}
+
+Tensor contiguous(const std::optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); }
+
+const float* data_or_null(const Tensor& t) {
+  return t.defined() ? t.const_data_ptr<float>() : nullptr;
+}
+
+Tensor int8_linear_cpu(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                       std::string_view activation) {
+  const Tensor y = new_output(x, packed, scale, bias, residual, activation);
+  if (y.numel() == 0) return y;
+
+  const int64_t K = x.size(-1), tokens = x.numel() / K;
+  const Tensor x_ = x.contiguous(), packed_ = packed.contiguous(), scale_ = scale.contiguous();
+  const Tensor bias_ = contiguous(bias), residual_ = contiguous(residual);
+
+  QuantizedTokens q(tokens, K);
+  at::parallel_for(0, tokens, 1 + kGrain / K, [&](int64_t begin, int64_t end) {
+    q.quantize(x_.const_data_ptr<float>(), begin, end);
+  });
+
+  const Int8Linear linear{scale.numel(), packed_.const_data_ptr<uint8_t>(),
+                          scale_.const_data_ptr<float>(), data_or_null(bias_),
+                          parse_activation(activation)};
+  const int64_t tasks = linear.tasks(tokens);
+  const int64_t task_work = tokens * linear.N * K / tasks;
+  at::parallel_for(0, tasks, 1 + kGrain / (1 + task_work), [&](int64_t begin, int64_t end) {
+    linear.forward(q, data_or_null(residual_), begin, end, y.mutable_data_ptr<float>());
+  });
+  return y;
+}
+
+// Checks w and returns the packed tensor, not yet filled.
+Tensor new_packed(const Tensor& w) {
+  TORCH_CHECK(w.scalar_type() == at::kChar, "w must be ", at::kChar, ", got ", w.scalar_type());
+  TORCH_CHECK(w.dim() == 2, "w must have shape (N, K), got ", w.sym_sizes());
+  const c10::SymInt N = w.sym_size(0), K = w.sym_size(1);
+  TORCH_SYM_CHECK(N.sym_gt(0).sym_and(K.sym_gt(0)), "w must not be empty, got ", w.sym_sizes());
+  return at::empty_symint(packed_shape(N, K), w.options().dtype(at::kByte));
+}
+
+Tensor pack_int8_cpu(const Tensor& w) {
+  const Tensor packed = new_packed(w), w_ = w.contiguous();
+  std::atomic<bool> symmetric = true;
+  at::parallel_for(0, packed.size(0), 1, [&](int64_t begin, int64_t end) {
+    if (!pack_panels(w_.const_data_ptr<int8_t>(), w.size(0), w.size(1), begin, end,
+                     packed.mutable_data_ptr<uint8_t>()))
+      symmetric = false;
+  });
+  TORCH_CHECK(symmetric, "w must lie in [-127, 127], got a -128");
+  return packed;
+}
+
+#ifdef OWLET_CUDA
+Tensor int8_linear_cuda(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                        std::string_view activation) {
+  const Tensor y = new_output(x, packed, scale, bias, residual, activation);
+  if (y.numel() == 0) return y;
+  const c10::cuda::CUDAGuard guard(x.device());
+
+  const int64_t K = x.size(-1), tokens = x.numel() / K;
+  const Tensor x_ = x.contiguous(), packed_ = packed.contiguous(), scale_ = scale.contiguous();
+  const Tensor bias_ = contiguous(bias), residual_ = contiguous(residual);
+  const Tensor q = at::empty({tokens, (K + 3) / 4 * 4}, x.options().dtype(at::kChar));
+  const Tensor x_scale = at::empty({tokens}, x.options());
+
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(cuda::quantize_tokens(x_.const_data_ptr<float>(), tokens, K,
+                                       q.mutable_data_ptr<int8_t>(),
+                                       x_scale.mutable_data_ptr<float>(), stream));
+  C10_CUDA_CHECK(cuda::int8_linear(
+      q.const_data_ptr<int8_t>(), x_scale.const_data_ptr<float>(), tokens, K,
+      packed_.const_data_ptr<uint8_t>(), scale.numel(), scale_.const_data_ptr<float>(),
+      data_or_null(bias_), parse_activation(activation), data_or_null(residual_),
+      y.mutable_data_ptr<float>(), stream));
+  return y;
+}
+
+Tensor pack_int8_cuda(const Tensor& w) { return pack_int8_cpu(w.cpu()).to(w.device()); }
+#endif
+
+}  // namespace
+}  // namespace owlet
+
+TORCH_LIBRARY(owlet, m) {
+  m.def("int8_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, "
+        "Tensor? residual=None, str activation=\"none\") -> Tensor");
+  m.def("pack_int8(Tensor w) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(owlet, CPU, m) {
+  m.impl("int8_linear", owlet::int8_linear_cpu);
+  m.impl("pack_int8", owlet::pack_int8_cpu);
+}
+
+TORCH_LIBRARY_IMPL(owlet, Meta, m) {
+  m.impl("int8_linear", owlet::new_output);
+  m.impl("pack_int8", owlet::new_packed);
+}
+
+#ifdef OWLET_CUDA
+TORCH_LIBRARY_IMPL(owlet, CUDA, m) {
+  m.impl("int8_linear", owlet::int8_linear_cuda);
+  m.impl("pack_int8", owlet::pack_int8_cuda);
+}
+#endif
+
+PYBIND11_MODULE(owlet_kernels, m) {
+  m.doc() = "Registers torch.ops.owlet.int8_linear and torch.ops.owlet.pack_int8.";
+  m.def("isa", [] { return owlet::kernel().name; }, "The instruction set in use.");
+  m.def("isas", owlet::kernel_names, "The instruction sets this CPU supports, best first.");
+  m.def("use_isa", owlet::use_kernel, "Use this instruction set from now on; for tests.");
+}

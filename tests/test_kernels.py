@@ -1,0 +1,375 @@
+"""The int8 kernels: exact sums, the same bits on every instruction set and thread count, clear errors."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantize import int8_linear_reference, quantize_tokens
+
+owlet_kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
+
+ROOT = Path(__file__).resolve().parent.parent
+ISAS = owlet_kernels.isas()
+SIZES = [1, 3, 7, 16, 63, 64, 65, 257, 1408]
+MAX_K = (2**31 - 1) // (128 * 127)
+
+int8_linear = torch.ops.owlet.int8_linear
+pack_int8 = torch.ops.owlet.pack_int8
+
+
+@pytest.fixture(autouse=True)
+def restore_settings():
+    isa, threads = owlet_kernels.isa(), torch.get_num_threads()
+    yield
+    owlet_kernels.use_isa(isa)
+    torch.set_num_threads(threads)
+
+
+def random_int8(*shape):
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def make_linear(M, N, K, activation="none", seed=0):
+    """x, w, scale, bias and residual of a plausible layer."""
+    torch.manual_seed(seed)
+    columns = N // 2 if activation == "swiglu" else N
+    scale = torch.rand(N) * 0.02 / K**0.5
+    return torch.randn(M, K), random_int8(N, K), scale, torch.randn(N), torch.randn(M, columns)
+
+
+# --- exact sums ---------------------------------------------------------------------------------
+
+
+def full_range(*shape):
+    return torch.randint(0, 2, shape) * 254 - 127
+
+
+@functools.cache
+def exact_products(kind):
+    """For every K of SIZES: x of whole numbers, int8 w, and the sums in float32, rounded once.
+
+    The largest of every row of x is 127, so that its scale is 1, or 0, so that its scale is 0.
+    """
+    torch.manual_seed(0)
+    M = N = max(SIZES)
+    products = []
+    for K in SIZES:
+        make = full_range if kind == "full range" else random_int8
+        x, w = make(M, K).float(), make(N, K).to(torch.int8)
+        x[:, 0] = 127
+        if kind == "full range":
+            x[0], w[0] = 127, 127  # the largest sum there is
+        if kind == "zeros":
+            x[::2], w[1::2] = 0, 0
+        products.append((x, w, (x.double() @ w.double().T).float()))  # float64: exact to 2^53
+    return products
+
+
+@pytest.mark.parametrize("kind", ["random", "full range", "zeros"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_sums_are_exact(isa, kind):
+    owlet_kernels.use_isa(isa)
+    for x, w, sums in exact_products(kind):
+        for N in SIZES:
+            packed, ones = pack_int8(w[:N]), torch.ones(N)
+            for M in SIZES:
+                y = int8_linear(x[:M], packed, ones)
+                assert torch.equal(y, sums[:M, :N]), (M, N, w.shape[1])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_largest_k_does_not_overflow(isa, sign):
+    owlet_kernels.use_isa(isa)
+    w = torch.full((2, MAX_K), 127, dtype=torch.int8)
+    y = int8_linear(torch.full((1, MAX_K), 127.0 * sign), pack_int8(w), torch.ones(2))
+    assert torch.equal(y, torch.full((1, 2), float(sign * 127 * 127 * MAX_K)))
+
+
+# --- the whole op -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["none", "silu", "swiglu"])
+@pytest.mark.parametrize("extras", ["", "bias", "residual", "bias residual"])
+def test_equals_reference(activation, extras):
+    x, w, scale, bias, residual = make_linear(13, 130, 257, activation)
+    x[3] = 0
+    kwargs = {
+        "bias": bias if "bias" in extras else None,
+        "residual": residual if "residual" in extras else None,
+        "activation": activation,
+    }
+    y = int8_linear(x, pack_int8(w), scale, **kwargs)
+    expected = int8_linear_reference(x, w, scale, **kwargs)
+    if activation == "none":
+        assert torch.equal(y, expected)
+    else:  # exp differs from torch's in the last bits
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    M=st.integers(1, 40),
+    N=st.integers(1, 200),
+    K=st.integers(1, 300),
+    activation=st.sampled_from(["none", "silu", "swiglu"]),
+    isa=st.sampled_from(ISAS),
+    threads=st.integers(1, 4),
+)
+def test_equals_reference_for_any_shape(M, N, K, activation, isa, threads):
+    N += N % 2 if activation == "swiglu" else 0
+    owlet_kernels.use_isa(isa)
+    torch.set_num_threads(threads)
+    x, w, scale, bias, residual = make_linear(M, N, K, activation)
+    y = int8_linear(x, pack_int8(w), scale, bias, residual, activation)
+    expected = int8_linear_reference(x, w, scale, bias, residual, activation)
+    tolerance = 0 if activation == "none" else 1e-6
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("activation", ["none", "silu", "swiglu"])
+@pytest.mark.parametrize("M", [1, 200])
+def test_same_bits_on_every_isa_and_thread_count(M, activation):
+    x, w, scale, bias, residual = make_linear(M, 1408, 520, activation)
+    packed = pack_int8(w)
+    results = []
+    for isa in ISAS:
+        for threads in [1, 2, 3, 5]:
+            owlet_kernels.use_isa(isa)
+            torch.set_num_threads(threads)
+            results.append(int8_linear(x, packed, scale, bias, residual, activation))
+    assert all(torch.equal(y, results[0]) for y in results[1:])
+
+
+def test_silu_over_its_whole_range():
+    v = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-1e30, -1e4, -0.0, 1e4, 1e30])])
+    packed, scale = pack_int8(torch.tensor([[127]], dtype=torch.int8)), torch.tensor([1 / 127])
+    x = int8_linear(v[:, None], packed, scale)
+    y = int8_linear(v[:, None], packed, scale, activation="silu")
+    expected = torch.nn.functional.silu(x.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-35)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("activation", ["none", "silu", "swiglu"])
+def test_a_token_that_is_not_finite_yields_nan_and_no_other_does(bad, activation):
+    x, w, scale, bias, residual = make_linear(9, 130, 200, activation)
+    packed = pack_int8(w)
+    good = int8_linear(x, packed, scale, bias, residual, activation)
+    x[4, 77] = bad
+    y = int8_linear(x, packed, scale, bias, residual, activation)
+    assert y[4].isnan().all()
+    y[4] = good[4]
+    assert torch.equal(y, good)
+
+
+def test_tokens_are_quantized_as_the_reference_does():
+    """The identity as weights shows every q * scale."""
+    torch.manual_seed(0)
+    halves = torch.arange(-126.5, 127)
+    halves[0] = 127  # makes the scale 1, so that every half is a tie, to be rounded to even
+    x = torch.stack([halves, torch.randn(len(halves)), torch.zeros(len(halves))])
+    q, scale = quantize_tokens(x)
+    y = int8_linear(x, pack_int8(torch.eye(len(halves), dtype=torch.int8)), torch.ones(len(halves)))
+    assert torch.equal(y, q * scale)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e-31, 1e-29, 1e34])
+def test_tiny_and_huge_tokens(value):
+    x, w = torch.full((2, 64), value), random_int8(5, 64)
+    scale = torch.full((5,), 1e-4)
+    y = int8_linear(x, pack_int8(w), scale)
+    assert torch.equal(y, int8_linear_reference(x, w, scale))
+    assert torch.isfinite(y).all()
+
+
+def test_strides_leading_dimensions_and_empty_batches():
+    x, w, scale, bias, residual = make_linear(6, 70, 33)
+    packed = pack_int8(w)
+    y = int8_linear(x, packed, scale, bias, residual)
+
+    def strided(t):
+        return t.t().contiguous().t()
+
+    assert torch.equal(int8_linear(strided(x), packed, scale, bias, strided(residual)), y)
+    assert torch.equal(pack_int8(strided(w)), packed)
+    doubled = torch.stack([scale, scale], 1)[:, 0]
+    assert torch.equal(int8_linear(x, packed, doubled, bias, residual), y)
+    batch = int8_linear(x.view(2, 3, 33), packed, scale, bias, residual.view(2, 3, 70))
+    assert torch.equal(batch, y.view(2, 3, 70))
+    assert torch.equal(int8_linear(x[0], packed, scale, bias, residual[0]), y[0])
+    assert int8_linear(torch.empty(4, 0, 33), packed, scale).shape == (4, 0, 70)
+
+
+@pytest.mark.parametrize("N", SIZES)
+@pytest.mark.parametrize("K", SIZES)
+def test_packed_layout(N, K):
+    w = random_int8(N, K)
+    packed = pack_int8(w)
+    panels, quads = -(-N // 64), -(-K // 4)
+    assert packed.shape == (panels, quads, 64, 4) and packed.dtype == torch.uint8
+    rows = packed.transpose(1, 2).reshape(panels * 64, quads * 4).int() - 128
+    assert torch.equal(rows[:N, :K], w.int())
+    assert not rows[N:].any() and not rows[:, K:].any()
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+X, PACKED, SCALE = torch.randn(2, 8), pack_int8(random_int8(6, 8)), torch.rand(6)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ({"x": X.double()}, "x must be Float, got Double"),
+        ({"x": torch.tensor(1.0)}, "x must have shape"),
+        ({"x": torch.ones(2, 0), "packed": PACKED[:, :0]}, "K must be 1 to .*, got 0"),
+        ({"x": torch.randn(2, 9)}, r"packed must have shape \[1, 3, 64, 4\], got \[1, 2, 64, 4\]"),
+        ({"packed": PACKED.char()}, "packed must be Byte, got Char"),
+        ({"packed": PACKED[0]}, r"packed must have shape .*, got \[2, 64, 4\]"),
+        ({"scale": SCALE.half()}, "scale must be Float, got Half"),
+        ({"scale": SCALE[None]}, r"scale must have shape \(N\), got \[1, 6\]"),
+        ({"scale": torch.rand(65)}, r"packed must have shape \[2, 2, 64, 4\]"),
+        ({"scale": torch.rand(6, device="meta")}, "scale must be on x's device, cpu, got meta"),
+        ({"bias": torch.rand(5)}, r"bias must have shape \[6\], got \[5\]"),
+        ({"bias": torch.rand(6).double()}, "bias must be Float, got Double"),
+        ({"residual": torch.rand(6)}, r"residual must have shape \[2, 6\], got \[6\]"),
+        ({"residual": torch.rand(2, 6), "activation": "swiglu"}, r"residual must have shape \[2, 3\]"),
+        ({"activation": "gelu"}, "activation must be none, silu or swiglu, got gelu"),
+        ({"scale": SCALE[:5], "activation": "swiglu"}, "swiglu needs an even N"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_int8_linear_refuses(args, message):
+    with pytest.raises(RuntimeError, match=message):
+        int8_linear(**{"x": X, "packed": PACKED, "scale": SCALE, **args})
+
+
+def test_int8_linear_refuses_a_k_whose_sums_could_overflow():
+    K = MAX_K + 1
+    with pytest.raises(RuntimeError, match=f"K must be 1 to {MAX_K}, .*, got {K}"):
+        int8_linear(torch.ones(1, K), pack_int8(random_int8(1, K)), torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "w, message",
+    [
+        (torch.tensor([[1, -128]], dtype=torch.int8), "got a -128"),
+        (torch.zeros(2, 2), "w must be Char, got Float"),
+        (torch.zeros(2, dtype=torch.int8), r"w must have shape \(N, K\), got \[2\]"),
+        (torch.zeros(0, 2, dtype=torch.int8), r"w must not be empty, got \[0, 2\]"),
+    ],
+)
+def test_pack_int8_refuses(w, message):
+    with pytest.raises(RuntimeError, match=message):
+        pack_int8(w)
+
+
+# --- torch's machinery --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["none", "silu", "swiglu"])
+def test_opcheck(activation):
+    x, w, scale, bias, residual = make_linear(3, 66, 20, activation)
+    torch.library.opcheck(pack_int8.default, (w,))
+    torch.library.opcheck(int8_linear.default, (x, pack_int8(w), scale))
+    torch.library.opcheck(int8_linear.default, (x, pack_int8(w), scale, bias, residual, activation))
+
+
+def test_compiles_into_one_graph():
+    x, w, scale, bias, residual = make_linear(5, 66, 20)
+    packed = pack_int8(w)
+
+    def f(x, residual):
+        return int8_linear(x * 2, packed, scale, bias, residual, activation="silu") + 1
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)
+    for M in [5, 3]:
+        assert torch.equal(compiled(x[:M], residual[:M]), f(x[:M], residual[:M]))
+
+
+# --- instruction sets, threads ------------------------------------------------------------------
+
+
+def python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("isa", ["", *ISAS])
+def test_owlet_isa_chooses(isa):
+    result = python("import torch, owlet_kernels; print(owlet_kernels.isa())", OWLET_ISA=isa)
+    assert result.stdout.strip() == (isa or ISAS[0]), result.stderr
+
+
+@pytest.mark.parametrize("isa", ["sse9", "neon" if "avx2" in ISAS else "avx2"])
+def test_owlet_isa_refuses(isa):
+    result = python("import torch, owlet_kernels; owlet_kernels.isa()", OWLET_ISA=isa)
+    message = f"instruction set '{isa}' (OWLET_ISA) is unknown or not supported by this CPU"
+    assert result.returncode != 0
+    assert f"{message}, which has: {', '.join(ISAS)}" in result.stderr
+    with pytest.raises(ValueError, match="unknown or not supported"):
+        owlet_kernels.use_isa(isa)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_runs_on_torchs_threads(threads):
+    """The op starts as many threads as torch is told to, in the one OpenMP runtime there is."""
+    code = f"""if True:
+        import os, re, torch, owlet_kernels
+        x, w, scale = torch.ones(64, 512), torch.ones(2048, 512, dtype=torch.int8), torch.ones(2048)
+        torch.set_num_threads({threads})
+        before = len(os.listdir("/proc/self/task"))
+        torch.ops.owlet.int8_linear(x, torch.ops.owlet.pack_int8(w), scale)
+        after = len(os.listdir("/proc/self/task"))
+        maps = open("/proc/self/maps").read()
+        print(after - before, len(set(re.findall(r"\\S*/lib(?:gomp|omp|iomp5)\\S*", maps))))
+    """
+    result = python(code, OMP_NUM_THREADS="1")
+    assert result.stdout.split() == [str(threads - 1), "1"], result.stderr
+
+
+# --- without torch ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "compiler, flags, runner",
+    [
+        ("c++", ["-O2"], []),
+        ("c++", ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], []),
+        ("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"]),
+    ],
+    ids=["native", "sanitized", "aarch64"],
+)
+def test_native_self_test(compiler, flags, runner, tmp_path):
+    for tool in [compiler, *runner]:
+        if not shutil.which(tool):
+            pytest.skip(f"{tool} is not installed")
+    command = [compiler, "-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", *flags]
+    sources = sorted(str(path) for path in (ROOT / "csrc" / "kernels").glob("*.cpp"))
+    subprocess.run([*command, *sources, "-o", tmp_path / "selftest"], check=True)
+    result = subprocess.run([*runner, tmp_path / "selftest"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "neon" in result.stdout or not runner
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+@pytest.mark.parametrize("arch", ["sm_75", "sm_100"])
+def test_cuda_compiles(arch, tmp_path):
+    command = ["nvcc", "-std=c++17", "-fmad=false", "-Werror", "all-warnings", f"-arch={arch}"]
+    source = ROOT / "csrc" / "cuda" / "int8_linear.cu"
+    subprocess.run([*command, "-c", source, "-o", tmp_path / "int8_linear.o"], check=True)
