@@ -1,0 +1,272 @@
+"""profile_run.py: the script runs as it would alone, and the report's figures add up and are in the right place."""
+
+import cProfile
+import json
+import marshal
+import os
+import pstats
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+import profile_run
+
+ROOT = Path(__file__).resolve().parent.parent
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def python(folder, *args, env=None):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=folder, capture_output=True, text=True, timeout=120,
+                          env=os.environ | (env or {}))
+
+
+def profiled(folder, *args, **kwargs):
+    return python(folder, ROOT / "profile_run.py", *args, **kwargs)
+
+
+def write(folder, name, code):
+    path = folder / name
+    path.write_text(code)
+    return path
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """Run a script in this process: exit code and profile."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+    def run(path):
+        profile = cProfile.Profile()
+        code = profile_run.run_script([str(path)], profile, nullcontext())
+        return code, profile_run.snapshot(profile)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run of the repository's train.py, profiled: its folder and the finished process."""
+    folder = tmp_path_factory.mktemp("train")
+    write(folder, "book.txt", "It was the best of times, it was the worst of times. " * 100)
+    made = python(folder, ROOT / "data" / "prepare.py", "--input", "book.txt")
+    assert made.returncode == 0, made.stderr
+    done = profiled(folder, "--out", "run", "--top", 40, ROOT / "train.py", "tiny", "--n-layer", 1, "--n-embd", 32,
+                    "--block-size", 32, "--max-steps", 8, "--eval-every", 4, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+# ---------------------------------------------------------------- as it would run alone
+
+SELF_PORTRAIT = """
+import dataclasses, os, pickle, sys
+@dataclasses.dataclass
+class Thing:
+    x: "int" = 1
+print(sys.argv, sys.path[0], __name__, __file__, sys.modules["__main__"].__name__, pickle.loads(pickle.dumps(Thing())))
+print("words", file=sys.stderr)
+os.chdir("/")
+sys.exit(3)
+"""
+
+
+def test_script_sees_what_python_shows_it(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, "sub/portrait.py", SELF_PORTRAIT)
+    command = ["sub/portrait.py", "--out", "x", "--top", "0", "--help", "--", "--compare", "a.prof"]
+    alone, ours = python(tmp_path, *command), profiled(tmp_path, *command)
+    assert alone.stdout and ours.stdout == alone.stdout
+    assert ours.returncode == alone.returncode == 3
+    assert ours.stderr.startswith("words\n") and "under cProfile" in ours.stderr
+    assert pstats.Stats(str(tmp_path / "profile-portrait.prof")).total_calls > 0
+    assert (tmp_path / "profile-portrait.png").read_bytes().startswith(PNG)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_exception_keeps_its_traceback(tmp_path):
+    write(tmp_path, "bad.py", "def f():\n    return 1 / 0\n\nf()\n")
+    alone, ours = python(tmp_path, "bad.py"), profiled(tmp_path, "bad.py")
+    assert "ZeroDivisionError" in alone.stderr and ours.stderr.startswith(alone.stderr)
+    assert ours.returncode == alone.returncode == 1
+    assert "bad.py:f" in ours.stderr.removeprefix(alone.stderr)
+
+
+def test_ctrl_c_reports_what_was_recorded(tmp_path):
+    write(tmp_path, "long.py", "import os, signal\ndef f():\n    os.kill(os.getpid(), signal.SIGINT)\n"
+                               "    while True: pass\nprint('begun')\nf()\n")
+    ours = profiled(tmp_path, "long.py")
+    assert (ours.returncode, ours.stdout) == (130, "begun\n")
+    assert "KeyboardInterrupt" in ours.stderr and "long.py:f" in ours.stderr
+    assert (tmp_path / "profile-long.prof").exists()
+
+
+@pytest.mark.parametrize("code, expected, said", [
+    ("import sys; sys.exit()", 0, ""),
+    ("import sys; sys.exit('no luck')", 1, "no luck\n"),
+    ("raise SystemExit(7)", 7, ""),
+    ("def (", 1, "SyntaxError"),
+])
+def test_exit_codes(tmp_path, record, capsys, code, expected, said):
+    assert record(write(tmp_path, "script.py", code))[0] == expected
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args, said", [
+    ([], "expected a script"),
+    (["--top", "3"], "expected a script"),
+    (["nowhere.py", "--x"], "nowhere.py: expected a Python script"),
+    (["--top", "0", "script.py"], "--top: expected 1 or more, got 0"),
+    (["--tip", "3", "script.py"], "--tip"),
+    (["--out", "no/where", "script.py"], "--out"),
+    (["--compare", "text.prof"], "expected two .prof files"),
+    (["--compare", "good.prof", "text.prof"], "text.prof: expected a profile"),
+    (["--compare", "good.prof", "cut.prof"], "cut.prof: expected a profile"),
+    (["--compare", "list.prof", "good.prof"], "list.prof: expected a profile"),
+    (["--compare", "good.prof", "none.prof"], "none.prof"),
+])
+def test_misuse_is_one_line(tmp_path, monkeypatch, capsys, args, said):
+    good = marshal.dumps({("a.py", 1, "f"): (1, 1, 0.5, 0.5, {})})
+    for name, content in {"script.py": b"1", "good.prof": good, "cut.prof": good[:-8], "text.prof": b"once upon",
+                          "list.prof": marshal.dumps([1, 2])}.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["profile_run.py", *args])
+    with pytest.raises(SystemExit) as stop:
+        profile_run.run(profile_run.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error
+    assert error.count("\n") == 1 and error.startswith("profile_run.py: ")
+
+
+def test_two_ranks_write_two_profiles(tmp_path):
+    write(tmp_path, "ranked.py", "import os\nprint(f'rank {os.environ[\"RANK\"]}', flush=True)\n")
+    ours = python(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                  ROOT / "profile_run.py", "ranked.py", env={"OMP_NUM_THREADS": "1"})
+    assert ours.returncode == 0, ours.stderr
+    assert sorted(ours.stdout.split("\n")) == ["", "rank 0", "rank 1"]
+    assert ours.stderr.count("under cProfile") == 1
+    files = sorted(path.name for path in tmp_path.glob("profile-*"))
+    assert files == ["profile-ranked-rank0.png", "profile-ranked-rank0.prof", "profile-ranked-rank1.prof"]
+
+
+# ---------------------------------------------------------------- the figures
+
+def test_training_by_phase(trained):
+    folder, done = trained
+    stats = marshal.loads((folder / "run.prof").read_bytes())
+    phases = profile_run.by_phase(stats)
+    seconds = {phase: amount for phase, (amount, _) in phases.items()}
+    assert pstats.Stats(str(folder / "run.prof")).total_tt == pytest.approx(sum(seconds.values()))
+    assert {phase: phases[phase][1] for phase in ("data", "forward", "backward", "optimizer", "evaluation")} == {
+        "data": 8, "forward": 8, "backward": 8, "optimizer": 8, "evaluation": 2}
+    for phase in ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint and log", "Python import"):
+        assert seconds[phase] > 0 and phase in done.stderr
+    assert 0 <= seconds["everything else"] < 0.3 * sum(seconds.values())
+    # set-up makes the optimizers, which imports the compiler, which takes a second: none of set-up's own
+    assert seconds["set-up"] < seconds["Python import"]
+
+
+def test_training_report(trained):
+    folder, done = trained
+    _, phases, own, cumulative, notes, files = done.stderr[done.stderr.index("train.py tiny"):].strip().split("\n\n")
+    assert len(own.splitlines()) == len(cumulative.splitlines()) == 1 + 40
+    assert "train.py:train" in cumulative and "torch._C._EngineBase.run_backward" in own
+    assert "cProfile's own cost: about" in notes and files == "-> run.prof, run.png"
+    assert str(ROOT) not in phases + own + cumulative and sys.prefix not in own + cumulative
+    assert (folder / "run.png").read_bytes().startswith(PNG)
+
+
+TOY_TRAINING = """
+import time
+def forward_loss():
+    time.sleep(0.05)
+def evaluate():
+    forward_loss()
+    indirectly()
+def indirectly():
+    import slow_module
+def update(depth=3):
+    time.sleep(0.02)
+    if depth:
+        update(depth - 1)
+forward_loss()
+evaluate()
+update()
+time.sleep(0.03)
+"""
+
+
+def test_phases_are_disjoint(tmp_path, record):
+    """Evaluation's forward pass is evaluation; an import inside it is import; recursion counts once."""
+    write(tmp_path, "slow_module.py", "import time\ntime.sleep(0.2)\n")
+    code, stats = record(write(tmp_path, "train.py", TOY_TRAINING))
+    phases = {phase: seconds for phase, (seconds, _) in profile_run.by_phase(stats).items()}
+    expected = {"forward": 0.05, "evaluation": 0.05, "Python import": 0.2, "optimizer": 0.08, "everything else": 0.03}
+    assert code == 0 and phases == pytest.approx(expected, abs=0.02)
+    assert profile_run.by_phase(stats)["forward"][1] == 1
+
+
+def test_other_threads_add_no_time(tmp_path, record):
+    code, stats = record(write(tmp_path, "threads.py", """
+import threading, time
+threads = [threading.Thread(target=time.sleep, args=(0.2,)) for _ in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""))
+    assert code == 0
+    assert 0.2 < profile_run.total_seconds(stats) < 0.4
+
+
+def test_methods_carry_their_class(tmp_path, record):
+    """Two methods of one name stay apart, which pstats' own labels cannot tell."""
+    code = "class A:\n    def f(self): pass\nclass B:\n    def f(self): pass\n\nA().f()\n[B().f() for _ in range(3)]\n"
+    _, stats = record(write(tmp_path, "methods.py", code))
+    calls = {name: number for name, (_, _, number) in profile_run.by_function(stats).items()}
+    assert (calls["methods.py:A.f"], calls["methods.py:B.f"]) == (1, 3)
+
+
+@pytest.mark.parametrize("func, name", [
+    (("~", 0, "<built-in method torch._C._nn.linear>"), "torch._C._nn.linear"),
+    (("~", 0, "<method 'item' of 'torch._C.TensorBase' objects>"), "torch._C.TensorBase.item"),
+    (("/home/me/owlet/train.py", 9, "evaluate"), "train.py:evaluate"),
+    (("/x/lib/python3.11/site-packages/torch/nn/functional.py", 1, "silu"), "torch/nn/functional.py:silu"),
+    (("/usr/lib/python3.12/json/decoder.py", 1, "decode"), "json/decoder.py:decode"),
+    (("C:\\py\\Lib\\site-packages\\torch\\_tensor.py", 1, "Tensor.backward"), "torch/_tensor.py:Tensor.backward"),
+    (("<frozen importlib._bootstrap>", 1, "_find_and_load"), "<frozen importlib._bootstrap>:_find_and_load"),
+])
+def test_readable_names(func, name):
+    assert profile_run.readable(func) == name
+
+
+def test_own_cost_is_measured():
+    assert 1e-8 < profile_run.cost_per_call() < 1e-5
+
+
+def test_compare(tmp_path):
+    def profile(name, **own):
+        stats = {("train.py", 1, func): (1, 1, seconds, seconds, {}) for func, seconds in own.items()}
+        (tmp_path / name).write_bytes(marshal.dumps(stats))
+
+    profile("a.prof", update=2.0, evaluate=1.0, old=0.25, same=1.0)
+    profile("b.prof", update=1.0, evaluate=1.5, new=0.125, same=1.0)
+    ours = profiled(tmp_path, "--top", 4, "--compare", "a.prof", "b.prof")
+    assert (ours.returncode, ours.stderr) == (0, "")
+    phases, functions = ([line.split() for line in part.splitlines()[1:]] for part in ours.stdout.split("\n\n"))
+    assert phases[0] == ["2.00", "s", "1.00", "s", "-1.00", "s", "0.50", "optimizer"]
+    assert phases[1] == ["1.00", "s", "1.50", "s", "+500.0", "ms", "1.50", "evaluation"]
+    assert phases[-1] == ["4.25", "s", "3.62", "s", "-625.0", "ms", "0.85", "total"]
+    assert [row[-1] for row in functions] == ["train.py:update", "train.py:evaluate", "train.py:old", "train.py:new"]
+    assert [row[-2] for row in functions] == ["0.50", "1.50", "gone", "new"]
+
+
+def test_torch_operators_and_trace(tmp_path):
+    write(tmp_path, "product.py", "import torch\na = torch.ones(9, 9)\nprint((a @ a).sum())\n")
+    ours = profiled(tmp_path, "--torch", "product.py")
+    assert (ours.returncode, ours.stdout) == (0, "tensor(729.)\n")
+    assert "aten::mm" in ours.stderr and "product.py:<module>" in ours.stderr
+    events = json.loads((tmp_path / "profile-product.trace.json").read_text())["traceEvents"]
+    assert any(event["name"] == "aten::mm" for event in events)
