@@ -33,7 +33,7 @@ def parse(config_class: type[Config], description: str, args: Sequence[str] | No
         lines = [line.strip("│ \n") for line in box.getvalue().splitlines()]
         body = [line for line in lines if line and not line.startswith("╭")]
         rule = next((i for i, line in enumerate(body) if re.match(r"[─╰]", line)), len(body))
-        message = " ".join(body[:rule]) or "the flags could not be read"
+        message = re.sub(r"\[/?bold\]", "", " ".join(body[:rule])) or "the flags could not be read"
         hint = re.search(r"Perhaps you meant:\n?\s*(--[\w-]+)", "\n".join(lines))
         if hint:
             message += f" (perhaps {hint[1]}?)"

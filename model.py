@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from checkpoint import read_config, read_tensors, write_json, write_tensors
 from cli import UserError
@@ -128,10 +129,10 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def rope_table(config: GPTConfig, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def rope_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles, (block_size, head_dim / 2) (Su et al., 2021)."""
-    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    positions = torch.arange(config.block_size, device=device).float()
+    exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    positions = torch.arange(config.block_size).float()
     angles = torch.outer(positions, 1.0 / config.rope_theta**exponent)
     return angles.cos(), angles.sin()
 
@@ -287,13 +288,12 @@ class GPT(nn.Module):
         state = {name: tensor.float() for name, tensor in read_tensors(folder).items()}
         if config.tie_embeddings:
             state["lm_head.weight"] = state.get("model.embed_tokens.weight", torch.empty(0))
-        with torch.device("meta"):  # no time spent on weights that are replaced at once
+        with Uninitialised():
             model = cls(config)
         check_tensors(folder, model.state_dict(), state)
         model.load_state_dict(state, assign=True)
         if config.tie_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
-        model.cos, model.sin = rope_table(config)
         return model.eval()
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -305,6 +305,15 @@ class GPT(nn.Module):
         write_json(folder / "config.json", self.config.to_hf())
         write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 0.8, "top_k": 50})
         write_tensors(folder / "model.safetensors", state)
+
+
+class Uninitialised(TorchFunctionMode):
+    """Modules made in this context do not fill their weights, which are about to be replaced."""
+
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs or {})
 
 
 def check_tensors(folder: Path, expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:

@@ -40,7 +40,7 @@ from checkpoint import (
     write_tensors,
 )
 from cli import UserError, parse, run
-from model import GPT, Block, GPTConfig, KVCache, check_tensors, generate, rope_table
+from model import GPT, Block, GPTConfig, KVCache, Uninitialised, check_tensors, generate
 from train import TokenData, evaluate
 
 try:
@@ -216,7 +216,7 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend) -> GPT:
             weight, scale = torch.cat(weights), torch.cat(scales)
         return Int8Linear(weight, scale, backend, activation)
 
-    with torch.device("meta"):
+    with Uninitialised():
         model = GPT(config)
     norms = {name: tensor for name, tensor in state.items() if tensor.dim() == 1 and not name.endswith("_scale")}
     model.load_state_dict(norms, strict=False, assign=True)
@@ -227,7 +227,6 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend) -> GPT:
     table = model.lm_head if config.tie_embeddings else Int8Linear(
         state[f"{embedding}.weight"], state[f"{embedding}.weight_scale"], "reference")
     model.model["embed_tokens"] = Int8Embedding(table)
-    model.cos, model.sin = rope_table(config)
     model.backend = f"{backend} ({owlet_kernels.isa()})" if backend == "owlet" else backend
     return model.eval().requires_grad_(False)
 
@@ -254,11 +253,13 @@ def from_pretrained(folder: Path, backend: str = "auto", device: str = "cpu") ->
     if found != FORMAT:
         raise UserError(f"{folder}/config.json: expected quantization_config {FORMAT}, got {found}")
     config, state = GPTConfig.from_hf(hf), read_tensors(folder)
-    with torch.device("meta"):
-        plain = GPT(config).state_dict()
-        if config.tie_embeddings:
-            del plain["lm_head.weight"]
-        expected = quantize_state(plain)
+    with Uninitialised():
+        expected = GPT(config).state_dict()
+    if config.tie_embeddings:
+        del expected["lm_head.weight"]
+    for name, tensor in list(expected.items()):
+        if tensor.dim() == 2:
+            expected[name], expected[f"{name}_scale"] = torch.empty_like(tensor, dtype=torch.int8), tensor[:, 0]
     check_tensors(folder, expected, state)
     return build(config, state, pick_backend(backend, torch.device(device))).to(device)
 

@@ -409,7 +409,8 @@ def check(config: TrainConfig, world: int) -> None:
 
 def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
@@ -496,14 +497,14 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
                 raise UserError(f"step {done}: the loss is {train_loss}; {out} keeps its last checkpoint. Try lower "
                                 f"--muon-lr and --adam-lr (now {config.muon_lr:g} and {config.adam_lr:g})")
             left = duration((config.max_steps - done) * tokens_a_step / pace)
-            line = (f"train {train_loss:.3f} nats ({train_loss * data.bits_per_nat:.3f} bits/byte), "
-                    f"{pace:,.0f} tokens/s, {model.estimate_mfu(pace, peak):.0%} of peak")
+            speed = f"{pace:,.0f} tokens/s ({model.estimate_mfu(pace, peak):.0%} of peak), {left} left"
             if log:
                 log.add(step=done, train_loss=train_loss, lr_scale=lr_scale(step, config), tokens_per_second=pace)
                 bar.set_postfix_str(f"loss {train_loss:.3f}, {pace:,.0f} tokens/s", refresh=False)
                 if bar.disable and time.perf_counter() - spoke > 20 and not (last or due):
                     spoke = time.perf_counter()
-                    say(f"step {done}/{config.max_steps}: {line}, {left} left")
+                    say(f"step {done}/{config.max_steps}: train {train_loss:.3f} nats = "
+                        f"{train_loss * data.bits_per_nat:.3f} bits/byte, {speed}")
             running.zero_()
             reported, began = done, time.perf_counter()
         else:
@@ -514,8 +515,8 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
             better, best = val_loss < best, min(best, val_loss)
             if ranks.is_main:
                 log.add(step=done, val_loss=val_loss, val_bits_per_byte=val_loss * data.bits_per_nat)
-                say(f"step {done}/{config.max_steps}: {line}; validation {val_loss:.4f} nats, "
-                    f"{val_loss * data.bits_per_nat:.4f} bits/byte{'' if better else ' (no better)'}, {left} left")
+                say(f"step {done}/{config.max_steps}: train {train_loss:.3f}, validation {val_loss:.4f} nats = "
+                    f"{val_loss * data.bits_per_nat:.4f} bits/byte{'' if better else ' (no better)'}, {speed}")
                 if better:  # what others read is the best model so far, not the latest
                     model.save_pretrained(out)
         if ranks.is_main and (due or last or stop):
