@@ -218,7 +218,8 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend) -> GPT:
 
     with Uninitialised():
         model = GPT(config)
-    norms = {name: tensor for name, tensor in state.items() if tensor.dim() == 1 and not name.endswith("_scale")}
+    # cloned: a tensor read from a file keeps the whole file in memory
+    norms = {name: state[name].clone() for name, like in model.state_dict().items() if like.dim() == 1}
     model.load_state_dict(norms, strict=False, assign=True)
     for i, block in enumerate(model.model.layers):
         model.model.layers[i] = Int8Block(block, partial(linear, f"model.layers.{i}."))
@@ -375,9 +376,9 @@ def draw(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = {"file_bytes": ("file, MB", 1e-6), "memory_bytes": ("memory, MB", 1e-6),
-              "bits_per_byte": ("bits per byte", 1), "prompt_tokens_per_second": ("prompt, tokens/s", 1),
-              "decode_tokens_per_second": ("decode, tokens/s", 1)}
+    panels = {"file_bytes": ("file, MB  ↓", 1e-6), "memory_bytes": ("memory, MB  ↓", 1e-6),
+              "bits_per_byte": ("bits per byte  ↓", 1), "prompt_tokens_per_second": ("prompt, tokens/s  ↑", 1),
+              "decode_tokens_per_second": ("decode, tokens/s  ↑", 1)}
     panels = {key: value for key, value in panels.items() if result["rows"]["fp32"][key] is not None}
     figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 3.2), layout="constrained")
     names = list(result["rows"])
@@ -386,7 +387,7 @@ def draw(result: dict, path: Path) -> None:
                         color=["#bdbdbd", "#9ecae1", "#08519c"][-len(names):])
         digits = "{:.3f}" if key == "bits_per_byte" else "{:,.0f}" if unit == 1 else "{:,.3g}"
         axis.bar_label(bars, fmt=digits, fontsize=8)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=10)  # the arrow points to better
         axis.tick_params(axis="x", labelrotation=30, labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{result['model']}: {result['parameters'] / 1e6:.1f}M parameters, {result['threads']} threads")
