@@ -72,6 +72,7 @@ def read_config(folder: Path) -> dict:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # the library makes its files for the owner's eyes only
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

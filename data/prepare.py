@@ -62,7 +62,7 @@ def read_text(path: Path) -> Iterator[str]:
     if size == 0:
         raise UserError(f"{path}: expected UTF-8 text, got an empty file")
     with path.open("rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=f"read {path.name}",
-                                       delay=2, leave=False) as bar:
+                                       delay=2, leave=False, disable=None) as bar:
         held, done = "", 0  # held: a \\r whose \\n may be in the next piece
         while True:
             raw = file.read(PIECE)
@@ -198,7 +198,7 @@ def write_tokens(path: Path, texts: Iterable[str], tokenizer: Tokenizer, dtype: 
     """Encode texts (`total` bytes) into a flat little-endian file; return its counts and hash."""
     tokens, digest = 0, hashlib.sha256()
     with path.open("wb") as file, tqdm(total=total, unit="B", unit_scale=True, desc="encode",
-                                       delay=2, leave=False) as bar:
+                                       delay=2, leave=False, disable=None) as bar:
         texts = iter(texts)
         while some := list(itertools.islice(texts, 16)):
             data = encode(tokenizer, some).astype(dtype).tobytes()
