@@ -25,30 +25,29 @@ kernels: build/kernels
 build/kernels: .venv/requirements setup.py setup.cfg $(wildcard csrc/*.* csrc/*/*.*)
 	@mkdir -p build
 	@if command -v $(CXX) > /dev/null; then \
-	    echo "building the int8 kernels ..." && CXX=$(CXX) $(BIN)/python setup.py build_ext > build/log 2>&1 || \
-	        { tail -n 40 build/log; exit 1; }; \
+	    echo "building the int8 kernels ..." && \
+	    CXX=$(CXX) $(BIN)/python setup.py build_ext > build/log 2>&1 && touch $@ || { tail -n 40 build/log; exit 1; }; \
 	else \
 	    echo "note: no C++ compiler ($(CXX)), so no int8 kernels; torch.ao takes their place"; \
 	fi
-	@touch $@
 
 demo: build/kernels data/shakespeare/meta.json out/demo/.trained out/demo-int8/comparison.json
-	@echo "\n== the int8 model speaks"
+	@echo; echo "== the model speaks"
+	$(BIN)/python sample.py --checkpoint out/demo --prompt "ROMEO:" --max-new-tokens 300
+	@echo; echo "== and in int8"
 	$(BIN)/python sample.py --checkpoint out/demo-int8 --prompt "ROMEO:" --max-new-tokens 300
 
 data/shakespeare/meta.json: | .venv/requirements
 	@echo "== the book becomes tokens"
 	$(BIN)/python data/prepare.py
 
-out/demo/.trained: data/shakespeare/meta.json | .venv/requirements
-	@echo "\n== a model is trained"
+out/demo/.trained: | data/shakespeare/meta.json .venv/requirements
+	@echo; echo "== a model is trained"
 	$(BIN)/python train.py tiny --data data/shakespeare --out out/demo $$(test -e out/demo/train_state.pt && echo --resume)
-	@echo "\n== and speaks"
-	$(BIN)/python sample.py --checkpoint out/demo --prompt "ROMEO:" --max-new-tokens 300
 	@touch $@
 
-out/demo-int8/comparison.json: out/demo/.trained build/kernels
-	@echo "\n== it shrinks to int8"
+out/demo-int8/comparison.json: out/demo/.trained | build/kernels
+	@echo; echo "== it shrinks to int8"
 	$(BIN)/python quantize.py --checkpoint out/demo
 
 test: .venv/requirements-dev build/kernels

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from tqdm import tqdm
+
 Config = TypeVar("Config")
 
 
@@ -25,8 +27,7 @@ def parse(config_class: type[Config], description: str, args: Sequence[str] | No
     box = io.StringIO()  # tyro frames its errors over several lines; we want the sentence inside
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(config_class, description=description, args=args, **extra,
-                            config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(config_class, description=description, args=args, **extra)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -47,7 +48,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        tqdm.write(f"{name}: {error}", file=sys.stderr)  # below a progress bar, not into it
         sys.exit(2)
     except OSError as error:  # the machine's answer, not a bug: a full disk, a missing right
         if isinstance(error, BrokenPipeError):  # `python sample.py | head`: the reader has seen enough

@@ -6,7 +6,7 @@ Modules carry transformers' own names, so a state dict *is* a Hugging Face check
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +34,16 @@ class GPTConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     dropout: float = 0.0
+    bos: int | None = None  # begin- and end-of-text tokens, of models that come with some
+    eos: int | list[int] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "n_hidden"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: expected 1 or more, got {value}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout: expected 0 or more and less than 1, got {self.dropout}")
         if self.head_dim is None and self.n_embd % self.n_head:
             raise UserError(f"n_embd: expected a multiple of n_head = {self.n_head}, got {self.n_embd}")
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -66,28 +74,34 @@ class GPTConfig:
             "attention_bias": False,
             "attention_dropout": self.dropout,
             "tie_word_embeddings": self.tie_embeddings,
-            "bos_token_id": None,
-            "eos_token_id": None,
+            "bos_token_id": self.bos,
+            "eos_token_id": self.eos,
             "dtype": "float32",
             "torch_dtype": "float32",
         }
 
     @classmethod
     def from_hf(cls, hf: dict) -> "GPTConfig":
-        """From config.json's fields; refuses by name whatever this decoder does not compute."""
+        """From config.json's fields; refuses by name whatever this decoder does not compute.
+
+        Dropout is a matter of training, not of the model: it is 0 until somebody asks for it.
+        """
+        hf = {name: value for name, value in hf.items() if value is not None}
 
         def refuse(feature: str, value: object) -> None:
             raise UserError(f"config.json: {feature} = {value!r} is not supported")
 
         if hf.get("model_type") not in ("qwen3", "llama"):
             refuse("model_type", hf.get("model_type"))
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            refuse("rope scaling", rope)
+        for name in ("rope_parameters", "rope_scaling"):
+            rope = hf.get(name, {})
+            if rope.get("rope_type", rope.get("type", "default")) != "default":
+                refuse("rope scaling", rope)
+        qwen = hf["model_type"] == "qwen3"
         only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
                 "use_sliding_window": False, "partial_rotary_factor": 1.0}
         for feature, expected in only.items():
-            if hf.get(feature, expected) not in (expected, None):
+            if hf.get(feature, expected) != expected:
                 refuse(feature, hf[feature])
         if set(hf.get("layer_types") or ["full_attention"]) != {"full_attention"}:
             refuse("layer_types", hf["layer_types"])
@@ -98,14 +112,15 @@ class GPTConfig:
                 n_layer=hf["num_hidden_layers"],
                 n_head=hf["num_attention_heads"],
                 n_kv_head=hf.get("num_key_value_heads"),
-                head_dim=hf.get("head_dim"),
+                head_dim=hf.get("head_dim", 128 if qwen else None),  # transformers' defaults
                 n_embd=hf["hidden_size"],
                 n_hidden=hf["intermediate_size"],
-                qk_norm=hf["model_type"] == "qwen3",
+                qk_norm=qwen,
                 tie_embeddings=hf.get("tie_word_embeddings", False),
-                rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10_000.0)),
+                rope_theta=hf.get("rope_parameters", {}).get("rope_theta", hf.get("rope_theta", 10_000.0)),
                 norm_eps=hf.get("rms_norm_eps", 1e-6),
-                dropout=hf.get("attention_dropout", 0.0),
+                bos=hf.get("bos_token_id"),
+                eos=hf.get("eos_token_id"),
             )
         except KeyError as error:
             raise UserError(f"config.json: {error} is missing") from None
@@ -278,14 +293,15 @@ class GPT(nn.Module):
         return self.flops_per_token() * tokens_per_second / peak_flops
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> "GPT":
+    def from_pretrained(cls, folder: Path | str, dropout: float = 0.0) -> "GPT":
         """Load a folder written by owlet or transformers (Qwen3, Llama), as fp32, in eval mode."""
         folder = Path(folder)
         hf = read_config(folder)
         if "quantization_config" in hf:
             raise UserError(f"{folder}: a quantized folder; expected an fp32 one")
-        config = GPTConfig.from_hf(hf)
-        state = {name: tensor.float() for name, tensor in read_tensors(folder).items()}
+        config = replace(GPTConfig.from_hf(hf), dropout=dropout)
+        state = {name: tensor.float() for name, tensor in read_tensors(folder).items()
+                 if not name.endswith("rotary_emb.inv_freq")}  # older Llamas store what is computed anyway
         if config.tie_embeddings:
             state["lm_head.weight"] = state.get("model.embed_tokens.weight", torch.empty(0))
         with Uninitialised():
@@ -302,9 +318,32 @@ class GPT(nn.Module):
         state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_embeddings:
             del state["lm_head.weight"]
-        write_json(folder / "config.json", self.config.to_hf())
-        write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 0.8, "top_k": 50})
-        write_tensors(folder / "model.safetensors", state)
+        write_model(folder, state, self.config.to_hf())
+
+
+def write_model(folder: Path, state: dict[str, Tensor], hf: dict) -> None:
+    """The weights first: a folder with a config.json has them."""
+    write_tensors(folder / "model.safetensors", state)
+    generation = {"do_sample": True, "temperature": 0.8, "top_k": 50,
+                  "bos_token_id": hf["bos_token_id"], "eos_token_id": hf["eos_token_id"]}
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "config.json", hf)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's GPU, else the CPU. Refuses a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device: expected auto, cpu, cuda or mps, got {name}")
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= here:
+        raise UserError(f"--device {name}: this machine has {here or 'none'} of them")
+    return device
 
 
 class Uninitialised(TorchFunctionMode):
@@ -351,11 +390,12 @@ def sample_next(logits: Tensor, seen: Tensor, temperature: float, top_k: int | N
 
 def generate(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
-             eos: int | None = None, generator: torch.Generator | None = None,
+             eos: int | list[int] | None = None, generator: torch.Generator | None = None,
              use_cache: bool = True) -> Iterator[Tensor]:
     """Continue the prompts idx (B, T) int64; an iterator over (B,) new tokens at a time.
 
-    temperature 0 is greedy. Stops when every row has produced `eos`; a row that has, repeats it.
+    temperature 0 is greedy. Stops when every row has produced `eos` (or one of several); a row that
+    has, repeats it.
     Past block_size the window restarts on the last half of a context. Keys and values are
     recomputed there, so the tokens are the same with and without the cache.
     Raises UserError, before any work, for a prompt or setting out of range.
@@ -376,8 +416,9 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float
 
 @torch.inference_mode()
 def _decode(model: GPT, idx: Tensor, max_new_tokens: int, draw: Callable[[Tensor, Tensor], Tensor],
-            eos: int | None, use_cache: bool) -> Iterator[Tensor]:
+            eos: int | list[int] | None, use_cache: bool) -> Iterator[Tensor]:
     (B, T), block = idx.shape, model.config.block_size
+    stops = None if eos is None else torch.tensor(eos, device=model.device).view(-1)
     tokens = torch.empty(B, T + max_new_tokens, dtype=torch.long, device=model.device)
     tokens[:, :T] = idx
     done = torch.zeros(B, dtype=torch.bool, device=model.device)
@@ -391,10 +432,10 @@ def _decode(model: GPT, idx: Tensor, max_new_tokens: int, draw: Callable[[Tensor
         known = start + (cache.pos if cache is not None else 0)
         logits, _ = model(tokens[:, known:end], cache=cache)
         token = draw(logits[:, -1].float(), tokens[:, start:end])
-        if eos is not None:
-            token = torch.where(done, eos, token)
-            done |= token == eos
+        if stops is not None:
+            token = torch.where(done, stops[0], token)
+            done |= torch.isin(token, stops)
         tokens[:, end] = token
         yield token
-        if eos is not None and done.all():
+        if stops is not None and done.all():
             return

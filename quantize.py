@@ -36,11 +36,11 @@ from checkpoint import (
     read_config,
     read_state,
     read_tensors,
+    weight_files,
     write_json,
-    write_tensors,
 )
 from cli import UserError, parse, run
-from model import GPT, Block, GPTConfig, KVCache, Uninitialised, check_tensors, generate
+from model import GPT, Block, GPTConfig, KVCache, Uninitialised, check_tensors, generate, write_model
 from train import TokenData, evaluate
 
 try:
@@ -50,6 +50,7 @@ except ImportError as error:
     why_no_kernels = f"owlet's int8 kernels are not built ({error}); build them with: python setup.py build_ext"
 
 Backend = Literal["owlet", "torch.ao", "reference"]
+LONGEST = 1024  # tokens of context the comparison works with, where a model has more
 
 # ---------------------------------------------------------------- primitives
 
@@ -129,7 +130,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, scale: Tensor, backend: Backend, activation: str = "none") -> None:
         super().__init__()
-        self.backend, self.activation = backend, activation
+        self.backend, self.activation, self.in_features = backend, activation, weight.size(1)
         self.register_buffer("scale", scale)
         if backend == "owlet":
             self.register_buffer("weight", torch.ops.owlet.pack_int8(weight))
@@ -153,7 +154,7 @@ class Int8Linear(nn.Module):
     def rows(self, idx: Tensor) -> Tensor:
         """Rows idx (...) of the matrix, in fp32 (..., K): the embedding of a tied head."""
         if self.backend == "owlet":  # packed (N / 64, K / 4, 64, 4), each value + 128
-            row = self.weight[idx // 64, :, idx % 64].flatten(-2).to(torch.int16) - 128
+            row = self.weight[idx // 64, :, idx % 64].flatten(-2)[..., :self.in_features].to(torch.int16) - 128
         else:
             row = self.weight[idx]
         return row * self.scale[idx].unsqueeze(-1)
@@ -243,11 +244,10 @@ def save_quantized(model: GPT, folder: Path) -> None:
     state = quantize_state({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
     if model.config.tie_embeddings:
         del state["lm_head.weight"], state["lm_head.weight_scale"]
-    write_json(folder / "config.json", model.config.to_hf() | {"quantization_config": FORMAT})
-    write_tensors(folder / "model.safetensors", state)
+    write_model(folder, state, model.config.to_hf() | {"quantization_config": FORMAT})
 
 
-def from_pretrained(folder: Path, backend: str = "auto", device: str = "cpu") -> GPT:
+def from_pretrained(folder: Path, backend: str = "auto", device: torch.device | str = "cpu") -> GPT:
     """Load an int8 folder written by save_quantized."""
     hf = read_config(folder)
     found = hf.get("quantization_config")
@@ -273,27 +273,33 @@ def torch_ao(model: GPT) -> GPT:
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
 
 
-def contenders(folder: Path, backend: str) -> dict[str, Callable[[], GPT]]:
-    """How each row of the table comes by its model."""
+def contenders(folder: Path, backend: Backend) -> dict[str, Callable[[], GPT]]:
+    """How each row of the table comes by its model; ours is the last."""
     rows = {"fp32": lambda: GPT.from_pretrained(folder)}
     if has_torch_ao():
         rows["torch.ao int8"] = lambda: torch_ao(GPT.from_pretrained(folder))
-    rows["owlet int8"] = lambda: from_pretrained(int8_folder(folder), backend)
+    ours = "owlet int8" if backend == "owlet" else f"owlet's format by {backend}"
+    rows[ours] = lambda: from_pretrained(int8_folder(folder), backend)
     return rows
 
 
 def int8_folder(folder: Path) -> Path:
+    folder = folder if folder.name else folder.resolve()  # "." has no name to add to
     return folder.with_name(f"{folder.name}-int8")
 
 
-def resident_memory(row: str, folder: Path, backend: str, threads: int) -> int:
+def file_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
+def resident_memory(row: str, folder: Path, backend: Backend, threads: int) -> int:
     """Bytes that loading and running the model adds to a fresh process; called in one."""
     torch.set_num_threads(threads)
     prompt = torch.zeros(1, 1, dtype=torch.long)
     list(generate(quantize(GPT(GPTConfig(n_layer=1)), "reference"), prompt, 8))  # libraries load what they load
     before = rss()
     model = contenders(folder, backend)[row]()
-    list(generate(model, prompt, model.config.block_size // 2))
+    list(generate(model, prompt, min(model.config.block_size, LONGEST) // 2))
     return rss() - before
 
 
@@ -306,19 +312,18 @@ def rss() -> int:
 
 def tokens_per_second(models: dict[str, GPT], rounds: int = 5) -> dict[str, dict[str, float]]:
     """Median speed of the prompt and of decoding after it, the models taking turns round by round."""
-    block = next(iter(models.values())).config.block_size
-    prompt = torch.randint(0, 256, (1, block), generator=torch.Generator().manual_seed(1))
+    config = next(iter(models.values())).config
+    block = min(config.block_size, LONGEST)
+    prompt = torch.randint(0, config.vocab_size, (1, block), generator=torch.Generator().manual_seed(1))
     new = min(128, block // 2)
     times = {name: {"prompt": [], "decode": []} for name in models}
     for _, (name, model) in itertools.product(range(rounds + 1), models.items()):
         start = time.perf_counter()
         list(generate(model, prompt, 1, temperature=0))
         middle = time.perf_counter()
-        short = list(generate(model, prompt[:, :1], 1, temperature=0))
-        begin = time.perf_counter()
-        list(generate(model, prompt[:, :1], new + len(short), temperature=0))
+        list(generate(model, prompt[:, :1], new, temperature=0))
         times[name]["prompt"].append(block / (middle - start))
-        times[name]["decode"].append((new + 1) / (time.perf_counter() - begin))
+        times[name]["decode"].append(new / (time.perf_counter() - middle))
     return {name: {phase: statistics.median(values[1:]) for phase, values in of.items()}  # [0] is the warm-up
             for name, of in times.items()}
 
@@ -329,13 +334,13 @@ def stored_size(model: GPT) -> int:
     return buffer.tell()
 
 
-def compare(folder: Path, data: TokenData | None, backend: str, eval_tokens: int) -> dict:
+def compare(folder: Path, data: TokenData | None, backend: Backend, eval_tokens: int) -> dict:
     """One row a contender: size, memory, loss, speed. data None: no losses."""
     makers = contenders(folder, backend)
     models = {name: make() for name, make in makers.items()}
     sizes = {name: stored_size(model) for name, model in models.items()}
-    sizes["fp32"] = (folder / "model.safetensors").stat().st_size
-    sizes["owlet int8"] = (int8_folder(folder) / "model.safetensors").stat().st_size
+    ours = list(models)[-1]
+    sizes["fp32"], sizes[ours] = file_size(folder), file_size(int8_folder(folder))
     speeds = tokens_per_second(models)
     rows = {}
     for name, model in tqdm(models.items(), desc="comparing", disable=None, leave=False):
@@ -347,7 +352,7 @@ def compare(folder: Path, data: TokenData | None, backend: str, eval_tokens: int
             "file_bytes": sizes[name], "file_share": sizes[name] / sizes["fp32"], "memory_bytes": memory,
             "bits_per_byte": bits, "bits_per_byte_change": bits / base - 1 if data is not None else None,
             "prompt_tokens_per_second": speeds[name]["prompt"], "decode_tokens_per_second": speeds[name]["decode"]}
-    return {"model": folder.name, "parameters": models["fp32"].num_params(), "backend": models["owlet int8"].backend,
+    return {"model": folder.name, "parameters": models["fp32"].num_params(), "backend": models[ours].backend,
             "threads": torch.get_num_threads(), "cpu": cpu_name(), "torch": torch.__version__, "rows": rows}
 
 
@@ -424,12 +429,14 @@ def newest_fp32(root: Path) -> Path:
 
 def validation_data(config: QuantizeConfig, folder: Path, model: GPTConfig) -> TokenData | None:
     source = config.data
-    if source is None and (folder / "train_state.pt").exists():
-        source = Path(read_state(folder / "train_state.pt")["config"]["data"])
-    if source is None or not (source / "meta.json").exists():
-        print("note: no prepared data at hand, so no losses in the table; name some with --data")
-        return None
-    data = TokenData(source, model.block_size)
+    if source is None:
+        state = folder / "train_state.pt"
+        source = Path(read_state(state, mmap=True)["config"]["data"]) if state.exists() else None
+        if source is None or not (source / "meta.json").exists():
+            print("note: the data this model was trained on is not here, so the table has no losses; "
+                  "name prepared data with --data")
+            return None
+    data = TokenData(source, min(model.block_size, LONGEST))
     if data.meta["vocab_size"] > model.vocab_size:
         raise UserError(f"--data {source}: has {data.meta['vocab_size']} different tokens, "
                         f"the model knows {model.vocab_size}")
@@ -438,20 +445,20 @@ def validation_data(config: QuantizeConfig, folder: Path, model: GPTConfig) -> T
 
 def main() -> None:
     config = parse(QuantizeConfig, "Shrink a checkpoint to int8, and show what that costs and brings.")
-    for flag, value in (("threads", config.threads or 1), ("eval-tokens", config.eval_tokens)):
-        if value < 1:
+    for flag, value in (("threads", config.threads), ("eval-tokens", config.eval_tokens)):
+        if value is not None and value < 1:
             raise UserError(f"--{flag}: expected 1 or more, got {value}")
     torch.set_num_threads(config.threads or torch.get_num_threads())
     folder = config.checkpoint or newest_fp32(Path("out"))
     model, out = GPT.from_pretrained(folder), int8_folder(folder)
     save_quantized(model, out)
     copy_tokenizer(folder, out)
-    before, after = ((f / "model.safetensors").stat().st_size for f in (folder, out))
+    before, after = file_size(folder), file_size(out)
     print(f"{folder} -> {out}: {before / 1e6:.2f} -> {after / 1e6:.2f} MB ({after / before:.1%})")
     if config.compare:
         data = validation_data(config, folder, model.config)
         del model
-        result = compare(folder, data, config.backend, config.eval_tokens)
+        result = compare(folder, data, pick_backend(config.backend, torch.device("cpu")), config.eval_tokens)
         write_json(out / "comparison.json", result)
         draw(result, out / "comparison.png")
         print(f"\n{table(result)}\n\n{result['backend']}, {result['threads']} threads, {result['cpu']}; "

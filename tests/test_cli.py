@@ -92,6 +92,13 @@ def test_prepare_refuses(script, tmp_path, monkeypatch, flags, words):
     (["--n-embd", 30, "--n-head", 4], ["n_embd", "multiple", "30"]),
     (["--n-head", 4, "--n-kv-head", 3], ["n_kv_head", "divisor", "3"]),
     (["--device", "tpu"], ["--device", "tpu"]),
+    (["--device", "cuda"], ["--device cuda", "none"]),
+    (["--n-layer", 0], ["n_layer", "1 or more"]),
+    (["--n-kv-head", -1], ["n_kv_head", "1 or more"]),
+    (["--dropout", 1], ["dropout"]),
+    (["--adam-lr", "nan"], ["--adam-lr", "nan"]),
+    (["--seed", -1], ["--seed", "-1"]),
+    (["--threads", 0], ["--threads"]),
     (["--resume", "--out", "nowhere"], ["nowhere", "train_state.pt"]),
     (["--init-from", "nowhere"], ["nowhere", "config.json"]),
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value[0], str) and value[0][:1] in "-h" else "")
@@ -113,8 +120,24 @@ def test_train_does_not_overwrite_a_run(script, data, folder):
     assert tree(folder) == before
 
 
-def test_train_refuses_to_go_on_past_the_end(script, folder):
-    refused(script(train.main, "--resume", "--out", folder), "2 steps already", "--max-steps")
+def test_resuming_a_finished_run_does_nothing(script, folder):
+    before = tree(folder)
+    code, out, _ = script(train.main, "--resume", "--out", folder)
+    assert code == 0 and "2 steps already" in out
+    assert tree(folder) == before
+
+
+def test_train_refuses_other_data_on_resume(script, data, folder, text_file, tmp_path):
+    other = prepare.prepare(prepare.PrepareConfig(input=(text_file,), out=tmp_path / "other", val=0.3))
+    before = tree(folder)
+    refused(script(train.main, "--resume", "--out", folder, "--data", other, "--max-steps", 4), "other data")
+    refused(script(train.main, "small", "--resume", "--out", folder, "--max-steps", 4), "size", "tiny", "small")
+    assert tree(folder) == before
+
+
+def test_train_does_not_overwrite_a_model(script, data, folder):
+    (folder / "train_state.pt").unlink()
+    refused(script(train.main, "--init-from", folder, "--data", data, "--out", folder), folder, "holds a model")
 
 
 def test_train_refuses_another_architecture_on_resume(script, folder):
@@ -154,6 +177,11 @@ def test_token_files_must_match_their_description(script, data, tmp_path):
     (["--repetition-penalty", 0], ["repetition-penalty"]),
     (["--num-samples", 0], ["--num-samples"]),
     (["--max-new-tokens", 0], ["--max-new-tokens"]),
+    (["--max-new-tokens", 10**12], ["--max-new-tokens"]),
+    (["--seed", -1], ["--seed"]),
+    (["--threads", 0], ["--threads"]),
+    (["--device", "cuda"], ["--device"]),
+    (["--prompt", "\udcff"], ["--prompt", "UTF-8"]),
     (["--prompt", "x" * 17], ["prompt", "16", "17"]),
     (["--prompt-file", "nowhere"], ["nowhere"]),
     (["--prompt-file", "latin1"], ["latin1", "UTF-8"]),
@@ -227,9 +255,10 @@ def test_several_samples_differ(script, folder):
 
 
 def test_characters_never_break(folder):
-    spell = sample.stream(checkpoint.read_tokenizer(folder), [])
-    texts = [spell(byte) for byte in "né€👍".encode() + b"\xff\xc3A"]
-    assert texts == ["n", "", "é", "", "", "€", "", "", "", "👍", "", "", "\ufffd\ufffdA"]
+    spell = sample.Speller(checkpoint.read_tokenizer(folder), [])
+    texts = [spell(byte) for byte in "né€👍".encode() + b"\xff\xc3A\xe2\x82"]
+    assert texts == ["n", "", "é", "", "", "€", "", "", "", "👍", "", "", "\ufffd\ufffdA", "", ""]
+    assert spell.rest() == "\ufffd"
 
 
 def test_int8_folders_sample_like_fp32_ones(script, folder):
@@ -255,13 +284,35 @@ def small_files_only() -> None:
 def test_a_full_disk_while_saving_loses_nothing(data, folder):
     before = tree(folder)
     done = subprocess.run([sys.executable, ROOT / "train.py", "--resume", "--out", folder, "--max-steps", "6",
-                           "--eval-every", "2"], capture_output=True, text=True, preexec_fn=small_files_only)
+                           "--eval-every", "2"], capture_output=True, text=True, timeout=120,
+                          preexec_fn=small_files_only)
     assert done.returncode == 2, done.stderr
     assert "could not be written" in done.stderr.strip().splitlines()[-1]
     after = tree(folder)
     assert not list(folder.glob(".*tmp"))
     for name in ("train_state.pt", "model.safetensors", "config.json"):
         assert after[folder / name] == before[folder / name]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small disk takes root on Linux")
+@pytest.mark.parametrize("megabytes", [2, 8])
+def test_a_full_disk_is_one_line_and_loses_nothing(data, tmp_path, megabytes):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine may not mount a small disk")
+    try:
+        command = [sys.executable, ROOT / "train.py", "--data", data, "--out", disk / "run", "--max-steps", "3",
+                   "--batch-size", "2", "--block-size", "16", "--eval-tokens", "100"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr and "could not be written" in done.stderr.splitlines()[-1]
+        assert not (disk / "run" / "train_state.pt").exists()  # 7 MB; the model alone, 3.5 MB, fits on 8
+        assert (disk / "run" / "config.json").exists() == (megabytes == 8)
+        assert not list(disk.rglob(".*.tmp"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_ctrl_c_leaves_without_a_traceback(folder):

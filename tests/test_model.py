@@ -8,6 +8,7 @@ import torch
 from conftest import TINY, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 from cli import UserError
@@ -88,8 +89,6 @@ REFUSED = {
 def test_unsupported_features_are_refused_by_name(feature, tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    if feature == "rope_scaling":
-        del config["rope_parameters"]
     (tmp_path / "config.json").write_text(json.dumps(config | {feature: REFUSED[feature]}))
     with pytest.raises(UserError, match=feature.split("_")[0]):
         GPT.from_pretrained(tmp_path)
@@ -183,9 +182,26 @@ def test_rows_of_a_batch_do_not_mix(tiny):
 
 def test_generation_stops_at_eos(tiny):
     greedy = [token.item() for token in generate(tiny, TOKENS[:1, :4], 10, temperature=0)]
-    eos = greedy[3]
-    stopped = [token.item() for token in generate(tiny, TOKENS[:1, :4], 10, temperature=0, eos=eos)]
-    assert stopped == greedy[:greedy.index(eos) + 1]
+    for eos in (greedy[3], [300, greedy[3]]):
+        stopped = [token.item() for token in generate(tiny, TOKENS[:1, :4], 10, temperature=0, eos=eos)]
+        assert stopped == greedy[:greedy.index(greedy[3]) + 1]
+
+
+def test_configs_of_others_have_nulls_and_omissions(tiny):
+    hf = tiny.config.to_hf() | {"rope_scaling": None, "attention_dropout": None, "rope_theta": None,
+                                "rope_parameters": None, "sliding_window": None, "something_new": 1}
+    assert GPTConfig.from_hf(hf) == tiny.config
+    del hf["head_dim"]
+    assert GPTConfig.from_hf(hf).head_dim == Qwen3Config().head_dim == 128
+    assert GPTConfig.from_hf(hf | {"model_type": "llama"}).head_dim == 8
+
+
+def test_older_llamas_store_their_rotary_frequencies(tmp_path):
+    model = random_model(qk_norm=False)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "model.safetensors")
+    assert torch.equal(GPT.from_pretrained(tmp_path)(TOKENS)[0], model(TOKENS)[0])
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -0.1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0.0},

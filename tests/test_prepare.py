@@ -80,7 +80,7 @@ def test_prepared_folder(text_file, tmp_path, vocab_size):
     twice = (text_file, text_file)
     out = prepare.prepare(PrepareConfig(input=twice, out=tmp_path / "d", vocab_size=vocab_size, val=0.2))
     meta = json.loads((out / "meta.json").read_text())
-    text = text_file.read_text() * 2
+    text = f"{text_file.read_text()}\n{text_file.read_text()}"
     tokenizer = prepare.read_tokenizer(out)
     joined = ""
     for split in ("train", "val"):

@@ -206,7 +206,10 @@ def test_phases_are_disjoint(tmp_path, record):
     code, stats = record(write(tmp_path, "train.py", TOY_TRAINING))
     phases = {phase: seconds for phase, (seconds, _) in profile_run.by_phase(stats).items()}
     expected = {"forward": 0.05, "evaluation": 0.05, "Python import": 0.2, "optimizer": 0.08, "everything else": 0.03}
-    assert code == 0 and phases == pytest.approx(expected, abs=0.02)
+    assert code == 0 and phases.keys() == expected.keys()
+    late = sum(phases.values()) - sum(expected.values())  # sleeps last longer on a busy machine
+    for phase, seconds in expected.items():
+        assert -1e-3 < phases[phase] - seconds < late + 5e-3
     assert profile_run.by_phase(stats)["forward"][1] == 1
 
 
@@ -218,7 +221,7 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 """))
     assert code == 0
-    assert 0.2 < profile_run.total_seconds(stats) < 0.4
+    assert 0.2 < profile_run.total_seconds(stats) < 0.55  # three times 0.2 it would be
 
 
 def test_methods_carry_their_class(tmp_path, record):
@@ -243,7 +246,7 @@ def test_readable_names(func, name):
 
 
 def test_own_cost_is_measured():
-    assert 1e-8 < profile_run.cost_per_call() < 1e-5
+    assert 1e-8 < profile_run.cost_per_call() < 1e-4
 
 
 def test_compare(tmp_path):

@@ -9,6 +9,7 @@ from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import quantize
 import train
@@ -115,7 +116,6 @@ def test_layers_agree_with_float(backend, activation, tokens):
 
 def test_embedding_rows_are_the_matrix(backend):
     q, scale = quantize_rows(torch.randn(130, 37))
-    q, scale = quantize_rows(torch.randn(130, 36))
     idx = torch.tensor([[0, 129], [64, 63]])
     assert torch.equal(Int8Linear(q, scale, backend).rows(idx), q[idx] * scale[idx].unsqueeze(-1))
 
@@ -177,6 +177,15 @@ def test_folder_round_trip(fields, backend, tmp_path):
     assert ("lm_head.weight" in stored) is not model.config.tie_embeddings
 
 
+def test_models_of_others_can_be_quantized_and_still_end(script, tmp_path):
+    config = LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, bos_token_id=1,
+                         num_attention_heads=2, max_position_embeddings=5000, eos_token_id=[5, 10])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llama", max_shard_size="10KB")
+    code, _, err = script(quantize.main, "--checkpoint", tmp_path / "llama")
+    assert code == 0, err
+    assert quantize.from_pretrained(tmp_path / "llama-int8").config.eos == [5, 10]
+
+
 def test_seed_size_shrinks_to_a_quarter(tmp_path):
     torch.manual_seed(0)
     seed = train.build_model(train.SIZES["seed"], 256)
@@ -206,9 +215,20 @@ def test_a_folder_that_lacks_a_scale_is_refused(tiny, tmp_path):
         quantize.from_pretrained(tmp_path)
 
 
-def test_without_the_extension_the_next_best_is_used_and_said(monkeypatch, capsys):
+def hide_kernels(monkeypatch):
     monkeypatch.setattr(quantize, "owlet_kernels", None)
     monkeypatch.setattr(quantize, "why_no_kernels", "owlet's int8 kernels are not built", raising=False)
+
+
+def test_without_the_extension_the_table_says_who_computed(trained, script, monkeypatch):
+    hide_kernels(monkeypatch)
+    code, out, err = script(quantize.main, "--checkpoint", trained, "--eval-tokens", 500)
+    assert code == 0 and "| owlet's format by torch.ao |" in out and "| owlet int8 |" not in out
+    assert err.count("not built") == 1
+
+
+def test_without_the_extension_the_next_best_is_used_and_said(monkeypatch, capsys):
+    hide_kernels(monkeypatch)
     assert quantize.pick_backend("auto", torch.device("cpu")) == "torch.ao"
     assert "not built; going on with torch.ao" in capsys.readouterr().err
     monkeypatch.setattr(quantize, "has_torch_ao", lambda: False)

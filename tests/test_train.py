@@ -67,22 +67,25 @@ def test_training_learns_and_leaves_what_it_promises(run, tmp_path):
 
 def test_log_agrees_with_the_saved_model(run, data, tmp_path):
     out = run(tmp_path / "run", "--max-steps", 20)
-    loss = train.evaluate(GPT.from_pretrained(out), TokenData(data, 32))
+    loss = train.evaluate(GPT.from_pretrained(out), TokenData(data, 32), 2000)
     assert losses(out, "val_loss")[20] == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("flags", [[], ["--dropout", "0.1"]], ids=["plain", "dropout"])
+@pytest.mark.parametrize("flags", [[], ["--dropout", "0.1", "--no-qk-norm"]], ids=["plain", "dropout"])
 def test_resumed_equals_uninterrupted(run, script, tmp_path, flags):
     whole = run(tmp_path / "whole", "--max-steps", 40, *flags)
     code, _, err = script(stop_at(15), "--data", data_of(whole), "--out", tmp_path / "parts", *SMALL,
                           "--max-steps", 40, *flags)
     assert code == 128 + signal.SIGTERM, err
     assert read_state(tmp_path / "parts" / "train_state.pt")["step"] == 15
-    code, out, err = script(train.main, "--resume", "--out", tmp_path / "parts", "--threads", "1")
-    assert code == 0, err
-    assert "steps 15 to 40" in out
+    code, out, err = script(stop_at(10), "--resume", "--out", tmp_path / "parts", "--threads", "1")
+    assert code == 128 + signal.SIGTERM and "steps 15 to 40" in out, err
+    with (tmp_path / "parts" / "log.jsonl").open("a") as log:
+        log.write('{"step": 3')  # as a killed process leaves it
+    code, out, err = script(train.main, *SMALL, "--resume", "--out", tmp_path / "parts", "--max-steps", 40, *flags)
+    assert code == 0 and "steps 25 to 40" in out, err
     ours = losses(tmp_path / "parts")
-    assert ours.pop(15) > 0  # the interruption's own line
+    assert ours.pop(15) > 0 and ours.pop(25) > 0  # the interruptions' own lines
     assert set(ours) == set(losses(whole))
     assert losses(whole, "val_loss") == losses(tmp_path / "parts", "val_loss")
     first, second = weights(whole), weights(tmp_path / "parts")
@@ -124,7 +127,8 @@ def test_killed_run_resumes_from_its_last_checkpoint(run, data, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    subprocess.run([sys.executable, ROOT / "train.py", "--resume", "--out", out], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, ROOT / "train.py", "--resume", "--out", out], check=True, stdout=subprocess.DEVNULL,
+                   timeout=300)
     assert_same_run(whole, out)
 
 
@@ -140,10 +144,29 @@ def test_two_ranks_give_the_losses_of_one(run, data, tmp_path, flags):
     two = tmp_path / "two"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
     done = subprocess.run([*command, "--data", data, "--out", two, *SMALL, "--max-steps", "20", *flags],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert losses(two) == pytest.approx(losses(one), abs=SAME)
     assert losses(two, "val_loss") == pytest.approx(losses(one, "val_loss"), abs=SAME)
+
+
+def test_a_stop_under_torchrun_saves_and_resumes(run, data, tmp_path):
+    whole, out = run(tmp_path / "whole", "--max-steps", 60), tmp_path / "two"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    process = subprocess.Popen([*torchrun, "--data", data, "--out", out, *SMALL, "--max-steps", "2000"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (out / "train_state.pt").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    step = read_state(out / "train_state.pt")["step"]
+    assert 10 <= step < 2000
+    last = str(10 * (step // 10 + 2))
+    subprocess.run([*torchrun, "--resume", "--out", out, "--max-steps", last], check=True, capture_output=True,
+                   timeout=300)
+    assert read_state(out / "train_state.pt")["step"] == int(last)
+    assert losses(out, "val_loss")[10] == pytest.approx(losses(whole, "val_loss")[10], abs=SAME)
 
 
 def test_every_world_sees_the_same_batches(data):
@@ -213,12 +236,14 @@ def test_best_model_is_kept_when_later_ones_are_worse(run, tmp_path):
     assert (out / "model.safetensors").read_bytes() == good
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, script, tmp_path):
+@pytest.mark.parametrize("every", [1, 30])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, script, tmp_path, every):
     out = run(tmp_path / "run", "--max-steps", 20)
-    before = (out / "train_state.pt").read_bytes()
-    code, _, err = script(train.main, "--resume", "--out", out, "--max-steps", 60, "--grad-clip", 0, "--adam-lr", 1e30)
-    assert code == 2 and "loss is" in err and err.count("\n") == 1
-    assert (out / "train_state.pt").read_bytes() == before
+    code, _, err = script(train.main, "--resume", "--out", out, "--max-steps", 60, "--grad-clip", 0,
+                          "--adam-lr", 1e30, "--eval-every", every)
+    assert code == 2 and "loss is nan" in err and err.count("\n") == 1
+    assert all(tensor.isfinite().all() for tensor in weights(out).values())
+    assert all(tensor.isfinite().all() for tensor in GPT.from_pretrained(out).state_dict().values())
 
 
 def test_new_runs_get_new_folders(script, data, tmp_path, monkeypatch):
