@@ -310,21 +310,22 @@ def rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
 
 
-def tokens_per_second(models: dict[str, GPT], rounds: int = 5) -> dict[str, dict[str, float]]:
+def tokens_per_second(models: dict[str, GPT], rounds: int, tick: Callable[[], object]) -> dict[str, dict[str, float]]:
     """Median speed of the prompt and of decoding after it, the models taking turns round by round."""
     config = next(iter(models.values())).config
     block = min(config.block_size, LONGEST)
     prompt = torch.randint(0, config.vocab_size, (1, block), generator=torch.Generator().manual_seed(1))
     new = min(128, block // 2)
     times = {name: {"prompt": [], "decode": []} for name in models}
-    for _, (name, model) in itertools.product(range(rounds + 1), models.items()):
+    for _, (name, model) in itertools.product(range(rounds + 1), models.items()):  # the first is the warm-up
         start = time.perf_counter()
         list(generate(model, prompt, 1, temperature=0))
         middle = time.perf_counter()
         list(generate(model, prompt[:, :1], new, temperature=0))
         times[name]["prompt"].append(block / (middle - start))
         times[name]["decode"].append(new / (time.perf_counter() - middle))
-    return {name: {phase: statistics.median(values[1:]) for phase, values in of.items()}  # [0] is the warm-up
+        tick()
+    return {name: {phase: statistics.median(values[1:]) for phase, values in of.items()}
             for name, of in times.items()}
 
 
@@ -336,22 +337,25 @@ def stored_size(model: GPT) -> int:
 
 def compare(folder: Path, data: TokenData | None, backend: Backend, eval_tokens: int) -> dict:
     """One row a contender: size, memory, loss, speed. data None: no losses."""
-    makers = contenders(folder, backend)
-    models = {name: make() for name, make in makers.items()}
+    models = {name: make() for name, make in contenders(folder, backend).items()}
     sizes = {name: stored_size(model) for name, model in models.items()}
     ours = list(models)[-1]
     sizes["fp32"], sizes[ours] = file_size(folder), file_size(int8_folder(folder))
-    speeds = tokens_per_second(models)
-    rows = {}
-    for name, model in tqdm(models.items(), desc="comparing", disable=None, leave=False):
+    rows, rounds = {}, 5
+    bar = tqdm(total=(rounds + 3) * len(models), desc="comparing", disable=None, leave=False)
+    speeds = tokens_per_second(models, rounds, bar.update)
+    for name, model in models.items():
         bits = evaluate(model, data, eval_tokens) * data.bits_per_nat if data is not None else None
+        bar.update()
         with multiprocessing.get_context("spawn").Pool(1) as fresh:
             memory = fresh.apply(resident_memory, (name, folder, backend, torch.get_num_threads()))
+        bar.update()
         base = rows["fp32"]["bits_per_byte"] if rows else bits
         rows[name] = {
             "file_bytes": sizes[name], "file_share": sizes[name] / sizes["fp32"], "memory_bytes": memory,
             "bits_per_byte": bits, "bits_per_byte_change": bits / base - 1 if data is not None else None,
             "prompt_tokens_per_second": speeds[name]["prompt"], "decode_tokens_per_second": speeds[name]["decode"]}
+    bar.close()
     return {"model": folder.name, "parameters": models["fp32"].num_params(), "backend": models[ours].backend,
             "threads": torch.get_num_threads(), "cpu": cpu_name(), "torch": torch.__version__, "rows": rows}
 
