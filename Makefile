@@ -53,7 +53,7 @@ out/demo-int8/comparison.json: out/demo/.trained | build/kernels
 test: .venv/requirements-dev build/kernels
 	$(BIN)/python -m pytest
 
-bench: .venv/requirements-dev build/kernels
+bench: build/kernels
 	$(BIN)/python -m pytest tests/bench_inference.py
 
 lint: .venv/requirements-dev

@@ -261,8 +261,7 @@ class GPT(nn.Module):
         (B, 1, vocab_size) are computed.
         """
         T, past = idx.size(1), cache.pos if cache is not None else 0
-        if past + T > self.config.block_size:
-            raise UserError(f"{past + T} tokens do not fit the model's context of {self.config.block_size}")
+        self.check_fits(past + T)
         cos, sin = self.cos[past:past + T], self.sin[past:past + T]  # (T, hd / 2)
         x = self.model.embed_tokens(idx)  # (B, T, C)
         for layer in self.model.layers:
@@ -274,6 +273,10 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def check_fits(self, tokens: int) -> None:
+        if tokens > self.config.block_size:
+            raise UserError(f"{tokens} tokens do not fit the model's context of {self.config.block_size}")
 
     @property
     def device(self) -> torch.device:

@@ -194,6 +194,39 @@ class Int8Block(nn.Module):
         return self.down_proj(self.gate_up_proj(self.post_attention_layernorm(x)), residual=x)
 
 
+class Int8GPT(GPT):
+    """A GPT of Int8Linear matrices. On a CPU with the kernels, one token at a time goes through the
+    C++ decoder (csrc/decoder.cpp): the same arithmetic over the same weights and cache, in one call.
+    """
+
+    decoder = None
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None,
+                cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        if self.decoder is None or cache is None or idx.shape != (1, 1) or targets is not None:
+            return super().forward(idx, targets, cache)
+        self.check_fits(cache.pos + 1)
+        logits = self.decoder.forward(idx.item(), cache.pos, cache.keys, cache.values)
+        cache.pos += 1
+        return logits, None
+
+    def make_decoder(self) -> "owlet_kernels.Decoder":
+        config, layers = self.config, self.model.layers
+
+        def matrix(linear: Int8Linear) -> tuple[Tensor, Tensor]:
+            return linear.weight, linear.scale
+
+        return owlet_kernels.Decoder(
+            n_embd=config.n_embd, n_head=config.n_head, n_kv_head=config.n_kv_head, head_dim=config.head_dim,
+            n_hidden=config.n_hidden, norm_eps=config.norm_eps, cos=self.cos, sin=self.sin,
+            embedding=matrix(self.model.embed_tokens.matrix), norm=self.model.norm.weight, head=matrix(self.lm_head),
+            blocks=[(block.input_layernorm.weight, matrix(block.qkv_proj),
+                     block.self_attn.q_norm.weight if config.qk_norm else None,
+                     block.self_attn.k_norm.weight if config.qk_norm else None,
+                     matrix(block.o_proj), block.post_attention_layernorm.weight,
+                     matrix(block.gate_up_proj), matrix(block.down_proj)) for block in layers])
+
+
 def quantize_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A fp32 state dict -> the int8 folder's: X.weight int8 and X.weight_scale; norms stay fp32."""
     small = {}
@@ -205,8 +238,8 @@ def quantize_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return small
 
 
-def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend) -> GPT:
-    """The int8 model from quantize_state's tensors: a GPT whose matrices are Int8Linear."""
+def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device: torch.device) -> Int8GPT:
+    """The int8 model from quantize_state's tensors, on the device."""
 
     def linear(prefix: str, *names: str, activation: str = "none") -> Int8Linear:
         weights = [state[f"{prefix}{name}.weight"] for name in names]
@@ -218,7 +251,7 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend) -> GPT:
         return Int8Linear(weight, scale, backend, activation)
 
     with Uninitialised():
-        model = GPT(config)
+        model = Int8GPT(config)
     # cloned: a tensor read from a file keeps the whole file in memory
     norms = {name: state[name].clone() for name, like in model.state_dict().items() if like.dim() == 1}
     model.load_state_dict(norms, strict=False, assign=True)
@@ -227,16 +260,21 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend) -> GPT:
     embedding = "model.embed_tokens"
     model.lm_head = linear("", embedding if config.tie_embeddings else "lm_head")
     table = model.lm_head if config.tie_embeddings else Int8Linear(
-        state[f"{embedding}.weight"], state[f"{embedding}.weight_scale"], "reference")
+        state[f"{embedding}.weight"], state[f"{embedding}.weight_scale"],
+        backend if backend == "owlet" else "reference")
     model.model["embed_tokens"] = Int8Embedding(table)
     model.backend = f"{backend} ({owlet_kernels.isa()})" if backend == "owlet" else backend
-    return model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False).to(device)
+    if backend == "owlet" and device.type == "cpu":
+        model.decoder = model.make_decoder()
+    return model
 
 
-def quantize(model: GPT, backend: str = "auto") -> GPT:
+def quantize(model: GPT, backend: str = "auto") -> Int8GPT:
     """The int8 copy of an fp32 model, on the CPU."""
     state = quantize_state({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
-    return build(model.config, state, pick_backend(backend, torch.device("cpu")))
+    cpu = torch.device("cpu")
+    return build(model.config, state, pick_backend(backend, cpu), cpu)
 
 
 def save_quantized(model: GPT, folder: Path) -> None:
@@ -247,7 +285,7 @@ def save_quantized(model: GPT, folder: Path) -> None:
     write_model(folder, state, model.config.to_hf() | {"quantization_config": FORMAT})
 
 
-def from_pretrained(folder: Path, backend: str = "auto", device: torch.device | str = "cpu") -> GPT:
+def from_pretrained(folder: Path, backend: str = "auto", device: torch.device | str = "cpu") -> Int8GPT:
     """Load an int8 folder written by save_quantized."""
     hf = read_config(folder)
     found = hf.get("quantization_config")
@@ -262,7 +300,8 @@ def from_pretrained(folder: Path, backend: str = "auto", device: torch.device | 
         if tensor.dim() == 2:
             expected[name], expected[f"{name}_scale"] = torch.empty_like(tensor, dtype=torch.int8), tensor[:, 0]
     check_tensors(folder, expected, state)
-    return build(config, state, pick_backend(backend, torch.device(device))).to(device)
+    device = torch.device(device)
+    return build(config, state, pick_backend(backend, device), device)
 
 
 # ---------------------------------------------------------------- what it costs, what it brings

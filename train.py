@@ -293,11 +293,11 @@ def pick_dtype(name: str, device: torch.device, n_embd: int) -> torch.dtype:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """What this device reaches on a large matrix product (FLOP/s), measured: best of five."""
+    """What this device reaches on a large matrix product (FLOP/s), measured: best of twenty."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = math.inf
-    for _ in range(5):
+    for _ in range(20):
         start = time.perf_counter()
         (a @ a)[0, 0].item()  # .item() waits for an asynchronous device
         best = min(best, time.perf_counter() - start)

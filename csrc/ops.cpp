@@ -5,12 +5,14 @@
 #include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <atomic>
 #include <optional>
 #include <string_view>
 
+#include "decoder.h"
 #include "kernels/kernels.h"
 
 #ifdef OWLET_CUDA
@@ -157,6 +159,78 @@ Tensor int8_linear_cuda(const Tensor& x, const Tensor& packed, const Tensor& sca
 Tensor pack_int8_cuda(const Tensor& w) { return pack_int8_cpu(w.cpu()).to(w.device()); }
 #endif
 
+// ---- the decoder, as Python sees it
+
+using Matrix = std::pair<Tensor, Tensor>;  // packed, scale
+// input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down
+using Block = std::tuple<Tensor, Matrix, std::optional<Tensor>, std::optional<Tensor>, Matrix, Tensor, Matrix, Matrix>;
+
+// Checks the model's tensors and keeps them alive for the decoder.
+class PyDecoder {
+ public:
+  PyDecoder(int64_t n_embd, int64_t n_head, int64_t n_kv_head, int64_t head_dim, int64_t n_hidden, double norm_eps,
+            const Tensor& cos, const Tensor& sin, const Matrix& embedding, const std::vector<Block>& blocks,
+            const Tensor& norm, const Matrix& head)
+      : n_layer_(blocks.size()), n_kv_head_(n_kv_head), head_dim_(head_dim),
+        vocab_size_(head.second.numel()), block_size_(cos.numel() * 2 / head_dim) {
+    const int64_t width = n_head * head_dim;
+    DecoderModel model{n_embd, n_head, n_kv_head, head_dim, n_hidden, static_cast<float>(norm_eps),
+                       weights("cos", cos, block_size_ * head_dim / 2), weights("sin", sin, block_size_ * head_dim / 2),
+                       matrix("embedding", embedding, vocab_size_, n_embd), {}, weights("norm", norm, n_embd),
+                       matrix("head", head, vocab_size_, n_embd)};
+    for (const auto& [input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down] : blocks)
+      model.blocks.push_back({weights("input_norm", input_norm, n_embd),
+                              matrix("qkv", qkv, width + 2 * n_kv_head * head_dim, n_embd),
+                              q_norm ? weights("q_norm", *q_norm, head_dim) : nullptr,
+                              k_norm ? weights("k_norm", *k_norm, head_dim) : nullptr,
+                              matrix("o", o, n_embd, width), weights("post_norm", post_norm, n_embd),
+                              matrix("gate_up", gate_up, 2 * n_hidden, n_embd, Activation::swiglu),
+                              matrix("down", down, n_embd, n_hidden)});
+    decoder_ = std::make_unique<Decoder>(std::move(model));
+  }
+
+  // keys, values (n_layer, 1, n_kv_head, length, head_dim) -> logits (1, 1, vocab_size).
+  Tensor forward(int64_t token, int64_t pos, const Tensor& keys, const Tensor& values) {
+    TORCH_CHECK(0 <= token && token < vocab_size_, "token must be 0 to ", vocab_size_ - 1, ", got ", token);
+    const int64_t length = keys.dim() == 5 ? keys.size(3) : 0;
+    TORCH_CHECK(0 <= pos && pos < std::min(length, block_size_), "pos must be 0 to ",
+                std::min(length, block_size_) - 1, ", got ", pos);
+    const int64_t size = n_layer_ * n_kv_head_ * length * head_dim_;
+    floats("keys", keys, size), floats("values", values, size);
+    const Tensor logits = at::empty({1, 1, vocab_size_}, keys.options());
+    decoder_->forward(token, pos, keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>(), length,
+                      at::get_num_threads(), logits.mutable_data_ptr<float>());
+    return logits;
+  }
+
+ private:
+  static const float* floats(const char* name, const Tensor& t, int64_t size) {
+    TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_cpu() && t.is_contiguous() && t.numel() == size, name,
+                " must be ", size, " contiguous floats on the CPU, got ", t.scalar_type(), " ", t.sizes());
+    return t.const_data_ptr<float>();
+  }
+
+  const float* weights(const char* name, const Tensor& t, int64_t size) {
+    held_.push_back(t);
+    return floats(name, t, size);
+  }
+
+  Int8Linear matrix(const char* name, const Matrix& m, int64_t N, int64_t K,
+                    Activation activation = Activation::none) {
+    const auto& [packed, scale] = m;
+    TORCH_CHECK(packed.scalar_type() == at::kByte && packed.is_cpu() && packed.is_contiguous() &&
+                    packed.sym_sizes() == c10::SymIntArrayRef(packed_shape(N, K)),
+                name, " must be pack_int8's of (", N, ", ", K, "), got ", packed.scalar_type(), " ", packed.sizes());
+    TORCH_CHECK(K <= kMaxK, name, ": K must be at most ", kMaxK, ", got ", K);
+    held_.push_back(packed);
+    return {N, packed.const_data_ptr<uint8_t>(), weights(name, scale, N), nullptr, activation};
+  }
+
+  int64_t n_layer_, n_kv_head_, head_dim_, vocab_size_, block_size_;
+  std::vector<Tensor> held_;
+  std::unique_ptr<Decoder> decoder_;
+};
+
 }  // namespace
 }  // namespace owlet
 
@@ -187,5 +261,15 @@ PYBIND11_MODULE(owlet_kernels, m) {
   m.doc() = "Registers torch.ops.owlet.int8_linear and torch.ops.owlet.pack_int8.";
   m.def("isa", [] { return owlet::kernel().name; }, "The instruction set in use.");
   m.def("isas", owlet::kernel_names, "The instruction sets this CPU supports, best first.");
+  namespace py = pybind11;
+  using owlet::PyDecoder;
+  py::class_<PyDecoder>(m, "Decoder", "One token at a time through a whole int8 model, in one parallel region.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, double, const at::Tensor&, const at::Tensor&,
+                    const owlet::Matrix&, const std::vector<owlet::Block>&, const at::Tensor&, const owlet::Matrix&>(),
+           py::kw_only(), py::arg("n_embd"), py::arg("n_head"), py::arg("n_kv_head"), py::arg("head_dim"),
+           py::arg("n_hidden"), py::arg("norm_eps"), py::arg("cos"), py::arg("sin"), py::arg("embedding"),
+           py::arg("blocks"), py::arg("norm"), py::arg("head"))
+      .def("forward", &PyDecoder::forward, py::arg("token"), py::arg("pos"), py::arg("keys"), py::arg("values"),
+           py::call_guard<py::gil_scoped_release>(), "Logits (1, 1, vocab_size) after this token; adds to the cache.");
   m.def("use_isa", owlet::use_kernel, "Use this instruction set from now on; for tests.");
 }

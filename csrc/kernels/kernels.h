@@ -80,7 +80,8 @@ struct Int8Linear {
   // How many parallel tasks there are: each is one panel for a block of tokens.
   int64_t tasks(int64_t tokens) const;
 
-  // Does tasks [begin, end) of y, float (tokens, columns). residual has y's shape, or is null.
+  // Does tasks [begin, end) of y, float (tokens, columns). residual has y's shape, may be
+  // y itself, and may be null.
   void forward(const QuantizedTokens& x, const float* residual, int64_t begin, int64_t end,
                float* y) const;
 };
