@@ -46,8 +46,8 @@ PHASES = {  # phase -> the functions it consists of, none of which calls another
     "quantize": ["quantize.py:save_quantized", "quantize.py:torch_ao"],
     "generation": ["model.py:_decode"],
     "memory, in a fresh process": ["multiprocessing/pool.py:Pool.apply"],
-    "tokenizer": ["checkpoint.py:read_tokenizer", "tokenizers.Tokenizer.encode", "sample.py:stream",
-                  "sample.py:stream.<locals>.<lambda>", "prepare.py:train_tokenizer", "prepare.py:encode"],
+    "tokenizer": ["checkpoint.py:read_tokenizer", "tokenizers.Tokenizer.encode", "sample.py:Speller.__init__",
+                  "sample.py:Speller.__call__", "prepare.py:train_tokenizer", "prepare.py:encode"],
     "text": ["prepare.py:read_text", "prepare.py:clean_plain", "prepare.py:plain_markdown"],
     IMPORT: ["<frozen importlib._bootstrap>:_find_and_load"],
 }

@@ -427,7 +427,8 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
     # where from, where to
     check(config, ranks.world)
     if state is not None and state["step"] >= config.max_steps:
-        print(f"{config.out} is trained for {state['step']} steps already; raise --max-steps to go on")
+        if ranks.is_main:
+            print(f"{config.out} is trained for {state['step']} steps already; raise --max-steps to go on")
         return 0
     config.data = config.data or by_age(Path("data"), "meta.json", "python data/prepare.py")[0]
     out = config.out = Path(ranks.from_main(config.out if state else new_folder(config, config.data)))
