@@ -53,9 +53,9 @@ def load(folder: Path, backend: str, device: torch.device) -> tuple[GPT, str]:
     """The model of an fp32 or int8 folder, on the device, and a word on how it computes."""
     if "quantization_config" not in read_config(folder):
         return GPT.from_pretrained(folder).to(device), "fp32"
-    import quantize
+    import int8
 
-    model = quantize.from_pretrained(folder, backend, device)
+    model = int8.from_pretrained(folder, backend, device)
     return model, f"int8 by {model.backend}"
 
 

@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 
+import int8
 import quantize
 from model import GPT, generate
 from train import SIZES, build_model
@@ -28,9 +29,9 @@ def contender(size: str, name: str) -> GPT:
         return model
     if name == "torch.ao":
         return quantize.torch_ao(model)
-    if quantize.owlet_kernels is None:
+    if int8.owlet_kernels is None:
         pytest.skip("the kernels are not built: python setup.py build_ext")
-    return quantize.quantize(model, "owlet")
+    return int8.quantize(model, "owlet")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import assert_same_choice, random_model, step_by_step
 
-import quantize
+import int8
+from int8 import Int8GPT
 from model import KVCache, generate
-from quantize import Int8GPT
 
 kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
 
@@ -26,7 +26,7 @@ MODELS = {
 def models(request) -> tuple[Int8GPT, Int8GPT]:
     """The same int8 model with the decoder and without."""
     model = random_model(**request.param)
-    fast, slow = quantize.quantize(model, "owlet"), quantize.quantize(model, "owlet")
+    fast, slow = int8.quantize(model, "owlet"), int8.quantize(model, "owlet")
     slow.decoder = None
     assert fast.decoder is not None
     return fast, slow

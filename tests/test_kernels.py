@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize import int8_linear_reference, quantize_tokens
+from int8 import int8_linear_reference, quantize_tokens
 
 owlet_kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
 

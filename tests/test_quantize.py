@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import int8
 import quantize
 import train
 from cli import UserError
+from int8 import Int8Linear, int8_linear_reference, quantize_rows, quantize_tokens
 from model import GPT, GPTConfig, generate
-from quantize import Int8Linear, int8_linear_reference, quantize_rows, quantize_tokens
 from train import TokenData, TrainConfig, evaluate
 
 BACKENDS = ["owlet", "torch.ao", "reference"]
@@ -26,7 +27,7 @@ ROUNDING = {"owlet": 0.015, "reference": 0.015, "torch.ao": 0.04}
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    if request.param == "owlet" and quantize.owlet_kernels is None:
+    if request.param == "owlet" and int8.owlet_kernels is None:
         pytest.skip("the kernels are not built: python setup.py build_ext")
     return request.param
 
@@ -104,7 +105,7 @@ def test_reference_epilogue():
 def test_layers_agree_with_float(backend, activation, tokens):
     torch.manual_seed(0)
     w, x = torch.randn(70, 36), torch.randn(*tokens, 36)
-    exact = quantize.activate(x @ w.T, activation)
+    exact = int8.activate(x @ w.T, activation)
     residual = torch.randn_like(exact)
     y = Int8Linear(*quantize_rows(w), backend, activation)(x, residual)
     assert y.shape == exact.shape and y.dtype == torch.float32
@@ -127,35 +128,35 @@ FIELDS = [{}, {"n_kv_head": 1}, {"tie_embeddings": False}, {"qk_norm": False, "n
 def test_int8_model_is_near_the_float_model(fields, backend):
     model = random_model(**fields)
     x = torch.randint(0, 256, (2, 24))
-    exact, near = model(x)[0], quantize.quantize(model, backend)(x)[0]
+    exact, near = model(x)[0], int8.quantize(model, backend)(x)[0]
     assert (near - exact).norm() < 3 * ROUNDING[backend] * exact.norm()
     assert not torch.equal(near, exact)
 
 
 def test_trained_model_keeps_its_loss_and_its_words(trained, data, backend):
     model, texts = GPT.from_pretrained(trained), TokenData(data, 64)
-    int8 = quantize.quantize(model, backend)
-    before, after = evaluate(model, texts), evaluate(int8, texts)
+    small = int8.quantize(model, backend)
+    before, after = evaluate(model, texts), evaluate(small, texts)
     assert before < 1.0  # it has learned: a guess is 5.5
     assert after == pytest.approx(before, rel=0.001 if backend != "torch.ao" else 0.05)
     prompt = torch.tensor([list(b"Owl sees ")])
-    words = bytes(token.item() for token in generate(int8, prompt, 60, temperature=0)).decode()
+    words = bytes(token.item() for token in generate(small, prompt, 60, temperature=0)).decode()
     assert {word.strip(".") for word in words.split()[:-1]} <= {
         "Owl", "Fox", "Wren", "Mole", "Hare", "sees", "likes", "hears", "follows", "at", "one", "two", "ten"}
 
 
 def test_owlet_and_reference_choose_the_same_tokens(trained, data):
-    if quantize.owlet_kernels is None:
+    if int8.owlet_kernels is None:
         pytest.skip("the kernels are not built")
     model, (x, _) = GPT.from_pretrained(trained), TokenData(data, 64).batch(0, 4, 1)[0]
-    owlet, reference = (quantize.quantize(model, backend)(x)[0].flatten(0, 1) for backend in ("owlet", "reference"))
+    owlet, reference = (int8.quantize(model, backend)(x)[0].flatten(0, 1) for backend in ("owlet", "reference"))
     assert_same_choice(owlet, reference)
 
 
 def test_an_int8_model_does_not_mind_its_cache(trained, data, backend):
     if backend == "torch.ao":
         pytest.skip("torch.ao scales a batch, not a token: its results depend on how tokens are grouped")
-    model, (x, _) = quantize.quantize(GPT.from_pretrained(trained), backend), TokenData(data, 64).batch(0, 1, 1)[0]
+    model, (x, _) = int8.quantize(GPT.from_pretrained(trained), backend), TokenData(data, 64).batch(0, 1, 1)[0]
     assert_same_choice(step_by_step(model, x, prompt=5), model(x)[0][0, 5:])
 
 
@@ -164,10 +165,10 @@ def test_an_int8_model_does_not_mind_its_cache(trained, data, backend):
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_folder_round_trip(fields, backend, tmp_path):
     model = random_model(**fields)
-    quantize.save_quantized(model, tmp_path)
-    again = quantize.from_pretrained(tmp_path, backend)
+    int8.save_quantized(model, tmp_path)
+    again = int8.from_pretrained(tmp_path, backend)
     x = torch.randint(0, 256, (2, 24))
-    assert torch.equal(again(x)[0], quantize.quantize(model, backend)(x)[0])
+    assert torch.equal(again(x)[0], int8.quantize(model, backend)(x)[0])
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
     assert stored["model.layers.0.mlp.up_proj.weight_scale"].shape == (model.config.n_hidden,)
@@ -180,41 +181,41 @@ def test_models_of_others_can_be_quantized_and_still_end(script, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llama", max_shard_size="10KB")
     code, _, err = script(quantize.main, "--checkpoint", tmp_path / "llama")
     assert code == 0, err
-    assert quantize.from_pretrained(tmp_path / "llama-int8").config.eos == [5, 10]
+    assert int8.from_pretrained(tmp_path / "llama-int8").config.eos == [5, 10]
 
 
 def test_seed_size_shrinks_to_a_quarter(tmp_path):
     torch.manual_seed(0)
     seed = train.build_model(train.SIZES["seed"], 256)
     seed.save_pretrained(tmp_path / "fp32")
-    quantize.save_quantized(seed, tmp_path / "int8")
-    fp32, int8 = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "int8"))
-    assert int8 <= 0.257 * fp32
+    int8.save_quantized(seed, tmp_path / "int8")
+    before, after = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "int8"))
+    assert after <= 0.257 * before
 
 
 def test_a_foreign_int8_folder_is_refused(tiny, tmp_path):
-    quantize.save_quantized(tiny, tmp_path)
+    int8.save_quantized(tiny, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["bits"] = 4
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="quantization_config"):
-        quantize.from_pretrained(tmp_path)
+        int8.from_pretrained(tmp_path)
 
 
 def test_a_folder_that_lacks_a_scale_is_refused(tiny, tmp_path):
     from safetensors.torch import save_file
 
-    quantize.save_quantized(tiny, tmp_path)
+    int8.save_quantized(tiny, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     del stored["model.layers.1.mlp.down_proj.weight_scale"]
     save_file(stored, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"down_proj\.weight_scale is missing"):
-        quantize.from_pretrained(tmp_path)
+        int8.from_pretrained(tmp_path)
 
 
 def hide_kernels(monkeypatch):
-    monkeypatch.setattr(quantize, "owlet_kernels", None)
-    monkeypatch.setattr(quantize, "why_no_kernels", "owlet's int8 kernels are not built", raising=False)
+    monkeypatch.setattr(int8, "owlet_kernels", None)
+    monkeypatch.setattr(int8, "why_no_kernels", "owlet's int8 kernels are not built", raising=False)
 
 
 def test_without_the_extension_the_table_says_who_computed(trained, script, monkeypatch):
@@ -226,19 +227,19 @@ def test_without_the_extension_the_table_says_who_computed(trained, script, monk
 
 def test_without_the_extension_the_next_best_is_used_and_said(monkeypatch, capsys):
     hide_kernels(monkeypatch)
-    assert quantize.pick_backend("auto", torch.device("cpu")) == "torch.ao"
+    assert int8.pick_backend("auto", torch.device("cpu")) == "torch.ao"
     assert "not built; going on with torch.ao" in capsys.readouterr().err
-    monkeypatch.setattr(quantize, "has_torch_ao", lambda: False)
-    assert quantize.pick_backend("auto", torch.device("cpu")) == "reference"
+    monkeypatch.setattr(int8, "has_torch_ao", lambda: False)
+    assert int8.pick_backend("auto", torch.device("cpu")) == "reference"
     with pytest.raises(UserError, match="not built"):
-        quantize.pick_backend("owlet", torch.device("cpu"))
+        int8.pick_backend("owlet", torch.device("cpu"))
 
 
 def test_a_model_of_one_layer_takes_a_quarter_of_the_memory():
     model = GPT(GPTConfig(n_layer=1, n_embd=256, n_head=4))
-    if quantize.owlet_kernels is None:
+    if int8.owlet_kernels is None:
         pytest.skip("the kernels are not built")
-    small = quantize.quantize(model, "owlet")
+    small = int8.quantize(model, "owlet")
     held = sum({b.data_ptr(): b.nbytes for b in (*small.buffers(), *small.parameters())}.values())
     assert held < 0.27 * 4 * model.num_params() + small.cos.nbytes * 2
 
@@ -263,7 +264,7 @@ def test_quantize_script_compares(trained, script):
 
 def test_quantize_script_takes_the_newest_fp32_folder(tiny, script, tmp_path, monkeypatch):
     tiny.save_pretrained(tmp_path / "out" / "a")
-    quantize.save_quantized(tiny, tmp_path / "out" / "newer-int8")
+    int8.save_quantized(tiny, tmp_path / "out" / "newer-int8")
     monkeypatch.chdir(tmp_path)
     code, _, err = script(quantize.main, "--no-compare")
     assert code == 0, err

@@ -1,0 +1,279 @@
+"""The int8 model: weights and activations in int8, everything between the products in fp32.
+
+Weights: symmetric int8, one fp32 scale for each output channel. Activations: symmetric int8, one
+scale for each token, found as the model runs ("dynamic"). Products are summed exactly in int32.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoint import read_config, read_tensors
+from cli import UserError
+from model import GPT, Block, GPTConfig, KVCache, Uninitialised, check_tensors, write_model
+
+try:
+    import owlet_kernels  # registers torch.ops.owlet
+except ImportError as error:
+    owlet_kernels = None
+    why_no_kernels = f"owlet's int8 kernels are not built ({error}); build them with: python setup.py build_ext"
+
+Backend = Literal["owlet", "torch.ao", "reference"]
+
+# ---------------------------------------------------------------- primitives
+
+FORMAT = {"quant_method": "owlet", "bits": 8, "weights": "symmetric, one scale an output channel",
+          "activations": "symmetric, dynamic, one scale a token"}
+
+
+def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w (N, K) float -> int8 (N, K) in -127..127 and fp32 scales (N,), so that w ~ q * scale."""
+    scale = w.float().abs().amax(dim=1) / 127
+    q = torch.round(w.float() / torch.where(scale > 0, scale, 1.0)[:, None])  # a row of zeros has scale 0
+    return q.clamp(-127, 127).to(torch.int8), scale
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., K) fp32 -> int8 (..., K) and one fp32 scale a token (..., 1).
+
+    A token with NaN or infinity gets a scale that is not finite, so that its results are NaN.
+    """
+    amax = x.abs().amax(dim=-1, keepdim=True)
+    inverse = torch.where(amax >= 1e-30, 127 / amax, 0.0)
+    q = torch.round(x * inverse).nan_to_num(0.0).clamp(-127, 127).to(torch.int8)
+    return q, torch.where(amax.isfinite(), amax / 127, torch.nan)
+
+
+def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None,
+                          residual: Tensor | None = None, activation: str = "none") -> Tensor:
+    """What every fast path must equal: x (..., K) fp32, weight (N, K) int8, scale (N,) -> (..., N).
+
+    activation: none, silu, or swiglu: rows 2i and 2i + 1 of the weight are gate and up of output i,
+    so that y is (..., N / 2). The residual (shaped like y) is added last.
+    """
+    q, x_scale = quantize_tokens(x)
+    total = q.double() @ weight.double().T  # float64 holds integers to 2^53: exact, and fast
+    y = total.float() * x_scale * scale
+    if bias is not None:
+        y = y + bias
+    y = activate(y, activation)
+    return y if residual is None else y + residual
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return F.silu(y)
+    if activation == "swiglu":
+        return F.silu(y[..., 0::2]) * y[..., 1::2]
+    return y
+
+
+# ---------------------------------------------------------------- the int8 model
+
+def has_torch_ao() -> bool:
+    """torch.ao's dynamic quantization is deprecated: it may be gone from a later torch."""
+    return hasattr(torch, "ao") and hasattr(torch.ao.quantization, "quantize_dynamic")
+
+
+def pick_backend(name: str, device: torch.device) -> Backend:
+    """auto: the fastest that is here. A missing extension is said, with the cure."""
+    if name == "owlet" and owlet_kernels is None:
+        raise UserError(f"--backend owlet: {why_no_kernels}")
+    if name == "torch.ao" and not (has_torch_ao() and device.type == "cpu"):
+        raise UserError("--backend torch.ao: needs a CPU and a torch that still has torch.ao.quantization")
+    if name != "auto":
+        return name
+    if owlet_kernels is not None:
+        return "owlet"
+    fallback = "torch.ao" if has_torch_ao() and device.type == "cpu" else "reference"
+    print(f"note: {why_no_kernels}; going on with {fallback}", file=sys.stderr)
+    return fallback
+
+
+class Int8Linear(nn.Module):
+    """y = activation(x W^T) + residual with W in int8, by one of three backends.
+
+    weight (N, K) int8 and scale (N,) fp32 from quantize_rows; x (..., K) fp32 -> (..., N) fp32.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, backend: Backend, activation: str = "none") -> None:
+        super().__init__()
+        self.backend, self.activation, self.in_features = backend, activation, weight.size(1)
+        self.register_buffer("scale", scale)
+        if backend == "owlet":
+            self.register_buffer("weight", torch.ops.owlet.pack_int8(weight))
+        else:
+            self.register_buffer("weight", weight)
+        if backend == "torch.ao":
+            N, K = weight.shape
+            with warnings.catch_warnings(action="ignore"):  # deprecated, as said above
+                per_row = torch._make_per_channel_quantized_tensor(weight, scale.double(), torch.zeros(N).long(), 0)
+                self.dynamic = torch.ao.nn.quantized.dynamic.Linear(K, N, bias_=False)
+                self.dynamic.set_weight_bias(per_row, None)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.backend == "owlet":
+            return torch.ops.owlet.int8_linear(x, self.weight, self.scale, None, residual, self.activation)
+        if self.backend == "reference":
+            return int8_linear_reference(x, self.weight, self.scale, None, residual, self.activation)
+        y = activate(self.dynamic(x), self.activation)
+        return y if residual is None else y + residual
+
+    def rows(self, idx: Tensor) -> Tensor:
+        """Rows idx (...) of the matrix, in fp32 (..., K): the embedding of a tied head."""
+        if self.backend == "owlet":  # packed (N / 64, K / 4, 64, 4), each value + 128
+            row = self.weight[idx // 64, :, idx % 64].flatten(-2)[..., :self.in_features].to(torch.int16) - 128
+        else:
+            row = self.weight[idx]
+        return row * self.scale[idx].unsqueeze(-1)
+
+
+class Int8Embedding(nn.Module):
+    """Rows of an int8 matrix; of the head's own, where the two are tied."""
+
+    def __init__(self, matrix: Int8Linear) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.matrix.rows(idx)
+
+
+class Int8Block(nn.Module):
+    """model.Block with four int8 products. q, k and v share one product, and so one quantization
+    of x; gate and up share one that hands on silu(gate) * up; both residuals are added in passing.
+    """
+
+    def __init__(self, block: Block, linear: Callable[..., Int8Linear]) -> None:
+        super().__init__()
+        self.input_layernorm, self.self_attn = block.input_layernorm, block.self_attn
+        self.post_attention_layernorm = block.post_attention_layernorm
+        self.widths = [getattr(block.self_attn, f"{name}_proj").out_features for name in "qkv"]
+        self.qkv_proj = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.o_proj = linear("self_attn.o_proj")
+        self.gate_up_proj = linear("mlp.gate_proj", "mlp.up_proj", activation="swiglu")
+        self.down_proj = linear("mlp.down_proj")
+        for name in "qkvo":  # self_attn keeps what lies between the products
+            delattr(self.self_attn, f"{name}_proj")
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        q, k, v = self.qkv_proj(self.input_layernorm(x)).split(self.widths, dim=-1)
+        x = self.o_proj(self.self_attn.attend(q, k, v, cos, sin, cache), residual=x)
+        return self.down_proj(self.gate_up_proj(self.post_attention_layernorm(x)), residual=x)
+
+
+class Int8GPT(GPT):
+    """A GPT of Int8Linear matrices. On a CPU with the kernels, one token at a time goes through the
+    C++ decoder (csrc/decoder.cpp): the same arithmetic over the same weights and cache, in one call.
+    """
+
+    decoder = None
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None,
+                cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        if self.decoder is None or cache is None or idx.shape != (1, 1) or targets is not None:
+            return super().forward(idx, targets, cache)
+        self.check_fits(cache.pos + 1)
+        logits = self.decoder.forward(idx.item(), cache.pos, cache.keys, cache.values)
+        cache.pos += 1
+        return logits, None
+
+    def make_decoder(self) -> "owlet_kernels.Decoder":
+        config, layers = self.config, self.model.layers
+
+        def matrix(linear: Int8Linear) -> tuple[Tensor, Tensor]:
+            return linear.weight, linear.scale
+
+        return owlet_kernels.Decoder(
+            n_embd=config.n_embd, n_head=config.n_head, n_kv_head=config.n_kv_head, head_dim=config.head_dim,
+            n_hidden=config.n_hidden, norm_eps=config.norm_eps, cos=self.cos, sin=self.sin,
+            embedding=matrix(self.model.embed_tokens.matrix), norm=self.model.norm.weight, head=matrix(self.lm_head),
+            blocks=[(block.input_layernorm.weight, matrix(block.qkv_proj),
+                     block.self_attn.q_norm.weight if config.qk_norm else None,
+                     block.self_attn.k_norm.weight if config.qk_norm else None,
+                     matrix(block.o_proj), block.post_attention_layernorm.weight,
+                     matrix(block.gate_up_proj), matrix(block.down_proj)) for block in layers])
+
+
+def quantize_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A fp32 state dict -> the int8 folder's: X.weight int8 and X.weight_scale; norms stay fp32."""
+    small = {}
+    for name, tensor in state.items():
+        if tensor.dim() == 2:
+            small[name], small[f"{name}_scale"] = quantize_rows(tensor)
+        else:
+            small[name] = tensor.float()
+    return small
+
+
+def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device: torch.device) -> Int8GPT:
+    """The int8 model from quantize_state's tensors, on the device."""
+
+    def linear(prefix: str, *names: str, activation: str = "none") -> Int8Linear:
+        weights = [state[f"{prefix}{name}.weight"] for name in names]
+        scales = [state[f"{prefix}{name}.weight_scale"] for name in names]
+        if activation == "swiglu":  # row 2i: gate i, row 2i + 1: up i
+            weight, scale = (torch.stack(parts, dim=1).flatten(0, 1) for parts in (weights, scales))
+        else:
+            weight, scale = torch.cat(weights), torch.cat(scales)
+        return Int8Linear(weight, scale, backend, activation)
+
+    with Uninitialised():
+        model = Int8GPT(config)
+    # cloned: a tensor read from a file keeps the whole file in memory
+    norms = {name: state[name].clone() for name, like in model.state_dict().items() if like.dim() == 1}
+    model.load_state_dict(norms, strict=False, assign=True)
+    for i, block in enumerate(model.model.layers):
+        model.model.layers[i] = Int8Block(block, partial(linear, f"model.layers.{i}."))
+    embedding = "model.embed_tokens"
+    model.lm_head = linear("", embedding if config.tie_embeddings else "lm_head")
+    table = model.lm_head if config.tie_embeddings else Int8Linear(
+        state[f"{embedding}.weight"], state[f"{embedding}.weight_scale"],
+        backend if backend == "owlet" else "reference")
+    model.model["embed_tokens"] = Int8Embedding(table)
+    model.backend = f"{backend} ({owlet_kernels.isa()})" if backend == "owlet" else backend
+    model = model.eval().requires_grad_(False).to(device)
+    if backend == "owlet" and device.type == "cpu":
+        model.decoder = model.make_decoder()
+    return model
+
+
+def quantize(model: GPT, backend: str = "auto") -> Int8GPT:
+    """The int8 copy of an fp32 model, on the CPU."""
+    state = quantize_state({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
+    cpu = torch.device("cpu")
+    return build(model.config, state, pick_backend(backend, cpu), cpu)
+
+
+def save_quantized(model: GPT, folder: Path) -> None:
+    """Write an fp32 model's int8 folder: row-major int8, as every machine can pack it for itself."""
+    state = quantize_state({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
+    if model.config.tie_embeddings:
+        del state["lm_head.weight"], state["lm_head.weight_scale"]
+    write_model(folder, state, model.config.to_hf() | {"quantization_config": FORMAT})
+
+
+def from_pretrained(folder: Path, backend: str = "auto", device: torch.device | str = "cpu") -> Int8GPT:
+    """Load an int8 folder written by save_quantized."""
+    hf = read_config(folder)
+    found = hf.get("quantization_config")
+    if found != FORMAT:
+        raise UserError(f"{folder}/config.json: expected quantization_config {FORMAT}, got {found}")
+    config, state = GPTConfig.from_hf(hf), read_tensors(folder)
+    with Uninitialised():
+        expected = GPT(config).state_dict()
+    if config.tie_embeddings:
+        del expected["lm_head.weight"]
+    for name, tensor in list(expected.items()):
+        if tensor.dim() == 2:
+            expected[name], expected[f"{name}_scale"] = torch.empty_like(tensor, dtype=torch.int8), tensor[:, 0]
+    check_tensors(folder, expected, state)
+    device = torch.device(device)
+    return build(config, state, pick_backend(backend, device), device)
