@@ -22,7 +22,7 @@ csrc = Path("csrc")
 sources = {*csrc.glob("*.cpp"), *csrc.glob("kernels/*.cpp")} - {csrc / "kernels/selftest.cpp"}
 
 # Without contraction to fused multiply-adds, every instruction set gives the same floats.
-cxx_flags = ["-O3", "-g0", "-ffp-contract=off"]
+cxx_flags = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math"]
 if sys.platform == "linux":
     # at::parallel_for is a template: without OpenMP here, it runs on one thread. Not linked with
     # -fopenmp, so that the calls resolve to the runtime torch brought, not to a second one.

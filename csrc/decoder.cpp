@@ -76,8 +76,8 @@ float softmax(float* scores, int64_t size) {
   float lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] += scores[i + l] = exp_approx(scores[i + l] - high);
-  for (int l = 0; i + l < size; ++l) lanes[l] += scores[i + l] = exp_approx(scores[i + l] - high);
+    for (int l = 0; l < kLanes; ++l) lanes[l] += scores[i + l] = exp_approx(exp_range(scores[i + l] - high));
+  for (int l = 0; i + l < size; ++l) lanes[l] += scores[i + l] = exp_approx(exp_range(scores[i + l] - high));
   return 1.0f / sum_of(lanes);
 }
 
@@ -183,7 +183,7 @@ void Decoder::run(Thread& thread, Barrier& barrier, int index, int threads, int6
   };
   const auto normed = [&](const float* weight) -> const QuantizedTokens& {
     rms_norm(x_.data(), weight, m.n_embd, m.norm_eps, thread.normed.data());
-    thread.x.quantize(thread.normed.data(), 0, 1);
+    thread.x.quantize(0, thread.normed.data());
     return thread.x;
   };
 
@@ -197,12 +197,12 @@ void Decoder::run(Thread& thread, Barrier& barrier, int index, int threads, int6
       attend(thread, block, g, pos, keys + g * length * m.head_dim, values + g * length * m.head_dim);
     keys += layer_size, values += layer_size;
     barrier.wait();
-    thread.mixed.quantize(mixed_.data(), 0, 1);
+    thread.mixed.quantize(0, mixed_.data());
     multiply(block.o, thread.mixed, x_.data(), x_.data());
     barrier.wait();
     multiply(block.gate_up, normed(block.post_norm), nullptr, hidden_.data());
     barrier.wait();
-    thread.hidden.quantize(hidden_.data(), 0, 1);
+    thread.hidden.quantize(0, hidden_.data());
     multiply(block.down, thread.hidden, x_.data(), x_.data());
     barrier.wait();
   }

@@ -95,7 +95,7 @@ Tensor int8_linear_cpu(const Tensor& x, const Tensor& packed, const Tensor& scal
 
   QuantizedTokens q(tokens, K);
   at::parallel_for(0, tokens, 1 + kGrain / K, [&](int64_t begin, int64_t end) {
-    q.quantize(x_.const_data_ptr<float>(), begin, end);
+    for (int64_t t = begin; t < end; ++t) q.quantize(t, x_.const_data_ptr<float>() + t * K);
   });
 
   const Int8Linear linear{scale.numel(), packed_.const_data_ptr<uint8_t>(),

@@ -5,6 +5,7 @@
 namespace owlet::cuda {
 namespace {
 
+constexpr int kTileTokens = 6;  // that a block takes at once, so that weights are loaded once for several
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
 
@@ -62,9 +63,9 @@ __global__ void __launch_bounds__(kThreads)
     const bool inside = n < N && token + t < tokens;
     float v = inside ? static_cast<float>(acc[t]) * x_scale[token + t] * scale[n] : 0.0f;
     if (inside && bias) v += bias[n];
-    if (activation == Activation::silu) v = silu(v);
+    if (activation == Activation::silu) v = silu(v, exp_range(-v));
     const float up = __shfl_xor_sync(kAllLanes, v, 1);  // of the next row, for swiglu
-    if (swiglu) v = silu(v) * up;
+    if (swiglu) v = silu(v, exp_range(-v)) * up;
     if (slice > 0 || !inside || (swiglu && n % 2 == 1)) continue;
     const int64_t at = (token + t) * columns + column;
     y[at] = residual ? v + residual[at] : v;

@@ -30,7 +30,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
     }
     for (int t = 0; t < Tokens; ++t) {
       int32_t quad;
-      std::memcpy(&quad, q + 4 * (t * quads + i), 4);
+      std::memcpy(&quad, q + t * row_bytes(quads) + 4 * i, 4);
       const __m512i a = _mm512_set1_epi32(quad);
       for (int v = 0; v < 4; ++v) sum[t][v] = _mm512_dpbusd_epi32(sum[t][v], w[v], a);
     }
@@ -48,6 +48,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
 const Kernel avx512_vnni = {
     "avx512_vnni",
     [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); },
+    6,
     {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 
 }  // namespace owlet

@@ -25,7 +25,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
       const auto* w = reinterpret_cast<const __m256i*>(panel + i * kQuadBytes) + strip;
       for (int t = 0; t < Tokens; ++t) {
         int32_t quad;
-        std::memcpy(&quad, q + 4 * (t * quads + i), 4);
+        std::memcpy(&quad, q + t * row_bytes(quads) + 4 * i, 4);
         const __m256i a = _mm256_set1_epi32(quad);
         for (int v = 0; v < Vecs; ++v)
           sum[t][v] = _mm256_dpbusd_avx_epi32(sum[t][v], _mm256_loadu_si256(w + v), a);
@@ -44,6 +44,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
 const Kernel avx_vnni = {
     "avx_vnni",
     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni"); },
+    6,
     {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 
 }  // namespace owlet

@@ -12,7 +12,7 @@ void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int64_t qu
   std::fill_n(acc, Tokens * kPanelRows, 0);
   for (int64_t i = 0; i < quads; ++i, panel += kQuadBytes) {
     for (int t = 0; t < Tokens; ++t) {
-      const int8_t* a = q + 4 * (t * quads + i);
+      const int8_t* a = q + t * row_bytes(quads) + 4 * i;
       for (int n = 0; n < kPanelRows; ++n) {
         const uint8_t* w = panel + 4 * n;
         acc[t * kPanelRows + n] +=
@@ -27,6 +27,7 @@ void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int64_t qu
 const Kernel generic = {
     "generic",
     [] { return true; },
+    6,
     {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 
 }  // namespace owlet

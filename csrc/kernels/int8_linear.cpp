@@ -5,9 +5,9 @@
 #include "kernels.h"
 #include "numerics.h"
 
-// Also compile a function for AVX2 and choose when the library is loaded.
+// Also compile a function for wider vectors and choose when the library is loaded.
 #if defined(__x86_64__) && defined(__GLIBC__)
-#define OWLET_CLONES __attribute__((target_clones("avx2", "default")))
+#define OWLET_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define OWLET_CLONES
 #endif
@@ -16,7 +16,7 @@ namespace owlet {
 namespace {
 
 // Tokens of one parallel task: enough to read a panel once for many, few enough to share them out.
-constexpr int64_t kTaskTokens = 16 * kTileTokens;
+constexpr int64_t kTaskTokens = 96;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -39,27 +39,36 @@ int32_t quantize_token(const float* x, int64_t K, float inverse, int8_t* q) {
   return sum;
 }
 
-// From one token's sums for `rows` rows of w to its outputs. Every pointer is to the first of them.
+// From the sums of a panel to y, for `tokens` tokens. scale and bias are those of the panel's 64
+// rows: loops of a fixed length need no code for the rest. residual and y are those of the first
+// token, `columns` of which a token fills, `stride` apart.
 OWLET_CLONES
-void epilogue(const int32_t* acc, int rows, float x_scale, const float* scale, const float* bias,
-              Activation activation, const float* residual, float* y) {
-  float v[kPanelRows];
-  for (int n = 0; n < rows; ++n) v[n] = static_cast<float>(acc[n]) * x_scale * scale[n];
-  if (bias)
-    for (int n = 0; n < rows; ++n) v[n] += bias[n];
+void epilogue(const int32_t* acc, int64_t tokens, const float* x_scale, const float* scale, const float* bias,
+              Activation activation, const float* residual, int64_t columns, int64_t stride, float* y) {
+  for (int64_t t = 0; t < tokens; ++t, acc += kPanelRows) {
+    float v[kPanelRows], gate[kPanelRows], minus[kPanelRows];
+    for (int n = 0; n < kPanelRows; ++n) v[n] = static_cast<float>(acc[n]) * x_scale[t] * scale[n];
+    if (bias)
+      for (int n = 0; n < kPanelRows; ++n) v[n] += bias[n];
 
-  if (activation == Activation::silu)
-    for (int n = 0; n < rows; ++n) v[n] = silu(v[n]);
-  int columns = rows;
-  if (activation == Activation::swiglu) {
-    columns = rows / 2;
-    for (int i = 0; i < columns; ++i) v[i] = silu(v[2 * i]) * v[2 * i + 1];
+    if (activation == Activation::silu) {
+      for (int n = 0; n < kPanelRows; ++n) minus[n] = exp_range(-v[n]);
+      for (int n = 0; n < kPanelRows; ++n) v[n] = silu(v[n], minus[n]);
+    }
+    if (activation == Activation::swiglu) {
+      for (int i = 0; i < kPanelRows / 2; ++i) gate[i] = v[2 * i];
+      for (int i = 0; i < kPanelRows / 2; ++i) minus[i] = exp_range(-gate[i]);
+      for (int i = 0; i < kPanelRows / 2; ++i) gate[i] = silu(gate[i], minus[i]);
+      for (int i = 0; i < kPanelRows / 2; ++i) gate[i] *= v[2 * i + 1];
+      std::copy_n(gate, kPanelRows / 2, v);
+    }
+
+    float* out = y + t * stride;
+    if (residual)
+      for (int64_t i = 0; i < columns; ++i) out[i] = v[i] + residual[t * stride + i];
+    else
+      std::copy_n(v, columns, out);
   }
-
-  if (residual)
-    for (int i = 0; i < columns; ++i) y[i] = v[i] + residual[i];
-  else
-    std::copy_n(v, columns, y);
 }
 
 }  // namespace
@@ -85,24 +94,21 @@ QuantizedTokens::QuantizedTokens(int64_t tokens, int64_t K)
     : tokens(tokens),
       K(K),
       quads(ceil_div(K, 4)),
-      q(new int8_t[tokens * 4 * quads]),
+      q(new (std::align_val_t(kLine)) int8_t[tokens * row_bytes(quads)]),
       scale(new float[tokens]),
       q_sum(new int32_t[tokens]) {}
 
-void QuantizedTokens::quantize(const float* x, int64_t begin, int64_t end) {
-  for (int64_t t = begin; t < end; ++t) {
-    const float* token = x + t * K;
-    int8_t* row = &q[t * 4 * quads];
-    const TokenScale s = token_scale(max_abs_bits(token, K));
-    scale[t] = s.scale;
-    if (s.inverse == 0) {  // x may hold a NaN or an inf, which must not reach the rounding
-      std::fill_n(row, K, 0);
-      q_sum[t] = 0;
-    } else {
-      q_sum[t] = quantize_token(token, K, s.inverse, row);
-    }
-    std::fill(row + K, row + 4 * quads, 0);
+void QuantizedTokens::quantize(int64_t t, const float* x) {
+  int8_t* row = &q[t * row_bytes(quads)];
+  const TokenScale s = token_scale(max_abs_bits(x, K));
+  scale[t] = s.scale;
+  if (s.inverse == 0) {  // x may hold a NaN or an inf, which must not reach the rounding
+    std::fill_n(row, K, 0);
+    q_sum[t] = 0;
+  } else {
+    q_sum[t] = quantize_token(x, K, s.inverse, row);
   }
+  std::fill(row + K, row + row_bytes(quads), 0);
 }
 
 int64_t Int8Linear::tasks(int64_t tokens) const {
@@ -116,21 +122,21 @@ void Int8Linear::forward(const QuantizedTokens& x, const float* residual, int64_
   const int rows_a_column = activation == Activation::swiglu ? 2 : 1;
 
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t n = task / blocks * kPanelRows;
-    const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, N - n));
+    const int64_t n = task / blocks * kPanelRows, rows = std::min<int64_t>(kPanelRows, N - n);
     const uint8_t* panel = packed + n * 4 * x.quads;
+    float scales[kPanelRows] = {}, biases[kPanelRows] = {};
+    std::copy_n(scale + n, rows, scales);
+    if (bias) std::copy_n(bias + n, rows, biases);
+
     const int64_t block = task % blocks * kTaskTokens;
     const int64_t block_end = std::min(block + kTaskTokens, x.tokens);
-
-    for (int64_t t = block; t < block_end; t += kTileTokens) {
-      const int tokens = static_cast<int>(std::min<int64_t>(kTileTokens, block_end - t));
-      int32_t acc[kTileTokens][kPanelRows];
-      kernel.dot_panel[tokens - 1](&x.q[t * 4 * x.quads], &x.q_sum[t], panel, x.quads, acc[0]);
-      for (int i = 0; i < tokens; ++i) {
-        const int64_t at = (t + i) * columns() + n / rows_a_column;
-        epilogue(acc[i], rows, x.scale[t + i], scale + n, bias ? bias + n : nullptr, activation,
-                 residual ? residual + at : nullptr, y + at);
-      }
+    for (int64_t t = block, tokens; t < block_end; t += tokens) {
+      tokens = ceil_div(block_end - t, ceil_div(block_end - t, kernel.tile_tokens));  // tiles of like size
+      int32_t acc[kMaxTileTokens][kPanelRows];
+      kernel.dot_panel[tokens - 1](&x.q[t * row_bytes(x.quads)], &x.q_sum[t], panel, x.quads, acc[0]);
+      const int64_t at = t * columns() + n / rows_a_column;
+      epilogue(acc[0], tokens, &x.scale[t], scales, bias ? biases : nullptr, activation,
+               residual ? residual + at : nullptr, rows / rows_a_column, columns(), y + at);
     }
   }
 }

@@ -10,6 +10,9 @@ namespace {
 // Best first.
 const Kernel* const kKernels[] = {
 #if defined(__x86_64__)
+#if defined(__linux__)
+    &amx,
+#endif
     &avx512_vnni, &avx_vnni, &avx2,
 #elif defined(__aarch64__)
     &neon,

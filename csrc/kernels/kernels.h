@@ -8,38 +8,43 @@
 
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
 namespace owlet {
 
 // Packed weights, uint8 (ceil(N/64), ceil(K/4), 64, 4): panels of 64 rows, in which 4 consecutive k
-// of a row, a quad, are adjacent. That is the operand shape of vpdpbusd, sdot and dp4a, and a panel
+// of a row, a quad, are adjacent. That is the operand shape of vpdpbusd, tdpbsud, sdot and dp4a, and a panel
 // is read from front to back. A value is stored as w + 128, since vpdpbusd wants one unsigned
 // operand; padding is 128, a zero weight.
 constexpr int kPanelRows = 64;
 constexpr int kQuadBytes = 4 * kPanelRows;  // one quad of every row of a panel
 
-// Tokens a kernel takes at once, so that weights are loaded once for several of them:
-// 6 tokens x 4 zmm accumulators leave room for 4 zmm of weights and one of activations.
-constexpr int kTileTokens = 6;
+// Activations of a token start on a cache line: to load a tile register from elsewhere takes ten
+// times as long.
+constexpr int kLine = 64;
+constexpr int64_t row_bytes(int64_t quads) { return (4 * quads + kLine - 1) / kLine * kLine; }
 
 // Kernels sum q * (w + 128), starting from -128 * sum(q): no partial sum exceeds 128 * 127 * K.
 constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
 
-// acc[t * 64 + n] = sum over k of q[t, k] * w[n, k], for as many tokens as the function was made
-// for. q is (tokens, 4 * quads); q_sum[t] is the sum of q[t, k] over k.
+// acc[t * 64 + n] = sum over k of q[t, k] * w[n, k]. q is (tokens, row_bytes(quads)); q_sum[t] is
+// the sum of q[t, k] over k.
 using DotPanel = void(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads,
                       int32_t* acc);
 
+constexpr int kMaxTileTokens = 32;
+
 struct Kernel {
   const char* name;
-  bool (*supported)();               // by this CPU and its operating system
-  DotPanel* dot_panel[kTileTokens];  // [tokens - 1]
+  bool (*supported)();  // by this CPU and its operating system
+  int tile_tokens;      // how many it takes at most: weights are loaded once for all of a tile
+  DotPanel* dot_panel[kMaxTileTokens];  // [tokens - 1]
 };
 
-extern const Kernel avx512_vnni, avx_vnni, avx2;  // x86-64
-extern const Kernel neon;                         // 64-bit Arm
+extern const Kernel amx, avx512_vnni, avx_vnni, avx2;  // x86-64
+extern const Kernel neon;                              // 64-bit Arm
 extern const Kernel generic;
 
 const Kernel& kernel();                    // in use: $OWLET_ISA, or else the best this CPU supports
@@ -56,13 +61,17 @@ class QuantizedTokens {
  public:
   QuantizedTokens(int64_t tokens, int64_t K);
 
-  // Quantizes tokens [begin, end) of x, float (tokens, K).
-  void quantize(const float* x, int64_t begin, int64_t end);
+  // Quantizes x, float (K), as token t.
+  void quantize(int64_t t, const float* x);
+
+  struct Free {
+    void operator()(int8_t* p) const { operator delete[](p, std::align_val_t(kLine)); }
+  };
 
   const int64_t tokens, K, quads;
-  const std::unique_ptr<int8_t[]> q;       // (tokens, 4 * quads), zero past K
-  const std::unique_ptr<float[]> scale;    // (tokens): x = q * scale; NaN if x is not finite
-  const std::unique_ptr<int32_t[]> q_sum;  // (tokens)
+  const std::unique_ptr<int8_t[], Free> q;  // (tokens, row_bytes(quads)), zero past K
+  const std::unique_ptr<float[]> scale;     // (tokens): x = q * scale; NaN if x is not finite
+  const std::unique_ptr<int32_t[]> q_sum;   // (tokens)
 };
 
 enum class Activation { none, silu, swiglu };

@@ -34,7 +34,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int
         w[v] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(panel_quad + 16 * v), offset));
       for (int t = 0; t < Tokens; ++t) {
         int32_t quad;
-        std::memcpy(&quad, q + 4 * (t * quads + i), 4);
+        std::memcpy(&quad, q + t * row_bytes(quads) + 4 * i, 4);
         const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(quad));
         for (int v = 0; v < Vecs; ++v) sum[t][v] = vdotq_s32(sum[t][v], w[v], a);
       }
@@ -58,6 +58,7 @@ bool supported() {
 const Kernel neon = {
     "neon",
     supported,
+    6,
     {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 
 }  // namespace owlet

@@ -52,10 +52,16 @@ OWLET_HOST_DEVICE inline TokenScale token_scale(int32_t amax_bits) {
   return {amax / 127.0f, amax >= 1e-30f ? 127.0f / amax : 0.0f};
 }
 
-// e^x to 1 ulp, inf from 88.4 on: x = n ln 2 + r, e^r by Cephes' polynomial, 2^n by its bits.
-OWLET_HOST_DEVICE inline float exp_approx(float x) {
+// x where exp_approx can take it. A step of its own, so that loops can do it first: in one loop
+// with the rest, GCC computes the rest twice.
+OWLET_HOST_DEVICE inline float exp_range(float x) {
   x = x < -87.0f ? -87.0f : x;  // written so that a NaN passes
-  x = x > 89.0f ? 89.0f : x;  // n = 128, whose bits are those of inf
+  return x > 89.0f ? 89.0f : x;  // n = 128, whose bits are those of inf
+}
+
+// e^x to 1 ulp, inf from 88.4 on: x = n ln 2 + r, e^r by Cephes' polynomial, 2^n by its bits.
+// x must come from exp_range.
+OWLET_HOST_DEVICE inline float exp_approx(float x) {
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -69,6 +75,7 @@ OWLET_HOST_DEVICE inline float exp_approx(float x) {
   return p * float_of((bits_of(shifted) << 23) + 0x3f800000);
 }
 
-OWLET_HOST_DEVICE inline float silu(float x) { return x / (1.0f + exp_approx(-x)); }
+// x and exp_range(-x) -> x / (1 + e^-x).
+OWLET_HOST_DEVICE inline float silu(float x, float minus_x) { return x / (1.0f + exp_approx(minus_x)); }
 
 }  // namespace owlet

@@ -1,5 +1,5 @@
 // Tests every kernel this CPU supports against a naive triple loop. Needs neither torch nor Python:
-//   g++ -O2 -std=c++17 -ffp-contract=off csrc/kernels/*.cpp -o selftest && ./selftest
+//   g++ -O2 -std=c++17 -ffp-contract=off -fno-trapping-math csrc/kernels/*.cpp -o selftest && ./selftest
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -71,7 +71,7 @@ std::vector<float> run(const Case& c, const Problem& p) {
   std::vector<uint8_t> packed(panels * ((c.K + 3) / 4) * kQuadBytes);
   if (!pack_panels(p.w.data(), c.N, c.K, 0, panels, packed.data())) return {};
   QuantizedTokens x(c.tokens, c.K);
-  x.quantize(p.x.data(), 0, c.tokens);
+  for (int64_t t = 0; t < c.tokens; ++t) x.quantize(t, &p.x[t * c.K]);
   const Int8Linear linear{c.N, packed.data(), p.scale.data(), c.bias ? p.bias.data() : nullptr,
                           c.activation};
   std::vector<float> y(p.residual.size());

@@ -1,0 +1,108 @@
+// AMX: tdpbsud multiplies a tile of 16 tokens x 64 k by one of 64 k x 16 rows of w, which the packed
+// layout holds as it stands: 16 quads, 256 bytes apart, of 16 rows.
+#if defined(__x86_64__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <utility>
+
+#include "kernels.h"
+
+#define TARGET __attribute__((target("amx-tile,amx-int8")))
+
+namespace owlet {
+namespace {
+
+constexpr int kTile = 16;     // tokens, quads or rows of w
+constexpr int kVnniTokens = 6;  // so few are quicker without tiles
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3: sums; 4, 5: activations; 6, 7: weights. Tiles 2, 3 and 5 are of tokens past 16.
+constexpr TileConfig tile_config(int tokens) {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    const bool past = tile == 2 || tile == 3 || tile == 5;
+    const int own = past ? tokens - kTile : tokens < kTile ? tokens : kTile;
+    config.rows[tile] = static_cast<uint8_t>(tile >= 6 ? kTile : own > 0 ? own : 0);
+    config.row_bytes[tile] = config.rows[tile] ? 64 : 0;
+  }
+  return config;
+}
+
+template <int Tokens>
+TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads,
+                      int32_t* acc) {
+  if constexpr (Tokens <= kVnniTokens) {
+    avx512_vnni.dot_panel[Tokens - 1](q, q_sum, panel, quads, acc);
+  } else {
+    static constexpr TileConfig config = tile_config(Tokens);
+    constexpr bool past = Tokens > kTile;
+    constexpr int sum_stride = 4 * kPanelRows;
+    const int64_t q_stride = row_bytes(quads), whole = quads / kTile * kTile;
+
+    // The offset of the weights, and what does not fill a tile.
+    for (int t = 0; t < Tokens; ++t)
+      for (int n = 0; n < kPanelRows; ++n) acc[t * kPanelRows + n] = -128 * q_sum[t];
+    for (int64_t i = whole; i < quads; ++i)
+      for (int t = 0; t < Tokens; ++t)
+        for (int n = 0; n < kPanelRows; ++n)
+          for (int j = 0; j < 4; ++j)
+            acc[t * kPanelRows + n] += q[t * q_stride + 4 * i + j] * panel[i * kQuadBytes + 4 * n + j];
+
+    _tile_loadconfig(&config);
+    for (int strip = 0; strip < kPanelRows; strip += 2 * kTile) {
+      int32_t* sums = acc + strip;
+      _tile_loadd(0, sums, sum_stride);
+      _tile_loadd(1, sums + kTile, sum_stride);
+      if constexpr (past) {
+        _tile_loadd(2, sums + kTile * kPanelRows, sum_stride);
+        _tile_loadd(3, sums + kTile * kPanelRows + kTile, sum_stride);
+      }
+      for (int64_t i = 0; i < whole; i += kTile) {
+        const uint8_t* w = panel + i * kQuadBytes + 4 * strip;
+        _tile_loadd(6, w, kQuadBytes);
+        _tile_loadd(4, q + 4 * i, q_stride);
+        _tile_dpbsud(0, 4, 6);
+        _tile_loadd(7, w + 64, kQuadBytes);
+        _tile_dpbsud(1, 4, 7);
+        if constexpr (past) {
+          _tile_loadd(5, q + kTile * q_stride + 4 * i, q_stride);
+          _tile_dpbsud(2, 5, 6);
+          _tile_dpbsud(3, 5, 7);
+        }
+      }
+      _tile_stored(0, sums, sum_stride);
+      _tile_stored(1, sums + kTile, sum_stride);
+      if constexpr (past) {
+        _tile_stored(2, sums + kTile * kPanelRows, sum_stride);
+        _tile_stored(3, sums + kTile * kPanelRows + kTile, sum_stride);
+      }
+    }
+    _tile_release();
+  }
+}
+
+// Linux wants to be asked before a process uses tile registers.
+bool supported() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return avx512_vnni.supported() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+template <int... Tokens>
+constexpr Kernel make_kernel(std::integer_sequence<int, Tokens...>) {
+  return {"amx", supported, kMaxTileTokens, {dot_panel<Tokens + 1>...}};
+}
+
+}  // namespace
+
+const Kernel amx = make_kernel(std::make_integer_sequence<int, kMaxTileTokens>());
+
+}  // namespace owlet
+#endif
