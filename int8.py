@@ -170,19 +170,19 @@ class Int8Block(nn.Module):
 
 
 class Int8GPT(GPT):
-    """A GPT of Int8Linear matrices. On a CPU with the kernels, one token at a time goes through the
-    C++ decoder (csrc/decoder.cpp): the same arithmetic over the same weights and cache, in one call.
+    """A GPT of Int8Linear matrices. On a CPU with the kernels, whatever comes with a cache goes through
+    the C++ decoder (csrc/decoder.cpp): the same arithmetic over the same weights, in one call.
     """
 
     decoder = None
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
-        if self.decoder is None or cache is None or idx.shape != (1, 1) or targets is not None:
+        if self.decoder is None or cache is None or targets is not None:
             return super().forward(idx, targets, cache)
-        self.check_fits(cache.pos + 1)
-        logits = self.decoder.forward(idx.item(), cache.pos, cache.keys, cache.values)
-        cache.pos += 1
+        self.check_fits(cache.pos + idx.size(1))
+        logits = self.decoder.forward(idx, cache.pos, cache.keys, cache.values)
+        cache.pos += idx.size(1)
         return logits, None
 
     def make_decoder(self) -> "owlet_kernels.Decoder":

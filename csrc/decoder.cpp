@@ -6,86 +6,44 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <thread>
 
-#include "kernels/numerics.h"
+#include "kernels/float_math.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#endif
-
-// Also compile a function for wider vectors and choose when the library is loaded. Sums run in 16
-// lanes whatever the width, so that all give the same result.
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define OWLET_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define OWLET_CLONES
 #endif
 
 namespace owlet {
 
 namespace {
 
-constexpr int kLanes = 16;
+const FloatMath& floats() { return *kernel().floats; }
 
-float sum_of(const float* lanes) {
-  float sum[kLanes];
-  std::copy_n(lanes, kLanes, sum);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
-  return sum[0];
-}
-
-OWLET_CLONES
-float dot(const float* a, const float* b, int64_t size) {
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] += a[i + l] * b[i + l];
-  for (int l = 0; i + l < size; ++l) lanes[l] += a[i + l] * b[i + l];
-  return sum_of(lanes);
-}
-
-OWLET_CLONES
-void add_scaled(const float* a, float scale, int64_t size, float* y) {
-  for (int64_t i = 0; i < size; ++i) y[i] += scale * a[i];
-}
-
-// y = x / rms(x) * weight; y may be x.
-OWLET_CLONES
-void rms_norm(const float* x, const float* weight, int64_t size, float eps, float* y) {
-  const float inverse = 1.0f / std::sqrt(dot(x, x, size) / static_cast<float>(size) + eps);
-  for (int64_t i = 0; i < size; ++i) y[i] = x[i] * inverse * weight[i];
-}
-
-// Rotates the pairs (x[i], x[i + half]) by one position's angles.
-void rope(float* x, const float* cos, const float* sin, int64_t half) {
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = x[i], b = x[i + half];
-    x[i] = a * cos[i] - b * sin[i];
-    x[i + half] = b * cos[i] + a * sin[i];
-  }
-}
-
-// scores -> exp(scores - max), and returns one over their sum. A NaN among them makes all NaN.
-OWLET_CLONES
-float softmax(float* scores, int64_t size) {
-  float high = scores[0];
-  for (int64_t i = 1; i < size; ++i) high = scores[i] > high ? scores[i] : high;
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] += scores[i + l] = exp_approx(exp_range(scores[i + l] - high));
-  for (int l = 0; i + l < size; ++l) lanes[l] += scores[i + l] = exp_approx(exp_range(scores[i + l] - high));
-  return 1.0f / sum_of(lanes);
-}
+// Tokens that go through the model together, at most: enough to read the weights seldom, few enough
+// for what lies between two products to stay in the cache.
+constexpr int64_t kMaxRows = 256;
 
 void read_row(const Int8Linear& table, int64_t row, int64_t size, float* y) {
   const int64_t quads = (size + 3) / 4;
   const uint8_t* packed = table.packed + row / kPanelRows * quads * kQuadBytes + row % kPanelRows * 4;
   for (int64_t k = 0; k < size; ++k)
     y[k] = static_cast<float>(packed[k / 4 * kQuadBytes + k % 4] - 128) * table.scale[row];
+}
+
+// Row `row` of a cache := x.
+void write_cache(const Cache& cache, int64_t row, int64_t size, const float* x) {
+  if (cache.int8)
+    cache.scales[row] = quantize_row(x, size, cache.int8 + row * size).scale;
+  else
+    std::copy_n(x, size, cache.floats + row * size);
+}
+
+// `count` rows of a cache from `row` on, as floats: where they are, or in scratch.
+const float* read_cache(const Cache& cache, int64_t row, int64_t count, int64_t size, float* scratch) {
+  if (!cache.int8) return cache.floats + row * size;
+  floats().dequantize(cache.int8 + row * size, cache.scales + row, count, size, scratch);
+  return scratch;
 }
 
 }  // namespace
@@ -132,108 +90,188 @@ class Decoder::Barrier {
   alignas(64) std::atomic<unsigned> phase_{0};
 };
 
-// Each thread normalizes and quantizes the shared vectors for itself: that is quicker than to have
-// one do it and the others wait.
-struct Decoder::Thread {
-  explicit Thread(const DecoderModel& m)
-      : normed(m.n_embd), scores(0), x(1, m.n_embd), mixed(1, m.n_head * m.head_dim), hidden(1, m.n_hidden) {}
+// What the products take.
+struct Decoder::Rows {
+  Rows(const DecoderModel& m, int64_t rows)
+      : x(rows, m.n_embd), mixed(rows, m.n_head * m.head_dim), hidden(rows, m.n_hidden) {}
 
-  std::vector<float> normed, scores;
   QuantizedTokens x, mixed, hidden;
 };
 
-Decoder::Decoder(DecoderModel model)
-    : model_(std::move(model)),
-      x_(model_.n_embd),
-      qkv_((model_.n_head + 2 * model_.n_kv_head) * model_.head_dim),
-      mixed_(model_.n_head * model_.head_dim),
-      hidden_(model_.n_hidden) {}
+struct Decoder::Thread {
+  explicit Thread(const DecoderModel& m) : quantized(m, 1), normed(m.n_embd) {}
+
+  Rows quantized;  // of a single token, which each thread quantizes for itself
+  std::vector<float> normed, scratch, keys, values;
+};
+
+Decoder::Decoder(DecoderModel model) : model_(std::move(model)) {}
 
 Decoder::~Decoder() = default;
 
-void Decoder::forward(int64_t token, int64_t pos, float* keys, float* values, int64_t length,
-                      int threads, float* logits) {
+void Decoder::prepare(const Step& step, int threads) {
   kernel();  // the choice of instruction set may throw: not in the parallel region
-  while (static_cast<int>(threads_.size()) < threads) threads_.push_back(std::make_unique<Thread>(model_));
-  for (int t = 0; t < threads; ++t)
-    if (static_cast<int64_t>(threads_[t]->scores.size()) < length) threads_[t]->scores.resize(length);
+  const DecoderModel& m = model_;
+  const int64_t rows = step.streams * step.count;
+  if (rows > rows_) {
+    rows_ = rows;
+    x_.resize(rows * m.n_embd);
+    qkv_.resize(rows * (m.n_head + 2 * m.n_kv_head) * m.head_dim);
+    mixed_.resize(rows * m.n_head * m.head_dim);
+    hidden_.resize(rows * m.n_hidden);
+    quantized_ = std::make_unique<Rows>(m, rows);
+  }
+  while (static_cast<int>(threads_.size()) < threads) threads_.push_back(std::make_unique<Thread>(m));
+  for (int t = 0; t < threads; ++t) {
+    threads_[t]->scratch.resize(attention_scratch(step.length, m.head_dim));
+    if (step.keys.int8) threads_[t]->keys.resize(step.length * m.head_dim);
+    if (step.values.int8) threads_[t]->values.resize(step.length * m.head_dim);
+  }
+}
 
+void Decoder::forward(Step step, int threads) {
+  const int64_t end = step.pos + step.count, chunk = std::max<int64_t>(1, kMaxRows / step.streams);
+  float* const logits = step.logits;
+  for (; step.pos < end; step.pos += step.count, step.tokens += step.count) {
+    step.count = std::min(chunk, end - step.pos);
+    step.logits = step.pos + step.count == end ? logits : nullptr;
+    prepare(step, threads);
 #ifdef _OPENMP
-  std::unique_ptr<Barrier> barrier;
+    std::unique_ptr<Barrier> barrier;
 #pragma omp parallel num_threads(threads)
-  {
+    {
 #pragma omp single
-    barrier = std::make_unique<Barrier>(omp_get_num_threads());  // the team may be smaller than asked for
-    const int index = omp_get_thread_num();
-    run(*threads_[index], *barrier, index, omp_get_num_threads(), token, pos, keys, values, length, logits);
-  }
+      barrier = std::make_unique<Barrier>(omp_get_num_threads());  // the team may be smaller than asked for
+      const int index = omp_get_thread_num();
+      run(step, *threads_[index], *barrier, index, omp_get_num_threads());
+    }
 #else
-  Barrier barrier(1);
-  run(*threads_[0], barrier, 0, 1, token, pos, keys, values, length, logits);
+    Barrier barrier(1);
+    run(step, *threads_[0], barrier, 0, 1);
 #endif
+  }
 }
 
-void Decoder::run(Thread& thread, Barrier& barrier, int index, int threads, int64_t token, int64_t pos,
-                  float* keys, float* values, int64_t length, float* logits) {
+void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index, int threads) {
   const DecoderModel& m = model_;
-  // This thread's panels of a matrix, always the same ones.
+  const int64_t width = m.n_head * m.head_dim, last_layer = static_cast<int64_t>(m.blocks.size()) - 1;
+  int64_t rows = step.streams * step.count;
+
+  // This thread's share of so many things, always the same.
+  const auto share = [&](int64_t things, auto&& body) {
+    for (int64_t i = things * index / threads; i < things * (index + 1) / threads; ++i) body(i);
+  };
+  // A single row every thread quantizes for itself, quicker than to wait for another; more are shared.
+  const auto quantize = [&](QuantizedTokens Rows::*which, auto&& row) -> const QuantizedTokens& {
+    QuantizedTokens& out = (rows == 1 ? thread.quantized : *quantized_).*which;
+    if (rows == 1) {
+      out.quantize(0, row(0));
+    } else {
+      share(rows, [&](int64_t i) { out.quantize(i, row(i)); });
+      barrier.wait();
+    }
+    return out;
+  };
+  const auto normed = [&](const float* weight) {
+    return [&, weight](int64_t i) {
+      floats().rms_norm(&x_[i * m.n_embd], weight, m.n_embd, m.norm_eps, thread.normed.data());
+      return thread.normed.data();
+    };
+  };
   const auto multiply = [&](const Int8Linear& linear, const QuantizedTokens& x, const float* residual, float* y) {
-    const int64_t panels = linear.tasks(1);
-    linear.forward(x, residual, panels * index / threads, panels * (index + 1) / threads, y);
-  };
-  const auto normed = [&](const float* weight) -> const QuantizedTokens& {
-    rms_norm(x_.data(), weight, m.n_embd, m.norm_eps, thread.normed.data());
-    thread.x.quantize(0, thread.normed.data());
-    return thread.x;
+    const int64_t tasks = linear.tasks(rows);
+    linear.forward(x, rows, residual, tasks * index / threads, tasks * (index + 1) / threads, y);
+    barrier.wait();
   };
 
-  if (index == 0) read_row(m.embedding, token, m.n_embd, x_.data());
+  share(rows, [&](int64_t i) {
+    const int64_t token = step.tokens[i / step.count * step.stride + i % step.count];
+    read_row(m.embedding, token, m.n_embd, &x_[i * m.n_embd]);
+  });
   barrier.wait();
-  const int64_t layer_size = m.n_kv_head * length * m.head_dim;
-  for (const DecoderBlock& block : m.blocks) {
-    multiply(block.qkv, normed(block.input_norm), nullptr, qkv_.data());
+
+  for (int64_t layer = 0; layer <= last_layer; ++layer) {
+    const DecoderBlock& block = m.blocks[layer];
+    multiply(block.qkv, quantize(&Rows::x, normed(block.input_norm)), nullptr, qkv_.data());
+    if (step.count == 1) {
+      share(rows * m.n_kv_head, [&](int64_t i) {
+        append(step, block, layer, i / m.n_kv_head, i % m.n_kv_head);
+        attend_last(step, thread, layer, i / m.n_kv_head, i % m.n_kv_head);
+      });
+    } else {
+      share(rows * m.n_kv_head,
+            [&](int64_t i) { append(step, block, layer, i / m.n_kv_head, i % m.n_kv_head); });
+      barrier.wait();
+      if (layer < last_layer) {
+        const int64_t blocks = (step.count + kQueries - 1) / kQueries, tasks = step.streams * m.n_head * blocks;
+        for (int64_t i = index; i < tasks; i += threads)  // later blocks see more: deal them out in turn
+          attend_block(step, thread, layer, i / blocks / m.n_head, i / blocks % m.n_head, i % blocks * kQueries);
+      } else {  // of the last layer only what follows the last token is wanted
+        if (!step.logits) return;
+        share(step.streams * m.n_kv_head,
+              [&](int64_t i) { attend_last(step, thread, layer, i / m.n_kv_head, i % m.n_kv_head); });
+        for (int64_t b = 0; index == 0 && b < step.streams; ++b)
+          std::copy_n(&x_[((b + 1) * step.count - 1) * m.n_embd], m.n_embd, &x_[b * m.n_embd]);
+        rows = step.streams;
+      }
+    }
     barrier.wait();
-    for (int64_t g = index; g < m.n_kv_head; g += threads)
-      attend(thread, block, g, pos, keys + g * length * m.head_dim, values + g * length * m.head_dim);
-    keys += layer_size, values += layer_size;
-    barrier.wait();
-    thread.mixed.quantize(0, mixed_.data());
-    multiply(block.o, thread.mixed, x_.data(), x_.data());
-    barrier.wait();
-    multiply(block.gate_up, normed(block.post_norm), nullptr, hidden_.data());
-    barrier.wait();
-    thread.hidden.quantize(0, hidden_.data());
-    multiply(block.down, thread.hidden, x_.data(), x_.data());
-    barrier.wait();
+
+    multiply(block.o, quantize(&Rows::mixed, [&](int64_t i) { return &mixed_[i * width]; }), x_.data(), x_.data());
+    multiply(block.gate_up, quantize(&Rows::x, normed(block.post_norm)), nullptr, hidden_.data());
+    multiply(block.down, quantize(&Rows::hidden, [&](int64_t i) { return &hidden_[i * m.n_hidden]; }), x_.data(),
+             x_.data());
   }
-  multiply(m.head, normed(m.norm), nullptr, logits);
+  multiply(m.head, quantize(&Rows::x, normed(m.norm)), nullptr, step.logits);
 }
 
-// One key/value head and the query heads it serves. keys, values: (length, head_dim).
-void Decoder::attend(Thread& thread, const DecoderBlock& block, int64_t kv_head, int64_t pos,
-                     float* keys, float* values) {
+// For one token and key/value head: norms and rotates the key and its queries, and adds key and value
+// to the caches.
+void Decoder::append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t row, int64_t kv_head) {
   const DecoderModel& m = model_;
-  const int64_t size = m.head_dim, group = m.n_head / m.n_kv_head;
-  const float *cos = m.cos + pos * size / 2, *sin = m.sin + pos * size / 2;
+  const int64_t size = m.head_dim, group = m.n_head / m.n_kv_head, pos = step.pos + row % step.count;
+  float* const qkv = &qkv_[row * (m.n_head + 2 * m.n_kv_head) * size];
+  float* const key = qkv + (m.n_head + kv_head) * size;
+  const auto turn = [&](float* x, const float* weight) {
+    if (weight) floats().rms_norm(x, weight, size, m.norm_eps, x);
+    floats().rope(x, m.cos + pos * size / 2, m.sin + pos * size / 2, size / 2);
+  };
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) turn(qkv + h * size, block.q_norm);
+  turn(key, block.k_norm);
+  const int64_t at = cache_row(step, layer, row / step.count, kv_head) + pos;
+  write_cache(step.keys, at, size, key);
+  write_cache(step.values, at, size, key + m.n_kv_head * size);
+}
 
-  float *k = keys + pos * size, *v = values + pos * size;
-  std::copy_n(&qkv_[(m.n_head + kv_head) * size], size, k);
-  std::copy_n(&qkv_[(m.n_head + m.n_kv_head + kv_head) * size], size, v);
-  if (block.k_norm) rms_norm(k, block.k_norm, size, m.norm_eps, k);
-  rope(k, cos, sin, size / 2);
+// The last token of a stream, in all heads that one key/value head serves.
+void Decoder::attend_last(const Step& step, Thread& thread, int64_t layer, int64_t stream, int64_t kv_head) {
+  const DecoderModel& m = model_;
+  const int64_t size = m.head_dim, group = m.n_head / m.n_kv_head, count = step.pos + step.count;
+  const int64_t at = cache_row(step, layer, stream, kv_head), row = (stream + 1) * step.count - 1;
+  const float* keys = read_cache(step.keys, at, count, size, thread.keys.data());
+  const float* values = read_cache(step.values, at, count, size, thread.values.data());
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h)
+    floats().attend(&qkv_[(row * (m.n_head + 2 * m.n_kv_head) + h) * size], keys, values, count, size,
+           thread.scratch.data(), &mixed_[(stream * m.n_head + h) * size]);
+}
 
-  const float scale = 1.0f / std::sqrt(static_cast<float>(size));
-  float* scores = thread.scores.data();
-  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-    float* q = &qkv_[h * size];
-    if (block.q_norm) rms_norm(q, block.q_norm, size, m.norm_eps, q);
-    rope(q, cos, sin, size / 2);
-    for (int64_t p = 0; p <= pos; ++p) scores[p] = dot(q, keys + p * size, size) * scale;
-    const float inverse = softmax(scores, pos + 1);
-    float* y = &mixed_[h * size];
-    std::fill_n(y, size, 0.0f);
-    for (int64_t p = 0; p <= pos; ++p) add_scaled(values + p * size, scores[p] * inverse, size, y);
-  }
+// Up to kQueries tokens of a stream from `first` on, in one head.
+void Decoder::attend_block(const Step& step, Thread& thread, int64_t layer, int64_t stream, int64_t head,
+                           int64_t first) {
+  const DecoderModel& m = model_;
+  const int64_t size = m.head_dim, queries = std::min<int64_t>(kQueries, step.count - first);
+  const int64_t stride = (m.n_head + 2 * m.n_kv_head) * size, pos = step.pos + first;
+  const int64_t at = cache_row(step, layer, stream, head / (m.n_head / m.n_kv_head));
+  const float* keys = read_cache(step.keys, at, pos + queries, size, thread.keys.data());
+  const float* values = read_cache(step.values, at, pos + queries, size, thread.values.data());
+  const int64_t row = stream * step.count + first;
+  floats().attend_block(&qkv_[row * stride + head * size], stride, queries, pos, keys, values, size,
+                      thread.scratch.data(), &mixed_[(row * m.n_head + head) * size], m.n_head * size);
+}
+
+// Where a stream's keys or values of one head begin in the caches, in rows of head_dim.
+int64_t Decoder::cache_row(const Step& step, int64_t layer, int64_t stream, int64_t kv_head) const {
+  return ((layer * step.streams + stream) * model_.n_kv_head + kv_head) * step.length;
 }
 
 }  // namespace owlet

@@ -1,5 +1,5 @@
-// One token through the whole model, free of torch: the forward pass of model.py with int8 products,
-// in one parallel region.
+// The forward pass of model.py with int8 products, free of torch: all tokens that come at once, for
+// every stream, in one parallel region.
 #pragma once
 
 #include <cstdint>
@@ -32,31 +32,51 @@ struct DecoderModel {
   Int8Linear head;    // (vocab_size, n_embd)
 };
 
+// Keys or values of all layers and streams: (n_layer, streams, n_kv_head, length, head_dim), either
+// float, or int8 with a float scale for each row of head_dim.
+struct Cache {
+  float* floats;
+  int8_t* int8;   // null: floats
+  float* scales;  // (n_layer, streams, n_kv_head, length)
+};
+
+// What one call computes: for each stream the logits that follow its last token.
+struct Step {
+  const int64_t* tokens;  // (streams, stride), of which the first `count` of each stream
+  int64_t streams, count, stride;
+  int64_t pos;  // of the first: the caches hold the positions before, and these are added
+  Cache keys, values;
+  int64_t length;  // of the caches
+  float* logits;   // (streams, vocab_size), or null: fill the caches, and no more
+};
+
 class Decoder {
  public:
   explicit Decoder(DecoderModel model);
   ~Decoder();
 
-  // The logits, float (vocab_size), that follow `token` at position `pos`. keys and values, float
-  // (n_layer, n_kv_head, length, head_dim), hold positions before pos; this one's are added.
   // Not to be called by two threads at once.
-  void forward(int64_t token, int64_t pos, float* keys, float* values, int64_t length, int threads,
-               float* logits);
+  void forward(Step step, int threads);
 
  private:
-  struct Thread;   // what each thread has for itself
+  struct Rows;
+  struct Thread;  // what each thread has for itself
   class Barrier;
 
-  void run(Thread& thread, Barrier& barrier, int index, int threads, int64_t token, int64_t pos,
-           float* keys, float* values, int64_t length, float* logits);
-  void attend(Thread& thread, const DecoderBlock& block, int64_t kv_head, int64_t pos, float* keys,
-              float* values);
+  void prepare(const Step& step, int threads);
+  void run(const Step& step, Thread& thread, Barrier& barrier, int index, int threads);
+  void append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t row, int64_t kv_head);
+  void attend_last(const Step& step, Thread& thread, int64_t layer, int64_t stream, int64_t kv_head);
+  void attend_block(const Step& step, Thread& thread, int64_t layer, int64_t stream, int64_t head, int64_t first);
+  int64_t cache_row(const Step& step, int64_t layer, int64_t stream, int64_t kv_head) const;
 
   const DecoderModel model_;
-  std::vector<float> x_;       // (n_embd): the residual stream
-  std::vector<float> qkv_;     // (n_head + 2 n_kv_head, head_dim)
-  std::vector<float> mixed_;   // (n_head, head_dim): attention's output
-  std::vector<float> hidden_;  // (n_hidden)
+  int64_t rows_ = 0;           // tokens that there is room for
+  std::vector<float> x_;       // (rows, n_embd): the residual stream
+  std::vector<float> qkv_;     // (rows, n_head + 2 n_kv_head, head_dim)
+  std::vector<float> mixed_;   // (rows, n_head, head_dim): attention's output
+  std::vector<float> hidden_;  // (rows, n_hidden)
+  std::unique_ptr<Rows> quantized_;
   std::vector<std::unique_ptr<Thread>> threads_;
 };
 

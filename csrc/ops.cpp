@@ -104,7 +104,7 @@ Tensor int8_linear_cpu(const Tensor& x, const Tensor& packed, const Tensor& scal
   const int64_t tasks = linear.tasks(tokens);
   const int64_t task_work = tokens * linear.N * K / tasks;
   at::parallel_for(0, tasks, 1 + kGrain / (1 + task_work), [&](int64_t begin, int64_t end) {
-    linear.forward(q, data_or_null(residual_), begin, end, y.mutable_data_ptr<float>());
+    linear.forward(q, tokens, data_or_null(residual_), begin, end, y.mutable_data_ptr<float>());
   });
   return y;
 }
@@ -189,17 +189,22 @@ class PyDecoder {
     decoder_ = std::make_unique<Decoder>(std::move(model));
   }
 
-  // keys, values (n_layer, 1, n_kv_head, length, head_dim) -> logits (1, 1, vocab_size).
-  Tensor forward(int64_t token, int64_t pos, const Tensor& keys, const Tensor& values) {
-    TORCH_CHECK(0 <= token && token < vocab_size_, "token must be 0 to ", vocab_size_ - 1, ", got ", token);
-    const int64_t length = keys.dim() == 5 ? keys.size(3) : 0;
-    TORCH_CHECK(0 <= pos && pos < std::min(length, block_size_), "pos must be 0 to ",
-                std::min(length, block_size_) - 1, ", got ", pos);
-    const int64_t size = n_layer_ * n_kv_head_ * length * head_dim_;
-    floats("keys", keys, size), floats("values", values, size);
-    const Tensor logits = at::empty({1, 1, vocab_size_}, keys.options());
-    decoder_->forward(token, pos, keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>(), length,
-                      at::get_num_threads(), logits.mutable_data_ptr<float>());
+  // tokens (B, T) int64; keys, values (n_layer, B, n_kv_head, length, head_dim), float, or int8 with
+  // scales (n_layer, B, n_kv_head, length) -> logits (B, 1, vocab_size) after each stream's last token.
+  Tensor forward(const Tensor& tokens, int64_t pos, const Tensor& keys, const Tensor& values,
+                 const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales) {
+    TORCH_CHECK(tokens.scalar_type() == at::kLong && tokens.is_cpu() && tokens.dim() == 2 && tokens.numel() > 0,
+                "tokens must be int64 (B, T) on the CPU, got ", tokens.scalar_type(), " ", tokens.sizes());
+    const Tensor tokens_ = tokens.contiguous();
+    const int64_t B = tokens.size(0), T = tokens.size(1), *token = tokens_.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < B * T; ++i)
+      TORCH_CHECK(0 <= token[i] && token[i] < vocab_size_, "token must be 0 to ", vocab_size_ - 1, ", got ", token[i]);
+    const int64_t length = keys.dim() == 5 ? keys.size(3) : 0, room = std::min(length, block_size_) - T;
+    TORCH_CHECK(0 <= pos && pos <= room, "pos must be 0 to ", room, ", got ", pos);
+    const Tensor logits = at::empty({B, 1, vocab_size_}, tokens.options().dtype(at::kFloat));
+    decoder_->forward({token, B, T, T, pos, cache("keys", keys, key_scales, B, length),
+                       cache("values", values, value_scales, B, length), length, logits.mutable_data_ptr<float>()},
+                      at::get_num_threads());
     return logits;
   }
 
@@ -208,6 +213,14 @@ class PyDecoder {
     TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_cpu() && t.is_contiguous() && t.numel() == size, name,
                 " must be ", size, " contiguous floats on the CPU, got ", t.scalar_type(), " ", t.sizes());
     return t.const_data_ptr<float>();
+  }
+
+  Cache cache(const char* name, const Tensor& t, const std::optional<Tensor>& scales, int64_t B, int64_t length) {
+    const int64_t rows = n_layer_ * B * n_kv_head_ * length;
+    if (!scales) return {const_cast<float*>(floats(name, t, rows * head_dim_)), nullptr, nullptr};
+    TORCH_CHECK(t.scalar_type() == at::kChar && t.is_cpu() && t.is_contiguous() && t.numel() == rows * head_dim_, name,
+                " must be ", rows * head_dim_, " contiguous int8 on the CPU, got ", t.scalar_type(), " ", t.sizes());
+    return {nullptr, t.mutable_data_ptr<int8_t>(), const_cast<float*>(floats("scales", *scales, rows))};
   }
 
   const float* weights(const char* name, const Tensor& t, int64_t size) {
@@ -263,13 +276,15 @@ PYBIND11_MODULE(owlet_kernels, m) {
   m.def("isas", owlet::kernel_names, "The instruction sets this CPU supports, best first.");
   namespace py = pybind11;
   using owlet::PyDecoder;
-  py::class_<PyDecoder>(m, "Decoder", "One token at a time through a whole int8 model, in one parallel region.")
+  py::class_<PyDecoder>(m, "Decoder", "A whole int8 model, in one parallel region.")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, double, const at::Tensor&, const at::Tensor&,
                     const owlet::Matrix&, const std::vector<owlet::Block>&, const at::Tensor&, const owlet::Matrix&>(),
            py::kw_only(), py::arg("n_embd"), py::arg("n_head"), py::arg("n_kv_head"), py::arg("head_dim"),
            py::arg("n_hidden"), py::arg("norm_eps"), py::arg("cos"), py::arg("sin"), py::arg("embedding"),
            py::arg("blocks"), py::arg("norm"), py::arg("head"))
-      .def("forward", &PyDecoder::forward, py::arg("token"), py::arg("pos"), py::arg("keys"), py::arg("values"),
-           py::call_guard<py::gil_scoped_release>(), "Logits (1, 1, vocab_size) after this token; adds to the cache.");
+      .def("forward", &PyDecoder::forward, py::arg("tokens"), py::arg("pos"), py::arg("keys"), py::arg("values"),
+           py::arg("key_scales") = py::none(), py::arg("value_scales") = py::none(),
+           py::call_guard<py::gil_scoped_release>(),
+           "Logits (B, 1, vocab_size) after the last of tokens (B, T) int64; adds them to the caches.");
   m.def("use_isa", owlet::use_kernel, "Use this instruction set from now on; for tests.");
 }

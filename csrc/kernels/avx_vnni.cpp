@@ -43,7 +43,8 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
 
 const Kernel avx_vnni = {
     "avx_vnni",
-    [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni"); },
+    [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avxvnni"); },
+    &fma_math,
     6,
     {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 

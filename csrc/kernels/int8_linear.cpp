@@ -29,7 +29,7 @@ int32_t max_abs_bits(const float* x, int64_t K) {
 
 // Needs no clamp: |x| <= amax, so |x * inverse| <= 127 (1 + 2^-23), which rounds to 127 at most.
 OWLET_CLONES
-int32_t quantize_token(const float* x, int64_t K, float inverse, int8_t* q) {
+int32_t quantize_values(const float* x, int64_t K, float inverse, int8_t* q) {
   int32_t sum = 0;
   for (int64_t k = 0; k < K; ++k) {
     const int32_t rounded = round_to_int(x[k] * inverse);
@@ -90,9 +90,15 @@ bool pack_panels(const int8_t* w, int64_t N, int64_t K, int64_t panel_begin, int
   return symmetric;
 }
 
+QuantizedRow quantize_row(const float* x, int64_t K, int8_t* q) {
+  const TokenScale s = token_scale(max_abs_bits(x, K));
+  if (s.inverse != 0) return {s.scale, quantize_values(x, K, s.inverse, q)};
+  std::fill_n(q, K, 0);  // x may hold a NaN or an inf, which must not reach the rounding
+  return {s.scale, 0};
+}
+
 QuantizedTokens::QuantizedTokens(int64_t tokens, int64_t K)
-    : tokens(tokens),
-      K(K),
+    : K(K),
       quads(ceil_div(K, 4)),
       q(new (std::align_val_t(kLine)) int8_t[tokens * row_bytes(quads)]),
       scale(new float[tokens]),
@@ -100,14 +106,9 @@ QuantizedTokens::QuantizedTokens(int64_t tokens, int64_t K)
 
 void QuantizedTokens::quantize(int64_t t, const float* x) {
   int8_t* row = &q[t * row_bytes(quads)];
-  const TokenScale s = token_scale(max_abs_bits(x, K));
-  scale[t] = s.scale;
-  if (s.inverse == 0) {  // x may hold a NaN or an inf, which must not reach the rounding
-    std::fill_n(row, K, 0);
-    q_sum[t] = 0;
-  } else {
-    q_sum[t] = quantize_token(x, K, s.inverse, row);
-  }
+  const QuantizedRow done = quantize_row(x, K, row);
+  scale[t] = done.scale;
+  q_sum[t] = done.sum;
   std::fill(row + K, row + row_bytes(quads), 0);
 }
 
@@ -115,10 +116,10 @@ int64_t Int8Linear::tasks(int64_t tokens) const {
   return ceil_div(N, kPanelRows) * ceil_div(tokens, kTaskTokens);
 }
 
-void Int8Linear::forward(const QuantizedTokens& x, const float* residual, int64_t begin,
+void Int8Linear::forward(const QuantizedTokens& x, int64_t tokens, const float* residual, int64_t begin,
                          int64_t end, float* y) const {
   const Kernel& kernel = owlet::kernel();
-  const int64_t blocks = ceil_div(x.tokens, kTaskTokens);
+  const int64_t blocks = ceil_div(tokens, kTaskTokens);
   const int rows_a_column = activation == Activation::swiglu ? 2 : 1;
 
   for (int64_t task = begin; task < end; ++task) {
@@ -129,13 +130,13 @@ void Int8Linear::forward(const QuantizedTokens& x, const float* residual, int64_
     if (bias) std::copy_n(bias + n, rows, biases);
 
     const int64_t block = task % blocks * kTaskTokens;
-    const int64_t block_end = std::min(block + kTaskTokens, x.tokens);
-    for (int64_t t = block, tokens; t < block_end; t += tokens) {
-      tokens = ceil_div(block_end - t, ceil_div(block_end - t, kernel.tile_tokens));  // tiles of like size
+    const int64_t block_end = std::min(block + kTaskTokens, tokens);
+    for (int64_t t = block, tile; t < block_end; t += tile) {
+      tile = ceil_div(block_end - t, ceil_div(block_end - t, kernel.tile_tokens));  // all of like size
       int32_t acc[kMaxTileTokens][kPanelRows];
-      kernel.dot_panel[tokens - 1](&x.q[t * row_bytes(x.quads)], &x.q_sum[t], panel, x.quads, acc[0]);
+      kernel.dot_panel[tile - 1](&x.q[t * row_bytes(x.quads)], &x.q_sum[t], panel, x.quads, acc[0]);
       const int64_t at = t * columns() + n / rows_a_column;
-      epilogue(acc[0], tokens, &x.scale[t], scales, bias ? biases : nullptr, activation,
+      epilogue(acc[0], tile, &x.scale[t], scales, bias ? biases : nullptr, activation,
                residual ? residual + at : nullptr, rows / rows_a_column, columns(), y + at);
     }
   }

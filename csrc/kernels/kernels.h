@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "float_math.h"
+
 namespace owlet {
 
 // Packed weights, uint8 (ceil(N/64), ceil(K/4), 64, 4): panels of 64 rows, in which 4 consecutive k
@@ -39,6 +41,7 @@ constexpr int kMaxTileTokens = 32;
 struct Kernel {
   const char* name;
   bool (*supported)();  // by this CPU and its operating system
+  const FloatMath* floats;
   int tile_tokens;      // how many it takes at most: weights are loaded once for all of a tile
   DotPanel* dot_panel[kMaxTileTokens];  // [tokens - 1]
 };
@@ -56,6 +59,13 @@ void use_kernel(const std::string& name);  // switch, for tests; not while anoth
 bool pack_panels(const int8_t* w, int64_t N, int64_t K, int64_t panel_begin, int64_t panel_end,
                  uint8_t* packed);
 
+struct QuantizedRow {
+  float scale;  // x = q * scale; NaN if x is not finite
+  int32_t sum;  // of q
+};
+
+QuantizedRow quantize_row(const float* x, int64_t K, int8_t* q);
+
 // Activations in int8. Allocates when it is made and never again.
 class QuantizedTokens {
  public:
@@ -68,9 +78,9 @@ class QuantizedTokens {
     void operator()(int8_t* p) const { operator delete[](p, std::align_val_t(kLine)); }
   };
 
-  const int64_t tokens, K, quads;
+  const int64_t K, quads;
   const std::unique_ptr<int8_t[], Free> q;  // (tokens, row_bytes(quads)), zero past K
-  const std::unique_ptr<float[]> scale;     // (tokens): x = q * scale; NaN if x is not finite
+  const std::unique_ptr<float[]> scale;     // (tokens)
   const std::unique_ptr<int32_t[]> q_sum;   // (tokens)
 };
 
@@ -89,9 +99,9 @@ struct Int8Linear {
   // How many parallel tasks there are: each is one panel for a block of tokens.
   int64_t tasks(int64_t tokens) const;
 
-  // Does tasks [begin, end) of y, float (tokens, columns). residual has y's shape, may be
-  // y itself, and may be null.
-  void forward(const QuantizedTokens& x, const float* residual, int64_t begin, int64_t end,
+  // Does tasks [begin, end) of y, float (tokens, columns), for the first `tokens` of x. residual has
+  // y's shape, may be y itself, and may be null.
+  void forward(const QuantizedTokens& x, int64_t tokens, const float* residual, int64_t begin, int64_t end,
                float* y) const;
 };
 

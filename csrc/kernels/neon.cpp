@@ -58,6 +58,7 @@ bool supported() {
 const Kernel neon = {
     "neon",
     supported,
+    &neon_math,
     6,
     {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 

@@ -75,7 +75,7 @@ std::vector<float> run(const Case& c, const Problem& p) {
   const Int8Linear linear{c.N, packed.data(), p.scale.data(), c.bias ? p.bias.data() : nullptr,
                           c.activation};
   std::vector<float> y(p.residual.size());
-  linear.forward(x, c.residual ? p.residual.data() : nullptr, 0, linear.tasks(c.tokens), y.data());
+  linear.forward(x, c.tokens, c.residual ? p.residual.data() : nullptr, 0, linear.tasks(c.tokens), y.data());
   return y;
 }
 
