@@ -14,6 +14,7 @@
 
 #include "decoder.h"
 #include "kernels/kernels.h"
+#include "probe.h"
 
 #ifdef OWLET_CUDA
 #include <c10/cuda/CUDAException.h>
@@ -287,4 +288,8 @@ PYBIND11_MODULE(owlet_kernels, m) {
            py::call_guard<py::gil_scoped_release>(),
            "Logits (B, 1, vocab_size) after the last of tokens (B, T) int64; adds them to the caches.");
   m.def("use_isa", owlet::use_kernel, "Use this instruction set from now on; for tests.");
+  m.def("read_bandwidth", owlet::read_bandwidth, py::arg("bytes"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(), "GB/s at which threads can read this many bytes of memory.");
+  m.def("dot_peak", owlet::dot_peak, py::arg("threads"), py::arg("isa"), py::call_guard<py::gil_scoped_release>(),
+        "GOP/s of the instruction set's int8 dot product, from registers.");
 }

@@ -1,0 +1,260 @@
+#include "probe.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#include "kernels/kernels.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace owlet {
+namespace {
+
+void check_threads(int threads) {
+  constexpr int kMost = 1024;  // OpenMP ends the process when it cannot start as many as it is told to
+  if (threads < 1 || threads > kMost)
+    throw std::invalid_argument("threads must be 1 to " + std::to_string(kMost) + ", got " + std::to_string(threads));
+}
+
+// Seconds that work(t) of every t < threads takes, all starting together. Built without OpenMP, one
+// thread does all.
+template <typename Work>
+double seconds(int threads, const Work& work) {
+  const auto now = [] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  };
+  double start = std::numeric_limits<double>::max(), end = 0;
+#pragma omp parallel num_threads(threads) reduction(min : start) reduction(max : end)
+  {
+#pragma omp barrier
+    start = now();
+#pragma omp for schedule(static, 1) nowait
+    for (int t = 0; t < threads; ++t) work(t);
+    end = now();
+  }
+  return end - start;
+}
+
+// Times a second that every thread t can do what work(t, repeats) does `repeats` times: the best of
+// several timings, since whatever disturbs one can only make it slower.
+template <typename Work>
+double best_rate(int threads, const Work& work) {
+  constexpr double kEnough = 4e-3;  // seconds, beside which starting together is nothing
+  constexpr int kTimings = 5;
+  const auto best_of = [&](int threads, int64_t repeats) {
+    double best = std::numeric_limits<double>::max();
+    for (int i = 0; i < kTimings; ++i)
+      best = std::min(best, seconds(threads, [&](int t) { work(t, repeats); }));
+    return best;
+  };
+  int64_t repeats = 1;
+  while (best_of(1, repeats) < kEnough) repeats *= 2;
+  return static_cast<double>(repeats) / best_of(threads, repeats);
+}
+
+// ---- reading
+
+// As wide as vectors come; where they are narrower, the compiler makes it several.
+using Vector = uint64_t __attribute__((vector_size(64)));
+constexpr int64_t kLine = sizeof(Vector), kStreams = 4, kChunk = kStreams * kLine;
+constexpr int64_t kHugePage = 2 << 20;
+
+// Reads `size` bytes once, in four streams `stride` apart that move on by `step`, asking for what lies
+// `ahead` bytes further on.
+#if defined(__x86_64__) && defined(__GLIBC__)
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+void read(const char* p, int64_t size, int64_t stride, int64_t step, int64_t ahead) {
+  Vector seen[kStreams] = {};
+  for (int64_t i = 0; i < size; i += kChunk, p += step)
+    for (int s = 0; s < kStreams; ++s) {
+      __builtin_prefetch(p + s * stride + ahead);
+      seen[s] ^= *reinterpret_cast<const Vector*>(p + s * stride);
+    }
+  const Vector all = seen[0] ^ seen[1] ^ seen[2] ^ seen[3];
+  asm volatile("" : : "m"(all));  // somebody wants it, as far as the compiler knows
+}
+
+// ---- multiplying
+
+// Independent sums of a loop: latency times throughput of the instruction, 5 x 2 or 3 x 4, and few
+// enough for 16 registers to hold them and the operands.
+constexpr int kSums = 12;
+
+// Makes the compiler believe that a register's value is needed, and that it is another from here on.
+#if defined(__aarch64__)
+#define OPAQUE(v) asm volatile("" : "+w"(v))
+#else
+#define OPAQUE(v) asm volatile("" : "+v"(v))
+#endif
+
+#if defined(__x86_64__)
+__attribute__((target("avx512f,avx512vnni")))
+void dot_avx512_vnni(int64_t repeats) {
+  const __m512i w = _mm512_set1_epi8(1), a = w;
+  __m512i sum[kSums] = {};
+  for (int64_t i = 0; i < repeats; ++i)
+#pragma GCC unroll 12
+    for (__m512i& s : sum) {
+      s = _mm512_dpbusd_epi32(s, w, a);
+      OPAQUE(s);
+    }
+}
+
+__attribute__((target("avx2,avxvnni")))
+void dot_avx_vnni(int64_t repeats) {
+  const __m256i w = _mm256_set1_epi8(1), a = w;
+  __m256i sum[kSums] = {};
+  for (int64_t i = 0; i < repeats; ++i)
+#pragma GCC unroll 12
+    for (__m256i& s : sum) {
+      s = _mm256_dpbusd_avx_epi32(s, w, a);
+      OPAQUE(s);
+    }
+}
+
+// Values already widened to 16 bits: how often that has to be done is up to the kernel.
+__attribute__((target("avx2")))
+void dot_avx2(int64_t repeats) {
+  __m256i w = _mm256_set1_epi16(1), a = w;
+  __m256i sum[kSums] = {};
+  for (int64_t i = 0; i < repeats; ++i)
+#pragma GCC unroll 12
+    for (__m256i& s : sum) {
+      s = _mm256_add_epi32(s, _mm256_madd_epi16(w, a));
+      OPAQUE(s);
+      OPAQUE(w);  // else the product would be taken out of the loop
+    }
+}
+
+#if defined(__linux__)
+// Linux keeps the tiles' 8 KB out of a process' state until it asks for them.
+bool may_use_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+__attribute__((target("amx-tile,amx-int8")))
+void dot_amx(int64_t repeats) {
+  static const struct alignas(64) {  // static: GCC 12 believes that only the first 8 bytes are read
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);
+  for (int64_t i = 0; i < repeats; ++i) {  // tiles 0 to 3 are sums, 4 and 5 times 6 and 7
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
+  }
+  _tile_release();
+}
+#endif
+#elif defined(__aarch64__)
+__attribute__((target("arch=armv8.2-a+dotprod")))
+void dot_neon(int64_t repeats) {
+  const int8x16_t w = vdupq_n_s8(1), a = w;
+  int32x4_t sum[kSums] = {};
+  for (int64_t i = 0; i < repeats; ++i)
+#pragma GCC unroll 12
+    for (int32x4_t& s : sum) {
+      s = vdotq_s32(s, w, a);
+      OPAQUE(s);
+    }
+}
+#endif
+
+constexpr int kGenericSums = 64;
+
+void dot_generic(int64_t repeats) {
+  int32_t sum[kGenericSums] = {};
+  int8_t w[kGenericSums] = {}, a[kGenericSums] = {};
+  for (int64_t i = 0; i < repeats; ++i) {
+    for (int n = 0; n < kGenericSums; ++n) sum[n] += w[n] * a[n];
+    asm volatile("" : : "r"(sum), "r"(w), "r"(a) : "memory");
+  }
+}
+
+struct Dot {
+  const char* isa;
+  bool (*supported)();
+  void (*run)(int64_t repeats);
+  int products;  // of one repeat
+};
+
+const Dot kDots[] = {
+#if defined(__x86_64__)
+#if defined(__linux__)
+    {"amx", may_use_tiles, dot_amx, 4 * 16 * 16 * 64},
+#endif
+    {"avx512_vnni", avx512_vnni.supported, dot_avx512_vnni, kSums * 64},
+    {"avx_vnni", avx_vnni.supported, dot_avx_vnni, kSums * 32},
+    {"avx2", avx2.supported, dot_avx2, kSums * 16},
+#elif defined(__aarch64__)
+    {"neon", neon.supported, dot_neon, kSums * 16},
+#endif
+    {"generic", generic.supported, dot_generic, kGenericSums},
+};
+
+}  // namespace
+
+double read_bandwidth(int64_t bytes, int threads) {
+  check_threads(threads);
+  const int64_t share = bytes / threads / kChunk * kChunk;
+  if (share < kChunk)
+    throw std::invalid_argument("bytes must be " + std::to_string(kChunk) + " a thread or more, got " +
+                                std::to_string(bytes));
+  const int64_t size = (share * threads + kHugePage - 1) / kHugePage * kHugePage;
+  const std::unique_ptr<char, void (*)(void*)> buffer(static_cast<char*>(std::aligned_alloc(kHugePage, size)),
+                                                      std::free);
+  if (!buffer) throw std::bad_alloc();
+#if defined(__linux__)
+  madvise(buffer.get(), size, MADV_HUGEPAGE);
+#endif
+  seconds(threads, [&](int t) {  // pages lie near the thread that touches them first
+    uint64_t random = t + 1;     // xorshift; memory of zeros, or of one value, may be read faster
+    auto* words = reinterpret_cast<uint64_t*>(buffer.get() + t * share);
+    for (int64_t i = 0; i < share / 8; ++i) {
+      random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+      words[i] = random;
+    }
+  });
+
+  double best = 0;
+  for (const int64_t ahead : {0, 1024, 2048, 4096}) {
+    const auto rate = [&](int64_t stride, int64_t step) {
+      return best_rate(threads, [&](int t, int64_t repeats) {
+        for (int64_t i = 0; i < repeats; ++i) read(buffer.get() + t * share, share, stride, step, ahead);
+      });
+    };
+    best = std::max({best, rate(kLine, kChunk), rate(share / kStreams, kLine)});  // one stream; four apart
+  }
+  return best * static_cast<double>(share * threads) * 1e-9;
+}
+
+double dot_peak(int threads, const std::string& isa) {
+  check_threads(threads);
+  for (const Dot& dot : kDots)
+    if (isa == dot.isa && dot.supported()) {
+      const double rate = best_rate(threads, [&](int, int64_t repeats) { dot.run(repeats); });
+      return 2.0 * rate * dot.products * threads * 1e-9;
+    }
+  throw std::invalid_argument("instruction set '" + isa + "' is unknown or not supported by this CPU");
+}
+
+}  // namespace owlet
