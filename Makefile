@@ -1,5 +1,5 @@
 # make demo    from a fresh clone to a trained, quantized, talking model (under 10 minutes on 2 cores)
-# make test    all tests        make bench   inference timings        make lint   ruff
+# make test    all tests        make bench   timings (some 5 minutes)        make lint   ruff
 # Each makes .venv and builds the kernels when they are missing; nothing done is done again.
 
 PYTHON ?= python3
@@ -53,8 +53,9 @@ out/demo-int8/comparison.json: out/demo/.trained | build/kernels
 test: .venv/requirements-dev build/kernels
 	$(BIN)/python -m pytest
 
+# Threads stay on their cores; the tables printed hold more than pytest-benchmark's own, which quiet leaves out.
 bench: build/kernels
-	$(BIN)/python -m pytest tests/bench_inference.py
+	OMP_PROC_BIND=true $(BIN)/python -m pytest --benchmark-quiet tests/bench_kernels.py tests/bench_inference.py
 
 lint: .venv/requirements-dev
 	$(BIN)/ruff check

@@ -49,21 +49,13 @@ double seconds(int threads, const Work& work) {
   return end - start;
 }
 
-// Times a second that every thread t can do what work(t, repeats) does `repeats` times: the best of
-// several timings, since whatever disturbs one can only make it slower.
+// The best of several timings, since whatever disturbs one can only make it slower.
 template <typename Work>
-double best_rate(int threads, const Work& work) {
-  constexpr double kEnough = 4e-3;  // seconds, beside which starting together is nothing
+double least_seconds(int threads, const Work& work) {
   constexpr int kTimings = 5;
-  const auto best_of = [&](int threads, int64_t repeats) {
-    double best = std::numeric_limits<double>::max();
-    for (int i = 0; i < kTimings; ++i)
-      best = std::min(best, seconds(threads, [&](int t) { work(t, repeats); }));
-    return best;
-  };
-  int64_t repeats = 1;
-  while (best_of(1, repeats) < kEnough) repeats *= 2;
-  return static_cast<double>(repeats) / best_of(threads, repeats);
+  double least = std::numeric_limits<double>::max();
+  for (int i = 0; i < kTimings; ++i) least = std::min(least, seconds(threads, work));
+  return least;
 }
 
 // ---- reading
@@ -72,6 +64,7 @@ double best_rate(int threads, const Work& work) {
 using Vector = uint64_t __attribute__((vector_size(64)));
 constexpr int64_t kLine = sizeof(Vector), kStreams = 4, kChunk = kStreams * kLine;
 constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kEnoughBytes = 128 << 20;  // for one timing: milliseconds, beside which starting together is nothing
 
 // Reads `size` bytes once, in four streams `stride` apart that move on by `step`, asking for what lies
 // `ahead` bytes further on.
@@ -94,6 +87,7 @@ void read(const char* p, int64_t size, int64_t stride, int64_t step, int64_t ahe
 // Independent sums of a loop: latency times throughput of the instruction, 5 x 2 or 3 x 4, and few
 // enough for 16 registers to hold them and the operands.
 constexpr int kSums = 12;
+constexpr double kEnoughSeconds = 4e-3;  // for one timing
 
 // Makes the compiler believe that a register's value is needed, and that it is another from here on.
 #if defined(__aarch64__)
@@ -235,24 +229,27 @@ double read_bandwidth(int64_t bytes, int threads) {
     }
   });
 
-  double best = 0;
+  const int64_t repeats = std::max<int64_t>(1, kEnoughBytes / (share * threads));
+  double least = std::numeric_limits<double>::max();
   for (const int64_t ahead : {0, 1024, 2048, 4096}) {
-    const auto rate = [&](int64_t stride, int64_t step) {
-      return best_rate(threads, [&](int t, int64_t repeats) {
+    const auto read_all = [&](int64_t stride, int64_t step) {
+      return least_seconds(threads, [&](int t) {
         for (int64_t i = 0; i < repeats; ++i) read(buffer.get() + t * share, share, stride, step, ahead);
       });
     };
-    best = std::max({best, rate(kLine, kChunk), rate(share / kStreams, kLine)});  // one stream; four apart
+    least = std::min({least, read_all(kLine, kChunk), read_all(share / kStreams, kLine)});  // one stream; four apart
   }
-  return best * static_cast<double>(share * threads) * 1e-9;
+  return static_cast<double>(share * threads * repeats) / least * 1e-9;
 }
 
 double dot_peak(int threads, const std::string& isa) {
   check_threads(threads);
   for (const Dot& dot : kDots)
     if (isa == dot.isa && dot.supported()) {
-      const double rate = best_rate(threads, [&](int, int64_t repeats) { dot.run(repeats); });
-      return 2.0 * rate * dot.products * threads * 1e-9;
+      int64_t repeats = 1;
+      const auto run = [&](int) { dot.run(repeats); };
+      while (least_seconds(1, run) < kEnoughSeconds) repeats *= 2;
+      return 2.0 * static_cast<double>(repeats * dot.products * threads) / least_seconds(threads, run) * 1e-9;
     }
   throw std::invalid_argument("instruction set '" + isa + "' is unknown or not supported by this CPU");
 }
