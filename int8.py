@@ -4,6 +4,7 @@ Weights: symmetric int8, one fp32 scale for each output channel. Activations: sy
 scale for each token, found as the model runs ("dynamic"). Products are summed exactly in int32.
 """
 
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -103,12 +104,13 @@ class Int8Linear(nn.Module):
     weight (N, K) int8 and scale (N,) fp32 from quantize_rows; x (..., K) fp32 -> (..., N) fp32.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, backend: Backend, activation: str = "none") -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, backend: Backend, activation: str = "none",
+                 memory: "PackedMemory | None" = None) -> None:
         super().__init__()
         self.backend, self.activation, self.in_features = backend, activation, weight.size(1)
         self.register_buffer("scale", scale)
         if backend == "owlet":
-            self.register_buffer("weight", torch.ops.owlet.pack_int8(weight))
+            self.register_buffer("weight", memory.pack(weight) if memory else torch.ops.owlet.pack_int8(weight))
         else:
             self.register_buffer("weight", weight)
         if backend == "torch.ao":
@@ -133,6 +135,27 @@ class Int8Linear(nn.Module):
         else:
             row = self.weight[idx]
         return row * self.scale[idx].unsqueeze(-1)
+
+
+class PackedMemory:
+    """One block for all matrices of a model, in the order of use: the processor reads ahead from one into
+    the next, and large pages save it from looking up addresses.
+    """
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        self.rest = owlet_kernels.huge_pages(sum(math.prod(self.shape(weight)) for weight in weights))
+
+    @staticmethod
+    def shape(weight: Tensor) -> tuple[int, ...]:
+        N, K = weight.shape
+        return math.ceil(N / 64), math.ceil(K / 4), 64, 4
+
+    def pack(self, weight: Tensor) -> Tensor:
+        shape = self.shape(weight)
+        packed, self.rest = self.rest.tensor_split([math.prod(shape)])
+        packed = packed.view(shape)
+        owlet_kernels.pack_into(weight, packed)
+        return packed
 
 
 class Int8Embedding(nn.Module):
@@ -169,19 +192,53 @@ class Int8Block(nn.Module):
         return self.down_proj(self.gate_up_proj(self.post_attention_layernorm(x)), residual=x)
 
 
+class Int8KVCache(KVCache):
+    """A quarter of the memory: int8 keys and values, one fp32 scale for each token and head.
+
+    key_scales, value_scales: (n_layer, B, n_kv_head, length).
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, length: int | None = None,
+                 device: torch.device | str = "cpu") -> None:
+        super().__init__(config, batch_size, length, device, torch.int8)
+        self.key_scales, self.value_scales = (torch.empty(self.keys.shape[:-1], device=device) for _ in range(2))
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Round and append; return all keys and values so far, in fp32."""
+        end, so_far = self.pos + k.size(2), []
+        for q, scale, new in ((self.keys, self.key_scales, k), (self.values, self.value_scales, v)):
+            q[layer, :, :, self.pos:end], new_scale = quantize_tokens(new)
+            scale[layer, :, :, self.pos:end] = new_scale.squeeze(-1)
+            so_far.append(q[layer, :, :, :end] * scale[layer, :, :, :end, None])
+        return tuple(so_far)
+
+
 class Int8GPT(GPT):
     """A GPT of Int8Linear matrices. On a CPU with the kernels, whatever comes with a cache goes through
     the C++ decoder (csrc/decoder.cpp): the same arithmetic over the same weights, in one call.
+
+    int8_cache: keep keys and values in int8 too; for long contexts, which they would fill the memory's
+    bandwidth with.
     """
 
-    decoder = None
+    decoder, int8_cache = None, False
+
+    def new_cache(self, batch_size: int, length: int) -> KVCache:
+        cache = (Int8KVCache if self.int8_cache else KVCache)(self.config, batch_size, length, self.device)
+        if self.decoder is not None:
+            cache.keys, cache.values = (owlet_kernels.huge_pages(old.nbytes).view(old.dtype).view(old.shape)
+                                        for old in (cache.keys, cache.values))
+        return cache
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        if self.int8_cache and targets is not None:  # the loss is to be that of generating
+            cache = cache or self.new_cache(*idx.shape)
         if self.decoder is None or cache is None or targets is not None:
             return super().forward(idx, targets, cache)
         self.check_fits(cache.pos + idx.size(1))
-        logits = self.decoder.forward(idx, cache.pos, cache.keys, cache.values)
+        scales = (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ()
+        logits = self.decoder.forward(idx, cache.pos, cache.keys, cache.values, *scales)
         cache.pos += idx.size(1)
         return logits, None
 
@@ -216,6 +273,10 @@ def quantize_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device: torch.device) -> Int8GPT:
     """The int8 model from quantize_state's tensors, on the device."""
 
+    memory = None
+    if backend == "owlet" and device.type == "cpu":  # split or joined, no matrix takes more
+        memory = PackedMemory([tensor for tensor in state.values() if tensor.dtype == torch.int8])
+
     def linear(prefix: str, *names: str, activation: str = "none") -> Int8Linear:
         weights = [state[f"{prefix}{name}.weight"] for name in names]
         scales = [state[f"{prefix}{name}.weight_scale"] for name in names]
@@ -223,7 +284,7 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device:
             weight, scale = (torch.stack(parts, dim=1).flatten(0, 1) for parts in (weights, scales))
         else:
             weight, scale = torch.cat(weights), torch.cat(scales)
-        return Int8Linear(weight, scale, backend, activation)
+        return Int8Linear(weight, scale, backend, activation, memory)
 
     with Uninitialised():
         model = Int8GPT(config)
@@ -236,7 +297,7 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device:
     model.lm_head = linear("", embedding if config.tie_embeddings else "lm_head")
     table = model.lm_head if config.tie_embeddings else Int8Linear(
         state[f"{embedding}.weight"], state[f"{embedding}.weight_scale"],
-        backend if backend == "owlet" else "reference")
+        backend if backend == "owlet" else "reference", memory=memory)
     model.model["embed_tokens"] = Int8Embedding(table)
     model.backend = f"{backend} ({owlet_kernels.isa()})" if backend == "owlet" else backend
     model = model.eval().requires_grad_(False).to(device)

@@ -257,8 +257,8 @@ class GPT(nn.Module):
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         """idx, targets (B, T) int64 -> logits (B, T, vocab_size), mean loss in nats (or None).
 
-        With a cache, idx continues what the cache holds, and only the last position's logits
-        (B, 1, vocab_size) are computed.
+        With a cache, idx continues what the cache holds; without targets, only the last position's
+        logits (B, 1, vocab_size) are computed then.
         """
         T, past = idx.size(1), cache.pos if cache is not None else 0
         self.check_fits(past + T)
@@ -268,11 +268,16 @@ class GPT(nn.Module):
             x = layer(x, cos, sin, cache)
         if cache is not None:
             cache.pos += T
-            x = x[:, -1:]
+            if targets is None:
+                x = x[:, -1:]
         logits = self.lm_head(self.model.norm(x))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def new_cache(self, batch_size: int, length: int) -> KVCache:
+        """An empty cache for this many tokens of each stream, where the model is."""
+        return KVCache(self.config, batch_size, length, self.device)
 
     def check_fits(self, tokens: int) -> None:
         if tokens > self.config.block_size:
@@ -425,7 +430,7 @@ def _decode(model: GPT, idx: Tensor, max_new_tokens: int, draw: Callable[[Tensor
     tokens = torch.empty(B, T + max_new_tokens, dtype=torch.long, device=model.device)
     tokens[:, :T] = idx
     done = torch.zeros(B, dtype=torch.bool, device=model.device)
-    cache = KVCache(model.config, B, min(block, T + max_new_tokens), model.device) if use_cache else None
+    cache = model.new_cache(B, min(block, T + max_new_tokens)) if use_cache else None
     start = 0  # of the window
     for end in range(T, T + max_new_tokens):
         if end - start > block:

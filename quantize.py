@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import atomic_path, by_age, copy_tokenizer, read_config, read_state, weight_files, write_json
 from cli import UserError, parse, run
-from int8 import Backend, from_pretrained, has_torch_ao, pick_backend, quantize, save_quantized
+from int8 import Backend, Int8GPT, from_pretrained, has_torch_ao, pick_backend, quantize, save_quantized
 from model import GPT, GPTConfig, generate
 from train import TokenData, evaluate
 
@@ -40,13 +41,18 @@ def torch_ao(model: GPT) -> GPT:
 
 
 def contenders(folder: Path, backend: Backend) -> dict[str, Callable[[], GPT]]:
-    """How each row of the table comes by its model; ours is the last."""
+    """How each row of the table comes by its model."""
     rows = {"fp32": lambda: GPT.from_pretrained(folder)}
     if has_torch_ao():
         rows["torch.ao int8"] = lambda: torch_ao(GPT.from_pretrained(folder))
-    ours = "owlet int8" if backend == "owlet" else f"owlet's format by {backend}"
-    rows[ours] = lambda: from_pretrained(int8_folder(folder), backend)
-    return rows
+
+    def ours(int8_cache: bool) -> Int8GPT:
+        model = from_pretrained(int8_folder(folder), backend)
+        model.int8_cache = int8_cache
+        return model
+
+    name = "owlet int8" if backend == "owlet" else f"owlet's format by {backend}"
+    return rows | {name: partial(ours, False), f"{name}, int8 cache": partial(ours, True)}
 
 
 def int8_folder(folder: Path) -> Path:
@@ -104,9 +110,8 @@ def stored_size(model: GPT) -> int:
 def compare(folder: Path, data: TokenData | None, backend: Backend, eval_tokens: int) -> dict:
     """One row a contender: size, memory, loss, speed. data None: no losses."""
     models = {name: make() for name, make in contenders(folder, backend).items()}
-    sizes = {name: stored_size(model) for name, model in models.items()}
-    ours = list(models)[-1]
-    sizes["fp32"], sizes[ours] = file_size(folder), file_size(int8_folder(folder))
+    sizes = {name: file_size(folder) if name == "fp32" else file_size(int8_folder(folder)) if isinstance(model, Int8GPT)
+             else stored_size(model) for name, model in models.items()}
     rows, rounds = {}, 5
     bar = tqdm(total=(rounds + 3) * len(models), desc="comparing", disable=None, leave=False)
     speeds = tokens_per_second(models, rounds, bar.update)
@@ -122,7 +127,7 @@ def compare(folder: Path, data: TokenData | None, backend: Backend, eval_tokens:
             "bits_per_byte": bits, "bits_per_byte_change": bits / base - 1 if data is not None else None,
             "prompt_tokens_per_second": speeds[name]["prompt"], "decode_tokens_per_second": speeds[name]["decode"]}
     bar.close()
-    return {"model": folder.name, "parameters": models["fp32"].num_params(), "backend": models[ours].backend,
+    return {"model": folder.name, "parameters": models["fp32"].num_params(), "backend": models[name].backend,
             "threads": torch.get_num_threads(), "cpu": cpu_name(), "torch": torch.__version__, "rows": rows}
 
 
@@ -159,7 +164,7 @@ def draw(result: dict, path: Path) -> None:
     names = list(result["rows"])
     for axis, (key, (title, unit)) in zip(axes, panels.items(), strict=True):
         bars = axis.bar(names, [result["rows"][name][key] * unit for name in names],
-                        color=["#bdbdbd", "#9ecae1", "#08519c"][-len(names):])
+                        color=[*["#bdbdbd", "#9ecae1"][:len(names) - 2], "#08519c", "#4292c6"])
         digits = "{:.3f}" if key == "bits_per_byte" else "{:,.0f}" if unit == 1 else "{:,.3g}"
         axis.bar_label(bars, fmt=digits, fontsize=8)
         axis.set_title(title, fontsize=10)  # the arrow points to better

@@ -45,18 +45,23 @@ class SampleConfig:
     """auto, cpu, cuda or mps."""
     backend: Literal["auto", "owlet", "torch.ao", "reference"] = "auto"
     """Who multiplies in int8; auto takes the fastest there is."""
+    int8_cache: bool = False
+    """Keep keys and values in int8 too: less to read in long contexts (int8 folders only)."""
     threads: int | None = None
     """CPU threads; default: PyTorch's choice."""
 
 
-def load(folder: Path, backend: str, device: torch.device) -> tuple[GPT, str]:
+def load(folder: Path, backend: str, int8_cache: bool, device: torch.device) -> tuple[GPT, str]:
     """The model of an fp32 or int8 folder, on the device, and a word on how it computes."""
     if "quantization_config" not in read_config(folder):
+        if int8_cache:
+            raise UserError(f"--int8-cache: expected an int8 folder, as quantize.py makes one; {folder} is fp32")
         return GPT.from_pretrained(folder).to(device), "fp32"
     import int8
 
     model = int8.from_pretrained(folder, backend, device)
-    return model, f"int8 by {model.backend}"
+    model.int8_cache = int8_cache
+    return model, f"int8 by {model.backend}{', int8 cache' * int8_cache}"
 
 
 def read_prompt(config: SampleConfig) -> str:
@@ -106,7 +111,7 @@ def main() -> None:
     folder = config.checkpoint or by_age(Path("out"), "model.safetensors", "python train.py")[0]
     tokenizer = read_tokenizer(folder)
     text = read_prompt(config)
-    model, how = load(folder, config.backend, device)
+    model, how = load(folder, config.backend, config.int8_cache, device)
     seed = config.seed if config.seed is not None else torch.seed() % 2**32
     generator = torch.Generator(device).manual_seed(seed)
 

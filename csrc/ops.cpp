@@ -3,18 +3,24 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <optional>
 #include <string_view>
 
 #include "decoder.h"
 #include "kernels/kernels.h"
 #include "probe.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #ifdef OWLET_CUDA
 #include <c10/cuda/CUDAException.h>
@@ -119,8 +125,13 @@ Tensor new_packed(const Tensor& w) {
   return at::empty_symint(packed_shape(N, K), w.options().dtype(at::kByte));
 }
 
-Tensor pack_int8_cpu(const Tensor& w) {
-  const Tensor packed = new_packed(w), w_ = w.contiguous();
+void pack_into(const Tensor& w, const Tensor& packed) {
+  const Tensor w_ = w.contiguous();
+  TORCH_CHECK(w.is_cpu() && w.scalar_type() == at::kChar && w.dim() == 2 && packed.is_cpu() &&
+                  packed.scalar_type() == at::kByte && packed.is_contiguous() &&
+                  packed.sym_sizes() == c10::SymIntArrayRef(packed_shape(w.size(0), w.size(1))),
+              "expected int8 (N, K) and contiguous uint8 (ceil(N / 64), ceil(K / 4), 64, 4) on the CPU, got ",
+              w.scalar_type(), " ", w.sizes(), " and ", packed.scalar_type(), " ", packed.sizes());
   std::atomic<bool> symmetric = true;
   at::parallel_for(0, packed.size(0), 1, [&](int64_t begin, int64_t end) {
     if (!pack_panels(w_.const_data_ptr<int8_t>(), w.size(0), w.size(1), begin, end,
@@ -128,7 +139,26 @@ Tensor pack_int8_cpu(const Tensor& w) {
       symmetric = false;
   });
   TORCH_CHECK(symmetric, "w must lie in [-127, 127], got a -128");
+}
+
+Tensor pack_int8_cpu(const Tensor& w) {
+  const Tensor packed = new_packed(w);
+  pack_into(w, packed);
   return packed;
+}
+
+// uint8 (bytes), not filled, for what is read from front to back again and again: on pages of 2 MB
+// where the system has them, since to look up pages of 4 KB costs up to half of the bandwidth.
+Tensor huge_pages(int64_t bytes) {
+  constexpr int64_t kPage = 2 << 20;
+  if (bytes < 2 * kPage) return at::empty({bytes}, at::kByte);
+  const int64_t size = (bytes + kPage - 1) / kPage * kPage;
+  void* memory = std::aligned_alloc(kPage, size);
+  TORCH_CHECK_WITH(OutOfMemoryError, memory, "no memory for ", bytes, " bytes");
+#if defined(__linux__)
+  madvise(memory, size, MADV_HUGEPAGE);
+#endif
+  return at::from_blob(memory, {bytes}, std::free, at::kByte);
 }
 
 #ifdef OWLET_CUDA
@@ -287,6 +317,8 @@ PYBIND11_MODULE(owlet_kernels, m) {
            py::arg("key_scales") = py::none(), py::arg("value_scales") = py::none(),
            py::call_guard<py::gil_scoped_release>(),
            "Logits (B, 1, vocab_size) after the last of tokens (B, T) int64; adds them to the caches.");
+  m.def("pack_into", owlet::pack_into, py::arg("w"), py::arg("packed"), "pack_int8 into memory that is there.");
+  m.def("huge_pages", owlet::huge_pages, py::arg("bytes"), "An uninitialised uint8 tensor, on huge pages if it is large.");
   m.def("use_isa", owlet::use_kernel, "Use this instruction set from now on; for tests.");
   m.def("read_bandwidth", owlet::read_bandwidth, py::arg("bytes"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "GB/s at which threads can read this many bytes of memory.");

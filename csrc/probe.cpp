@@ -12,8 +12,6 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -62,7 +60,8 @@ double least_seconds(int threads, const Work& work) {
 
 // As wide as vectors come; where they are narrower, the compiler makes it several.
 using Vector = uint64_t __attribute__((vector_size(64)));
-constexpr int64_t kLine = sizeof(Vector), kStreams = 4, kChunk = kStreams * kLine;
+constexpr int64_t kStreams = 4, kChunk = kStreams * kLine;
+static_assert(sizeof(Vector) == kLine);
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kEnoughBytes = 128 << 20;  // for one timing: milliseconds, beside which starting together is nothing
 
@@ -136,12 +135,6 @@ void dot_avx2(int64_t repeats) {
 }
 
 #if defined(__linux__)
-// Linux keeps the tiles' 8 KB out of a process' state until it asks for them.
-bool may_use_tiles() {
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
 __attribute__((target("amx-tile,amx-int8")))
 void dot_amx(int64_t repeats) {
   static const struct alignas(64) {  // static: GCC 12 believes that only the first 8 bytes are read
@@ -194,7 +187,7 @@ struct Dot {
 const Dot kDots[] = {
 #if defined(__x86_64__)
 #if defined(__linux__)
-    {"amx", may_use_tiles, dot_amx, 4 * 16 * 16 * 64},
+    {"amx", amx.supported, dot_amx, 4 * 16 * 16 * 64},
 #endif
     {"avx512_vnni", avx512_vnni.supported, dot_avx512_vnni, kSums * 64},
     {"avx_vnni", avx_vnni.supported, dot_avx_vnni, kSums * 32},

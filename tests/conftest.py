@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import cli
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 
 # A test run started in the background ignores Ctrl-C, and the processes it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -75,7 +75,7 @@ def assert_same_choice(a: torch.Tensor, b: torch.Tensor) -> None:
 
 def step_by_step(model: GPT, tokens: torch.Tensor, prompt: int = 0) -> torch.Tensor:
     """Logits (T - prompt, V) after each token of tokens (1, T) behind the prompt, one at a time, cached."""
-    cache = KVCache(model.config, 1)
+    cache = model.new_cache(1, model.config.block_size)
     with torch.inference_mode():
         if prompt:
             model(tokens[:, :prompt], cache=cache)
