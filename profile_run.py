@@ -43,7 +43,7 @@ PHASES = {  # phase -> the functions it consists of, none of which calls another
     "waiting for other ranks": ["train.py:Ranks.sum", "train.py:Ranks.from_main"],
     "set-up": ["train.py:Ranks.__init__", "train.py:build_model", "train.py:make_optimizers", "train.py:peak_flops"],
     "load": ["model.py:GPT.from_pretrained", "int8.py:from_pretrained"],
-    "quantize": ["int8.py:save_quantized", "quantize.py:torch_ao"],
+    "quantize": ["int8.py:save_quantized", "quantize.py:torch_ao", "to_gguf.py:write_gguf"],
     "generation": ["model.py:_decode"],
     "memory, in a fresh process": ["multiprocessing/pool.py:Pool.apply"],
     "tokenizer": ["checkpoint.py:read_tokenizer", "tokenizers.Tokenizer.encode", "sample.py:Speller.__init__",

@@ -2,6 +2,7 @@
 
     python quantize.py                               the newest checkpoint under out/ -> out/NAME-int8
     python quantize.py --checkpoint out/mybook-small
+    python quantize.py --gguf                        out/NAME.gguf as well, for llama.cpp and Ollama
 """
 
 import copy
@@ -55,9 +56,13 @@ def contenders(folder: Path, backend: Backend) -> dict[str, Callable[[], GPT]]:
     return rows | {name: partial(ours, False), f"{name}, int8 cache": partial(ours, True)}
 
 
-def int8_folder(folder: Path) -> Path:
+def beside(folder: Path, ending: str) -> Path:
     folder = folder if folder.name else folder.resolve()  # "." has no name to add to
-    return folder.with_name(f"{folder.name}-int8")
+    return folder.with_name(f"{folder.name}{ending}")
+
+
+def int8_folder(folder: Path) -> Path:
+    return beside(folder, "-int8")
 
 
 def file_size(folder: Path) -> int:
@@ -182,6 +187,8 @@ def draw(result: dict, path: Path) -> None:
 class QuantizeConfig:
     checkpoint: Path | None = None
     """fp32 folder to shrink; default: the newest under out/. Writes FOLDER-int8."""
+    gguf: bool = False
+    """Write FOLDER.gguf too: Q8_0, for llama.cpp and Ollama."""
     compare: bool = True
     """Measure size, memory, loss and speed against fp32 and torch.ao."""
     data: Path | None = None
@@ -230,6 +237,13 @@ def main() -> None:
     copy_tokenizer(folder, out)
     before, after = file_size(folder), file_size(out)
     print(f"{folder} -> {out}: {before / 1e6:.2f} -> {after / 1e6:.2f} MB ({after / before:.1%})")
+    if config.gguf:
+        from to_gguf import write_gguf  # a package that only this flag needs
+
+        path = beside(folder, ".gguf")
+        write_gguf(model, folder, path)
+        size = path.stat().st_size
+        print(f"{folder} -> {path}: {size / 1e6:.2f} MB ({size / before:.1%})")
     if config.compare:
         data = validation_data(config, folder, model.config)
         del model
