@@ -199,7 +199,7 @@ class Attention(nn.Module):
             if past and T > 1:  # several new tokens behind a past: the causal mask is not square
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=past == 0 and T > 1,
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
             dropout_p=self.config.dropout if self.training else 0.0,
             enable_gqa=self.config.n_kv_head != self.config.n_head)
         return y.transpose(1, 2).reshape(B, T, -1)
