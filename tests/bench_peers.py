@@ -588,4 +588,5 @@ if __name__ == "__main__":
         name, folder, threads = sys.argv[2:]
         serve(name, Path(folder), int(threads))
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no stopped process stays behind
         run(main)
