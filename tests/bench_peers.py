@@ -531,14 +531,15 @@ def draw(result: dict, path: Path) -> None:
             for i, count in enumerate(threads):
                 medians = [statistics.median(speeds[count][name].get(phase, [0])) for name in names]
                 places = np.arange(len(names)) + 0.8 * (i + 0.5) / len(threads)
-                bars = axis.barh(places, medians, 0.8 / len(threads), label=f"{count} threads",
+                bars = axis.barh(places, medians, 0.8 / len(threads), label=f"{count} thread{'s' * (count > 1)}",
                                  color=plt.cm.Blues(0.9 - 0.5 * i / len(threads)))
                 axis.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
             axis.set_yticks(np.arange(len(names)) + 0.4, names, fontsize=8)
             axis.invert_yaxis()
             axis.set_title(f"{size}, {result['weights'][size] / 1e6:.0f}M: {phase}, tokens/s", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 1].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(threads),
+                  frameon=False, fontsize=8)
     figure.suptitle(result["machine"], fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
