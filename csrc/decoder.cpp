@@ -252,7 +252,7 @@ void Decoder::attend_last(const Step& step, Thread& thread, int64_t layer, int64
   const float* values = read_cache(step.values, at, count, size, thread.values.data());
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h)
     floats().attend(&qkv_[(row * (m.n_head + 2 * m.n_kv_head) + h) * size], keys, values, count, size,
-           thread.scratch.data(), &mixed_[(stream * m.n_head + h) * size]);
+                    thread.scratch.data(), &mixed_[(stream * m.n_head + h) * size], keys + step.length * size);
 }
 
 // Up to kQueries tokens of a stream from `first` on, in one head.

@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels.h"
@@ -13,7 +14,43 @@ namespace {
 
 // How far ahead to ask for weights. The hardware's prefetcher alone leaves a fifth of the second
 // level cache's bandwidth unused.
-constexpr int64_t kPrefetch = 2048;
+constexpr int64_t kAhead = 2048;
+
+TARGET inline void add_quad(__m512i sum[4], const uint8_t* w, const int8_t* q, int64_t ahead) {
+  int32_t quad;
+  std::memcpy(&quad, q, 4);
+  const __m512i a = _mm512_set1_epi32(quad);
+  for (int v = 0; v < 4; ++v) {
+    _mm_prefetch(w + ahead + 64 * v, _MM_HINT_T0);
+    sum[v] = _mm512_dpbusd_epi32(sum[v], _mm512_loadu_si512(w + 64 * v), a);
+  }
+}
+
+// One token, where memory sets the pace: the panel is read in four streams, a quarter each. The
+// hardware follows a stream only to the end of a 4 KB page, and others bridge the gap: a fifth faster
+// where weights come from beyond the third level cache.
+TARGET void dot_panel_once(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads,
+                           int32_t* acc) {
+  constexpr int kStreams = 4;
+  const int64_t part = quads / kStreams, near_end = std::max<int64_t>(0, part - kAhead / kQuadBytes);
+  const int64_t next_panel = (quads - part) * kQuadBytes;  // from the end of a stream to its next start
+  __m512i sum[kStreams][4];
+  for (int s = 0; s < kStreams; ++s)
+    for (int v = 0; v < 4; ++v) sum[s][v] = _mm512_set1_epi32(s == 0 ? -128 * q_sum[0] : 0);
+
+  for (int64_t i = 0; i < near_end; ++i)
+    for (int s = 0; s < kStreams; ++s)
+      add_quad(sum[s], panel + (s * part + i) * kQuadBytes, q + 4 * (s * part + i), kAhead);
+  for (int64_t i = near_end; i < part; ++i)
+    for (int s = 0; s < kStreams; ++s)
+      add_quad(sum[s], panel + (s * part + i) * kQuadBytes, q + 4 * (s * part + i), kAhead + next_panel);
+  for (int64_t i = kStreams * part; i < quads; ++i) add_quad(sum[0], panel + i * kQuadBytes, q + 4 * i, kAhead);
+
+  for (int v = 0; v < 4; ++v) {
+    for (int s = 1; s < kStreams; ++s) sum[0][v] = _mm512_add_epi32(sum[0][v], sum[s][v]);
+    _mm512_storeu_si512(acc + 16 * v, sum[0][v]);
+  }
+}
 
 template <int Tokens>
 TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads,
@@ -26,7 +63,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
     __m512i w[4];
     for (int v = 0; v < 4; ++v) {
       w[v] = _mm512_loadu_si512(panel + 64 * v);
-      _mm_prefetch(panel + kPrefetch + 64 * v, _MM_HINT_T0);
+      _mm_prefetch(panel + kAhead + 64 * v, _MM_HINT_T0);
     }
     for (int t = 0; t < Tokens; ++t) {
       int32_t quad;
@@ -50,7 +87,7 @@ const Kernel avx512_vnni = {
     [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); },
     &avx512_math,
     6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
+    {dot_panel_once, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 
 }  // namespace owlet
 #endif

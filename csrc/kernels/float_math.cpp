@@ -18,9 +18,15 @@ namespace owlet {
 namespace {
 
 constexpr int kLanes = 16;
-static_assert(kLanes == kQueries);
 
-constexpr int64_t kAhead = 1024;  // floats of the cache to ask for before they are needed: 4 KB
+constexpr int64_t kAhead = 1024;  // how far ahead to ask for keys and values, in floats: 4 KB
+
+// The one order of a sum: halves onto each other, then neighbours, three times.
+inline float sum_of(const float* x) {
+  float sum[kLanes / 2];
+  for (int i = 0; i < kLanes / 2; ++i) sum[i] = x[i] + x[i + kLanes / 2];
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
 
 }  // namespace
 
@@ -28,13 +34,24 @@ constexpr int64_t kAhead = 1024;  // floats of the cache to ask for before they 
 
 namespace avx512 {
 #define TARGET __attribute__((target("avx512f")))
-constexpr int kRows = 8;  // as many sums as keep the multipliers busy and fit the registers
+constexpr int kRows = 8, kVecs = 2;  // as many sums as keep the multipliers busy and fit the registers
 using Lanes = __m512;
 TARGET inline Lanes splat(float x) { return _mm512_set1_ps(x); }
 TARGET inline Lanes load(const float* x) { return _mm512_loadu_ps(x); }
 TARGET inline void store(Lanes x, float* y) { _mm512_storeu_ps(y, x); }
 TARGET inline Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
+TARGET inline Lanes sub(Lanes a, Lanes b) { return _mm512_sub_ps(a, b); }
+TARGET inline Lanes mul(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
 TARGET inline Lanes add_product(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(b, c, a); }
+TARGET inline __m256 fold(Lanes x) {
+  const __m512d halves = _mm512_castps_pd(x);
+  return _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xff, halves, 1)));
+}
+TARGET inline void sums_of(const Lanes* x, float* y) {
+  const __m256 ab = _mm256_hadd_ps(fold(x[0]), fold(x[1])), cd = _mm256_hadd_ps(fold(x[2]), fold(x[3]));
+  const __m256 abcd = _mm256_hadd_ps(ab, cd);
+  _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+}
 #include "float_math.inl"
 #undef TARGET
 }  // namespace avx512
@@ -42,7 +59,7 @@ const FloatMath avx512_math = avx512::math;
 
 namespace fma {
 #define TARGET __attribute__((target("avx2,fma")))
-constexpr int kRows = 6;
+constexpr int kRows = 6, kVecs = 1;
 struct Lanes {
   __m256 low, high;
 };
@@ -50,8 +67,16 @@ TARGET inline Lanes splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x
 TARGET inline Lanes load(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
 TARGET inline void store(Lanes x, float* y) { _mm256_storeu_ps(y, x.low), _mm256_storeu_ps(y + 8, x.high); }
 TARGET inline Lanes add(Lanes a, Lanes b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+TARGET inline Lanes sub(Lanes a, Lanes b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+TARGET inline Lanes mul(Lanes a, Lanes b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
 TARGET inline Lanes add_product(Lanes a, Lanes b, Lanes c) {
   return {_mm256_fmadd_ps(b.low, c.low, a.low), _mm256_fmadd_ps(b.high, c.high, a.high)};
+}
+TARGET inline __m256 fold(Lanes x) { return _mm256_add_ps(x.low, x.high); }
+TARGET inline void sums_of(const Lanes* x, float* y) {
+  const __m256 ab = _mm256_hadd_ps(fold(x[0]), fold(x[1])), cd = _mm256_hadd_ps(fold(x[2]), fold(x[3]));
+  const __m256 abcd = _mm256_hadd_ps(ab, cd);
+  _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 }
 #include "float_math.inl"
 #undef TARGET
@@ -62,7 +87,7 @@ const FloatMath fma_math = fma::math;
 
 namespace neon {
 #define TARGET
-constexpr int kRows = 6;
+constexpr int kRows = 6, kVecs = 1;
 struct Lanes {
   float32x4_t quarter[4];
 };
@@ -78,9 +103,24 @@ inline Lanes add(Lanes a, const Lanes& b) {
   for (int i = 0; i < 4; ++i) a.quarter[i] = vaddq_f32(a.quarter[i], b.quarter[i]);
   return a;
 }
+inline Lanes sub(Lanes a, const Lanes& b) {
+  for (int i = 0; i < 4; ++i) a.quarter[i] = vsubq_f32(a.quarter[i], b.quarter[i]);
+  return a;
+}
+inline Lanes mul(Lanes a, const Lanes& b) {
+  for (int i = 0; i < 4; ++i) a.quarter[i] = vmulq_f32(a.quarter[i], b.quarter[i]);
+  return a;
+}
 inline Lanes add_product(Lanes a, const Lanes& b, const Lanes& c) {
   for (int i = 0; i < 4; ++i) a.quarter[i] = vfmaq_f32(a.quarter[i], b.quarter[i], c.quarter[i]);
   return a;
+}
+inline float32x4_t fold(const Lanes& x) {
+  return vpaddq_f32(vaddq_f32(x.quarter[0], x.quarter[2]), vaddq_f32(x.quarter[1], x.quarter[3]));
+}
+inline void sums_of(const Lanes* x, float* y) {
+  const float32x4_t ab = vpaddq_f32(fold(x[0]), fold(x[1])), cd = vpaddq_f32(fold(x[2]), fold(x[3]));
+  vst1q_f32(y, vpaddq_f32(ab, cd));
 }
 #include "float_math.inl"
 #undef TARGET
@@ -91,7 +131,7 @@ const FloatMath neon_math = neon::math;
 
 namespace generic {
 #define TARGET
-constexpr int kRows = 1;
+constexpr int kRows = 1, kVecs = 1;
 struct Lanes {
   float lane[kLanes];
 };
@@ -110,9 +150,20 @@ inline Lanes add(Lanes a, const Lanes& b) {
   for (int l = 0; l < kLanes; ++l) a.lane[l] += b.lane[l];
   return a;
 }
+inline Lanes sub(Lanes a, const Lanes& b) {
+  for (int l = 0; l < kLanes; ++l) a.lane[l] -= b.lane[l];
+  return a;
+}
+inline Lanes mul(Lanes a, const Lanes& b) {
+  for (int l = 0; l < kLanes; ++l) a.lane[l] *= b.lane[l];
+  return a;
+}
 inline Lanes add_product(Lanes a, const Lanes& b, const Lanes& c) {
   for (int l = 0; l < kLanes; ++l) a.lane[l] = std::fma(b.lane[l], c.lane[l], a.lane[l]);
   return a;
+}
+inline void sums_of(const Lanes* x, float* y) {
+  for (int i = 0; i < 4; ++i) y[i] = owlet::sum_of(x[i].lane);
 }
 #include "float_math.inl"
 #undef TARGET

@@ -8,8 +8,7 @@
 
 namespace owlet {
 
-// Queries that attend_block takes at once: as many as there are lanes.
-constexpr int kQueries = 16;
+constexpr int kQueries = 32;  // that attend_block takes at once
 
 struct FloatMath {
   // y = x / rms(x) * weight, all (size); y may be x.
@@ -22,8 +21,9 @@ struct FloatMath {
   void (*dequantize)(const int8_t* q, const float* scales, int64_t count, int64_t size, float* y);
 
   // softmax(q K^T / sqrt(size)) V of one head: q (size), keys and values (count, size) -> y (size).
+  // next: what will be read after the values.
   void (*attend)(const float* q, const float* keys, const float* values, int64_t count, int64_t size, float* scratch,
-                 float* y);
+                 float* y, const void* next);
 
   // The same for up to kQueries queries, q_stride apart, at positions pos, pos + 1 ...: each sees the
   // keys up to its own position. The results are y_stride apart.

@@ -1,5 +1,6 @@
-// Included by float_math.cpp once for each kind of registers, which has defined TARGET, kRows, Lanes
-// and: splat, load, store, add, add_product(a, b, c) = a + b * c, rounded once.
+// Included by float_math.cpp once for each kind of registers, which has defined TARGET, Lanes, kRows
+// and kVecs, and: splat, load, store, add, sub, mul, add_product(a, b, c) = a + b * c, rounded
+// once; sums_of, the sums of four.
 
 // The first `count` of a load, and zeros.
 TARGET inline Lanes load(const float* x, int64_t count) {
@@ -8,12 +9,16 @@ TARGET inline Lanes load(const float* x, int64_t count) {
   return load(part);
 }
 
+TARGET inline void store(Lanes x, int64_t count, float* y) {
+  float part[kLanes];
+  store(x, part);
+  std::memcpy(y, part, count * sizeof(float));
+}
+
 TARGET inline float sum_of(Lanes x) {
-  float sum[kLanes];
-  store(x, sum);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
-  return sum[0];
+  float lanes[kLanes];
+  store(x, lanes);
+  return owlet::sum_of(lanes);
 }
 
 TARGET void rms_norm(const float* x, const float* weight, int64_t size, float eps, float* y) {
@@ -25,15 +30,30 @@ TARGET void rms_norm(const float* x, const float* weight, int64_t size, float ep
     const Lanes rest = load(x + i, std::min<int64_t>(kLanes, size - i));
     sum[0] = add_product(sum[0], rest, rest);
   }
-  const float inverse = 1.0f / std::sqrt(sum_of(add(sum[0], sum[1])) / static_cast<float>(size) + eps);
-  for (i = 0; i < size; ++i) y[i] = x[i] * inverse * weight[i];
+  const Lanes inverse = splat(1.0f / std::sqrt(sum_of(add(sum[0], sum[1])) / static_cast<float>(size) + eps));
+  for (i = 0; i + kLanes <= size; i += kLanes) store(mul(mul(load(x + i), inverse), load(weight + i)), y + i);
+  if (i < size) store(mul(mul(load(x + i, size - i), inverse), load(weight + i, size - i)), size - i, y + i);
+}
+
+// a, b := a cos - b sin, b cos + a sin.
+TARGET inline void turn(Lanes& a, Lanes& b, Lanes cos, Lanes sin) {
+  const Lanes turned = sub(mul(a, cos), mul(b, sin));
+  b = add(mul(b, cos), mul(a, sin));
+  a = turned;
 }
 
 TARGET void rope(float* x, const float* cos, const float* sin, int64_t half) {
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = x[i], b = x[i + half];
-    x[i] = a * cos[i] - b * sin[i];
-    x[i + half] = b * cos[i] + a * sin[i];
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    Lanes a = load(x + i), b = load(x + i + half);
+    turn(a, b, load(cos + i), load(sin + i));
+    store(a, x + i), store(b, x + i + half);
+  }
+  if (i < half) {
+    const int64_t rest = half - i;
+    Lanes a = load(x + i, rest), b = load(x + i + half, rest);
+    turn(a, b, load(cos + i, rest), load(sin + i, rest));
+    store(a, rest, x + i), store(b, rest, x + i + half);
   }
 }
 
@@ -44,44 +64,61 @@ TARGET void dequantize(const int8_t* q, const float* scales, int64_t count, int6
 
 // ---- one query: a lane is a place along the head
 
-// scores[i] = q . keys[i] * scale, for Rows keys.
-template <int Rows>
-TARGET inline void dot_keys(const float* q, const float* keys, int64_t size, float scale, float* scores) {
-  Lanes sum[Rows];
-  for (int i = 0; i < Rows; ++i) sum[i] = splat(0);
+// What is going to be read: so many floats from one place, then on from another.
+struct Ahead {
+  const float* at;
+  int64_t left;
+  const float* then;
+};
+
+TARGET inline void prefetch(Ahead& ahead, int64_t size) {
+  if (ahead.left <= 0) ahead = {ahead.then, std::numeric_limits<int64_t>::max(), nullptr};
+  for (int64_t i = 0; i < size; i += kLanes) __builtin_prefetch(ahead.at + i);
+  ahead.at += size, ahead.left -= size;
+}
+
+// scores[i] = q . keys[i * row] * scale, for 4 keys.
+TARGET inline void dot_keys(const float* q, const float* keys, int64_t row, int64_t size, float scale, float* scores) {
+  Lanes sum[4] = {splat(0), splat(0), splat(0), splat(0)};
   int64_t d = 0;
   for (; d + kLanes <= size; d += kLanes)
-    for (int i = 0; i < Rows; ++i) {
-      __builtin_prefetch(keys + i * size + d + kAhead);
-      sum[i] = add_product(sum[i], load(q + d), load(keys + i * size + d));
-    }
+    for (int i = 0; i < 4; ++i) sum[i] = add_product(sum[i], load(q + d), load(keys + i * row + d));
   if (d < size)
-    for (int i = 0; i < Rows; ++i)
-      sum[i] = add_product(sum[i], load(q + d, size - d), load(keys + i * size + d, size - d));
-  for (int i = 0; i < Rows; ++i) scores[i] = sum_of(sum[i]) * scale;
+    for (int i = 0; i < 4; ++i)
+      sum[i] = add_product(sum[i], load(q + d, size - d), load(keys + i * row + d, size - d));
+  sums_of(sum, scores);
+  for (int i = 0; i < 4; ++i) scores[i] *= scale;
 }
 
 // y = sum over p of weights[p] * values[p], for Vecs * 16 places.
 template <int Vecs>
-TARGET inline void mix_values(const float* weights, const float* values, int64_t count, int64_t size, float* y) {
+TARGET inline void mix_values(const float* weights, const float* values, int64_t count, int64_t size, float* y,
+                              Ahead& ahead) {
   Lanes sum[Vecs];
   for (int v = 0; v < Vecs; ++v) sum[v] = splat(0);
   for (int64_t p = 0; p < count; ++p) {
+    prefetch(ahead, Vecs * kLanes);
     const Lanes weight = splat(weights[p]);
-    for (int v = 0; v < Vecs; ++v) {
-      __builtin_prefetch(values + p * size + v * kLanes + kAhead);
-      sum[v] = add_product(sum[v], weight, load(values + p * size + v * kLanes));
-    }
+    for (int v = 0; v < Vecs; ++v) sum[v] = add_product(sum[v], weight, load(values + p * size + v * kLanes));
   }
   for (int v = 0; v < Vecs; ++v) store(sum[v], y + v * kLanes);
 }
 
 TARGET void attend(const float* q, const float* keys, const float* values, int64_t count, int64_t size, float* scores,
-                   float* y) {
+                   float* y, const void* next) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+  const int64_t head_start = std::min(kAhead, count * size), rest = count * size - head_start;
+  Ahead ahead{keys + head_start, rest, values};
   int64_t p = 0;
-  for (; p + kRows <= count; p += kRows) dot_keys<kRows>(q, keys + p * size, size, scale, scores + p);
-  for (; p < count; ++p) dot_keys<1>(q, keys + p * size, size, scale, scores + p);
+  for (; p + 4 <= count; p += 4) {
+    prefetch(ahead, 4 * size);
+    dot_keys(q, keys + p * size, size, size, scale, scores + p);
+  }
+  for (; p < count; ++p) {
+    float same[4];
+    dot_keys(q, keys + p * size, 0, size, scale, same);
+    scores[p] = same[0];
+  }
 
   // Softmax but for the division; what fills the last lanes weighs nothing. A NaN makes all NaN.
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
@@ -97,69 +134,86 @@ TARGET void attend(const float* q, const float* keys, const float* values, int64
   for (p = 0; p < padded; p += kLanes) sum = add(sum, load(scores + p));
   const float inverse = 1.0f / sum_of(sum);
 
+  ahead = {values + head_start, rest, static_cast<const float*>(next)};
   int64_t d = 0;
-  for (; d + 4 * kLanes <= size; d += 4 * kLanes) mix_values<4>(scores, values + d, count, size, y + d);
-  for (; d + kLanes <= size; d += kLanes) mix_values<1>(scores, values + d, count, size, y + d);
+  for (; d + 4 * kLanes <= size; d += 4 * kLanes) mix_values<4>(scores, values + d, count, size, y + d, ahead);
+  for (; d + kLanes <= size; d += kLanes) mix_values<1>(scores, values + d, count, size, y + d, ahead);
   if (d < size) {
     Lanes rest = splat(0);
     for (p = 0; p < count; ++p) rest = add_product(rest, splat(scores[p]), load(values + p * size + d, size - d));
-    float part[kLanes];
-    store(rest, part);
-    std::copy_n(part, size - d, y + d);
+    store(rest, size - d, y + d);
   }
   for (d = 0; d < size; ++d) y[d] *= inverse;
 }
 
 // ---- many queries: a lane is a query
 
-// c[m] = sum over k of a[m * row + k * step] * b[k], for Rows rows m; b (steps, kQueries).
-template <int Rows>
+// c[m] += sum over k of a[m * row + k * step] * b[k], for Rows rows m and Vecs * 16 queries of b and c,
+// whose rows are kQueries wide.
+template <int Rows, int Vecs>
 TARGET inline void multiply_rows(const float* a, int64_t row, int64_t step, const float* b, int64_t steps, float* c) {
-  Lanes sum[Rows];
-  for (int m = 0; m < Rows; ++m) sum[m] = splat(0);
-  for (int64_t k = 0; k < steps; ++k) {
-    const Lanes x = load(b + k * kLanes);
-    for (int m = 0; m < Rows; ++m) sum[m] = add_product(sum[m], splat(a[m * row + k * step]), x);
+  Lanes sum[Rows][Vecs];
+  for (int m = 0; m < Rows; ++m)
+    for (int v = 0; v < Vecs; ++v) sum[m][v] = load(c + m * kQueries + v * kLanes);
+  for (int64_t k = 0; k < steps; ++k, b += kQueries) {
+    Lanes x[Vecs];
+    for (int v = 0; v < Vecs; ++v) x[v] = load(b + v * kLanes);
+    for (int m = 0; m < Rows; ++m) {
+      const Lanes value = splat(a[m * row + k * step]);
+      for (int v = 0; v < Vecs; ++v) sum[m][v] = add_product(sum[m][v], value, x[v]);
+    }
   }
-  for (int m = 0; m < Rows; ++m) store(sum[m], c + m * kLanes);
+  for (int m = 0; m < Rows; ++m)
+    for (int v = 0; v < Vecs; ++v) store(sum[m][v], c + m * kQueries + v * kLanes);
 }
 
 TARGET inline void multiply(const float* a, int64_t rows, int64_t row, int64_t step, const float* b, int64_t steps,
                             float* c) {
-  int64_t m = 0;
-  for (; m + kRows <= rows; m += kRows) multiply_rows<kRows>(a + m * row, row, step, b, steps, c + m * kLanes);
-  for (; m < rows; ++m) multiply_rows<1>(a + m * row, row, step, b, steps, c + m * kLanes);
+  constexpr int64_t kSteps = 128;  // so many of a and b stay in the first level cache while all rows need them
+  std::fill_n(c, rows * kQueries, 0.0f);
+  for (; steps > 0; steps -= kSteps, a += kSteps * step, b += kSteps * kQueries) {
+    const int64_t some = std::min(kSteps, steps);
+    for (int q = 0; q < kQueries; q += kVecs * kLanes) {
+      int64_t m = 0;
+      for (; m + kRows <= rows; m += kRows)
+        multiply_rows<kRows, kVecs>(a + m * row, row, step, b + q, some, c + m * kQueries + q);
+      for (; m < rows; ++m) multiply_rows<1, kVecs>(a + m * row, row, step, b + q, some, c + m * kQueries + q);
+    }
+  }
 }
 
 TARGET void attend_block(const float* q, int64_t q_stride, int64_t queries, int64_t pos, const float* keys,
                          const float* values, int64_t size, float* scratch, float* y, int64_t y_stride) {
   const int64_t count = pos + queries;
-  float *scores = scratch;                    // (count, kQueries)
-  float *columns = scores + count * kLanes;   // (size, kQueries): the queries
-  float *results = columns + size * kLanes;   // (size, kQueries)
+  float* scores = scratch;                     // (count, kQueries)
+  float* columns = scores + count * kQueries;  // (size, kQueries): the queries
+  float* results = columns + size * kQueries;  // (size, kQueries)
 
   const float scale = 1.0f / std::sqrt(static_cast<float>(size));
-  for (int64_t d = 0; d < size; ++d)
-    for (int l = 0; l < kLanes; ++l) columns[d * kLanes + l] = l < queries ? q[l * q_stride + d] * scale : 0.0f;
+  if (queries < kQueries) std::fill_n(columns, size * kQueries, 0.0f);
+  for (int64_t l = 0; l < queries; ++l)
+    for (int64_t d = 0; d < size; ++d) columns[d * kQueries + l] = q[l * q_stride + d] * scale;
   multiply(keys, count, size, 1, columns, size, scores);
 
   // Keys past a query's position weigh nothing.
   for (int64_t p = pos + 1; p < count; ++p)
-    std::fill_n(scores + p * kLanes, p - pos, -std::numeric_limits<float>::infinity());
-  float high[kLanes], sum[kLanes] = {};
-  std::copy_n(scores, kLanes, high);
-  for (int64_t p = 1; p < count; ++p)
-    for (int l = 0; l < kLanes; ++l) high[l] = scores[p * kLanes + l] > high[l] ? scores[p * kLanes + l] : high[l];
-  for (int64_t p = 0; p < count; ++p)
-    for (int l = 0; l < kLanes; ++l) scores[p * kLanes + l] = exp_range(scores[p * kLanes + l] - high[l]);
-  for (int64_t i = 0; i < count * kLanes; ++i) scores[i] = exp_approx(scores[i]);
-  for (int64_t p = 0; p < count; ++p)
-    for (int l = 0; l < kLanes; ++l) sum[l] += scores[p * kLanes + l];
+    std::fill_n(scores + p * kQueries, p - pos, -std::numeric_limits<float>::infinity());
+  float high[kQueries], sum[kQueries] = {};
+  std::copy_n(scores, kQueries, high);
+  for (int64_t p = 1; p < count; ++p) {
+    const float* row = scores + p * kQueries;
+    for (int l = 0; l < kQueries; ++l) high[l] = row[l] > high[l] ? row[l] : high[l];
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    float *row = scores + p * kQueries, x[kQueries];
+    for (int l = 0; l < kQueries; ++l) x[l] = exp_range(row[l] - high[l]);
+    for (int l = 0; l < kQueries; ++l) sum[l] += row[l] = exp_approx(x[l]);
+  }
 
   multiply(values, size, 1, size, scores, count, results);
   for (int64_t l = 0; l < queries; ++l) {
     const float inverse = 1.0f / sum[l];
-    for (int64_t d = 0; d < size; ++d) y[l * y_stride + d] = results[d * kLanes + l] * inverse;
+    for (int64_t d = 0; d < size; ++d) y[l * y_stride + d] = results[d * kQueries + l] * inverse;
   }
 }
 

@@ -5,11 +5,14 @@
 #include "kernels.h"
 #include "numerics.h"
 
-// Also compile a function for wider vectors and choose when the library is loaded.
+// Also compile a function for wider vectors and choose when the library is loaded: for wide integers,
+// or for floats with fused multiply-adds, which in software take a hundred times as long.
 #if defined(__x86_64__) && defined(__GLIBC__)
-#define OWLET_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define INTEGER_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define FLOAT_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
 #else
-#define OWLET_CLONES
+#define INTEGER_CLONES
+#define FLOAT_CLONES
 #endif
 
 namespace owlet {
@@ -20,7 +23,7 @@ constexpr int64_t kTaskTokens = 96;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-OWLET_CLONES
+INTEGER_CLONES
 int32_t max_abs_bits(const float* x, int64_t K) {
   int32_t amax = 0;
   for (int64_t k = 0; k < K; ++k) amax = std::max(amax, abs_bits(x[k]));
@@ -28,7 +31,7 @@ int32_t max_abs_bits(const float* x, int64_t K) {
 }
 
 // Needs no clamp: |x| <= amax, so |x * inverse| <= 127 (1 + 2^-23), which rounds to 127 at most.
-OWLET_CLONES
+INTEGER_CLONES
 int32_t quantize_values(const float* x, int64_t K, float inverse, int8_t* q) {
   int32_t sum = 0;
   for (int64_t k = 0; k < K; ++k) {
@@ -42,7 +45,7 @@ int32_t quantize_values(const float* x, int64_t K, float inverse, int8_t* q) {
 // From the sums of a panel to y, for `tokens` tokens. scale and bias are those of the panel's 64
 // rows: loops of a fixed length need no code for the rest. residual and y are those of the first
 // token, `columns` of which a token fills, `stride` apart.
-OWLET_CLONES
+FLOAT_CLONES
 void epilogue(const int32_t* acc, int64_t tokens, const float* x_scale, const float* scale, const float* bias,
               Activation activation, const float* residual, int64_t columns, int64_t stride, float* y) {
   for (int64_t t = 0; t < tokens; ++t, acc += kPanelRows) {
