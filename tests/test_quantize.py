@@ -250,12 +250,13 @@ def test_quantize_script_compares(trained, script):
     code, out, err = script(quantize.main, "--checkpoint", trained, "--eval-tokens", 2000)
     assert code == 0, err
     result = json.loads((trained.with_name("wood-int8") / "comparison.json").read_text())
-    assert list(result["rows"]) == ["fp32", "torch.ao int8", "owlet int8"]
+    assert list(result["rows"]) == ["fp32", "torch.ao int8", "owlet int8", "owlet int8, int8 cache"]
     for row in result["rows"].values():
         assert row["file_bytes"] > 0 and row["prompt_tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0
-        assert row["memory_bytes"] > 0
         assert 0 < row["bits_per_byte"] < 2
-    assert abs(result["rows"]["owlet int8"]["bits_per_byte_change"]) < 0.005
+    plain, cached = result["rows"]["owlet int8"], result["rows"]["owlet int8, int8 cache"]
+    assert abs(plain["bits_per_byte_change"]) < 0.005 and abs(cached["bits_per_byte_change"]) < 0.005
+    assert plain["bits_per_byte"] != cached["bits_per_byte"]
     stored = trained.with_name("wood-int8") / "model.safetensors"
     assert result["rows"]["owlet int8"]["file_bytes"] == stored.stat().st_size
     assert "| owlet int8 |" in out

@@ -43,10 +43,11 @@ TARGET inline Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
 TARGET inline Lanes sub(Lanes a, Lanes b) { return _mm512_sub_ps(a, b); }
 TARGET inline Lanes mul(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
 TARGET inline Lanes add_product(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(b, c, a); }
-TARGET inline __m256 fold(Lanes x) {
-  const __m512d halves = _mm512_castps_pd(x);
-  return _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xff, halves, 1)));
+template <int Half>
+TARGET inline __m256 half(Lanes x) {  // with a mask of all, since GCC 12 warns of its own header without
+  return _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xff, _mm512_castps_pd(x), Half));
 }
+TARGET inline __m256 fold(Lanes x) { return _mm256_add_ps(half<0>(x), half<1>(x)); }
 TARGET inline void sums_of(const Lanes* x, float* y) {
   const __m256 ab = _mm256_hadd_ps(fold(x[0]), fold(x[1])), cd = _mm256_hadd_ps(fold(x[2]), fold(x[3]));
   const __m256 abcd = _mm256_hadd_ps(ab, cd);

@@ -1,4 +1,4 @@
-// Tests every kernel this CPU supports against a naive triple loop. Needs neither torch nor Python:
+// Tests every kernel this CPU supports against naive loops. Needs neither torch nor Python:
 //   g++ -O2 -std=c++17 -ffp-contract=off -fno-trapping-math csrc/kernels/*.cpp -o selftest && ./selftest
 #include <algorithm>
 #include <cmath>
@@ -100,6 +100,75 @@ std::vector<Case> make_cases() {
   return cases;
 }
 
+// ---- norms, rotations, attention
+
+struct Head {
+  int64_t size, count;
+  std::vector<float> q, keys, values, weight;
+};
+
+Head make_head(int64_t size, int64_t count, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  Head head{size, count, std::vector<float>(kQueries * size), std::vector<float>(count * size),
+            std::vector<float>(count * size), std::vector<float>(size)};
+  for (auto* values : {&head.q, &head.keys, &head.values, &head.weight})
+    for (auto& v : *values) v = normal(random);
+  return head;
+}
+
+// One query's attention, the last queries' attention, a norm and a rotation, in a row.
+std::vector<float> run(const Head& h, const FloatMath& math) {
+  const int64_t queries = std::min<int64_t>(kQueries, h.count), row = h.size + 3;  // rows apart, as in the model
+  std::vector<float> q(queries * row), scratch(attention_scratch(h.count, h.size)), y(h.size + queries * row + 2 * h.size);
+  for (int64_t i = 0; i < queries; ++i) std::copy_n(&h.q[i * h.size], h.size, &q[i * row]);
+  float *one = y.data(), *block = one + h.size, *norm = block + queries * row, *turned = norm + h.size;
+  math.attend(h.q.data(), h.keys.data(), h.values.data(), h.count, h.size, scratch.data(), one, h.keys.data());
+  math.attend_block(q.data(), row, queries, h.count - queries, h.keys.data(), h.values.data(), h.size, scratch.data(),
+                    block, row);
+  math.rms_norm(h.q.data(), h.weight.data(), h.size, 1e-6f, norm);
+  std::copy_n(h.q.data(), h.size, turned);
+  math.rope(turned, h.weight.data(), h.keys.data(), h.size / 2);
+  return y;
+}
+
+bool near(float a, double b) { return std::fabs(a - b) <= 1e-5 * (1 + std::fabs(b)); }
+
+// What attend should give for a query that sees `count` keys.
+std::vector<double> naive_attention(const Head& h, const float* q, int64_t count) {
+  std::vector<double> y(h.size);
+  double sum = 0;
+  for (int64_t p = 0; p < count; ++p) {
+    double score = 0;
+    for (int64_t d = 0; d < h.size; ++d) score += double(q[d]) * h.keys[p * h.size + d];
+    const double weight = std::exp(score / std::sqrt(double(h.size)));
+    sum += weight;
+    for (int64_t d = 0; d < h.size; ++d) y[d] += weight * h.values[p * h.size + d];
+  }
+  for (double& v : y) v /= sum;
+  return y;
+}
+
+bool right(const Head& h, const std::vector<float>& y) {
+  const int64_t queries = std::min<int64_t>(kQueries, h.count), row = h.size + 3, half = h.size / 2;
+  const float *block = &y[h.size], *norm = block + queries * row, *turned = norm + h.size;
+  bool good = true;
+  const std::vector<double> one = naive_attention(h, h.q.data(), h.count);
+  for (int64_t d = 0; d < h.size; ++d) good &= near(y[d], one[d]);
+  for (int64_t i = 0; i < queries; ++i) {
+    const std::vector<double> expected = naive_attention(h, &h.q[i * h.size], h.count - queries + i + 1);
+    for (int64_t d = 0; d < h.size; ++d) good &= near(block[i * row + d], expected[d]);
+  }
+  double squares = 0;
+  for (int64_t d = 0; d < h.size; ++d) squares += double(h.q[d]) * h.q[d];
+  const double rms = std::sqrt(squares / h.size + 1e-6);
+  for (int64_t d = 0; d < h.size; ++d) good &= near(norm[d], h.q[d] / rms * h.weight[d]);
+  for (int64_t d = 0; d < half; ++d) {
+    const double a = h.q[d], b = h.q[d + half], cos = h.weight[d], sin = h.keys[d];
+    good &= near(turned[d], a * cos - b * sin) && near(turned[d + half], b * cos + a * sin);
+  }
+  return good;
+}
+
 }  // namespace
 
 int main() {
@@ -129,6 +198,19 @@ int main() {
                   c.residual, c.full_range);
     }
   }
+  for (int64_t size : {2, 6, 16, 40, 64, 80, 128})
+    for (int64_t count : {1, 3, 4, 17, 33, 130}) {
+      const Head head = make_head(size, count, random);
+      const std::vector<float> expected = run(head, generic_math);
+      for (size_t i = 0; i < names.size(); ++i) {
+        use_kernel(names[i]);
+        const std::vector<float> y = run(head, *kernel().floats);
+        if (right(head, y) && !std::memcmp(y.data(), expected.data(), y.size() * sizeof(float))) continue;
+        ++failures[i];
+        std::printf("%s: attention, norm or rotation wrong for size %d, count %d\n", names[i].c_str(), int(size),
+                    int(count));
+      }
+    }
   int total = 0;
   for (size_t i = 0; i < names.size(); ++i) {
     std::printf("%s: %zu cases, %d failed\n", names[i].c_str(), cases.size(), failures[i]);
