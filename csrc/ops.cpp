@@ -11,6 +11,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <mutex>
 #include <optional>
 #include <string_view>
 
@@ -147,18 +148,54 @@ Tensor pack_int8_cpu(const Tensor& w) {
   return packed;
 }
 
-// uint8 (bytes), not filled, for what is read from front to back again and again: on pages of 2 MB
-// where the system has them, since to look up pages of 4 KB costs up to half of the bandwidth.
-Tensor huge_pages(int64_t bytes) {
-  constexpr int64_t kPage = 2 << 20;
-  if (bytes < 2 * kPage) return at::empty({bytes}, at::kByte);
-  const int64_t size = (bytes + kPage - 1) / kPage * kPage;
-  void* memory = std::aligned_alloc(kPage, size);
-  TORCH_CHECK_WITH(OutOfMemoryError, memory, "no memory for ", bytes, " bytes");
+// Blocks on pages of 2 MB, where the system has them: to look up pages of 4 KB costs up to half of the
+// bandwidth. Since it takes a system milliseconds to find such pages, blocks that were given back are
+// kept for whoever comes next: as many as hold one cache, keys and values.
+class HugePages {
+ public:
+  static constexpr int64_t kPage = 2 << 20;
+
+  struct Block {
+    void* memory;
+    int64_t size;
+  };
+
+  Block take(int64_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto block = kept_.begin(); block != kept_.end(); ++block)
+      if (block->size >= bytes) {
+        const Block found = *block;
+        kept_.erase(block);
+        return found;
+      }
+    const int64_t size = (bytes + kPage - 1) / kPage * kPage;
+    void* memory = std::aligned_alloc(kPage, size);
+    TORCH_CHECK_WITH(OutOfMemoryError, memory, "no memory for ", bytes, " bytes");
 #if defined(__linux__)
-  madvise(memory, size, MADV_HUGEPAGE);
+    madvise(memory, size, MADV_HUGEPAGE);
 #endif
-  return at::from_blob(memory, {bytes}, std::free, at::kByte);
+    return {memory, size};
+  }
+
+  void give(Block block) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    kept_.push_back(block);
+    if (kept_.size() <= 2) return;
+    std::free(kept_.front().memory);
+    kept_.erase(kept_.begin());
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Block> kept_;
+};
+
+// uint8 (bytes), not filled, for what is read from front to back again and again.
+Tensor huge_pages(int64_t bytes) {
+  if (bytes < 2 * HugePages::kPage) return at::empty({bytes}, at::kByte);
+  static HugePages& pages = *new HugePages;  // never destroyed: tensors may outlive whatever else there is
+  const HugePages::Block block = pages.take(bytes);
+  return at::from_blob(block.memory, {bytes}, [block](void*) { pages.give(block); }, at::kByte);
 }
 
 #ifdef OWLET_CUDA

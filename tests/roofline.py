@@ -57,7 +57,8 @@ def publish(request: pytest.FixtureRequest, name: str, header: list[str], rows: 
     """A Markdown table, into out/bench/ and on the terminal."""
     alignment = ["---", *["--:"] * (len(header) - 1)]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, alignment, *rows)]
-    text = "\n".join([*lines, "", note + " " + ", ".join(machine().values()) + ".", ""])
+    peaks = ", ".join(f"{isa} {owlet_kernels.dot_peak(1, isa):,.0f}" for isa in owlet_kernels.isas())
+    text = "\n".join([*lines, "", f"{note} {', '.join(machine().values())}; int8 peaks, GOP/s a thread: {peaks}.", ""])
     with atomic_path(OUT / name) as temporary:
         temporary.write_text(text, encoding="utf-8")
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
