@@ -192,16 +192,21 @@ class Int8Block(nn.Module):
         return self.down_proj(self.gate_up_proj(self.post_attention_layernorm(x)), residual=x)
 
 
+def huge_empty(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """torch.empty on the CPU, in memory that is quick to read through."""
+    return owlet_kernels.huge_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+
 class Int8KVCache(KVCache):
     """A quarter of the memory: int8 keys and values, one fp32 scale for each token and head.
 
     key_scales, value_scales: (n_layer, B, n_kv_head, length).
     """
 
-    def __init__(self, config: GPTConfig, batch_size: int, length: int | None = None,
-                 device: torch.device | str = "cpu") -> None:
-        super().__init__(config, batch_size, length, device, torch.int8)
-        self.key_scales, self.value_scales = (torch.empty(self.keys.shape[:-1], device=device) for _ in range(2))
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs | {"dtype": torch.int8})
+        self.key_scales, self.value_scales = (
+            torch.empty(self.keys.shape[:-1], device=self.keys.device) for _ in range(2))
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Round and append; return all keys and values so far, in fp32."""
@@ -224,11 +229,8 @@ class Int8GPT(GPT):
     decoder, int8_cache = None, False
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
-        cache = (Int8KVCache if self.int8_cache else KVCache)(self.config, batch_size, length, self.device)
-        if self.decoder is not None:
-            cache.keys, cache.values = (owlet_kernels.huge_pages(old.nbytes).view(old.dtype).view(old.shape)
-                                        for old in (cache.keys, cache.values))
-        return cache
+        kind, empty = Int8KVCache if self.int8_cache else KVCache, huge_empty if self.decoder else torch.empty
+        return kind(self.config, batch_size, length, self.device, empty=empty)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
@@ -259,15 +261,18 @@ class Int8GPT(GPT):
                      matrix(block.gate_up_proj), matrix(block.down_proj)) for block in layers])
 
 
-def quantize_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A fp32 state dict -> the int8 folder's: X.weight int8 and X.weight_scale; norms stay fp32."""
-    small = {}
-    for name, tensor in state.items():
+def quantize_state(model: GPT) -> dict[str, Tensor]:
+    """The int8 folder's tensors: X.weight int8 and X.weight_scale; norms stay fp32; a tied head is left out."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_embeddings:
+            continue
+        tensor = tensor.detach().cpu()
         if tensor.dim() == 2:
-            small[name], small[f"{name}_scale"] = quantize_rows(tensor)
+            state[name], state[f"{name}_scale"] = quantize_rows(tensor)
         else:
-            small[name] = tensor.float()
-    return small
+            state[name] = tensor.float()
+    return state
 
 
 def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device: torch.device) -> Int8GPT:
@@ -308,17 +313,13 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device:
 
 def quantize(model: GPT, backend: str = "auto") -> Int8GPT:
     """The int8 copy of an fp32 model, on the CPU."""
-    state = quantize_state({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
     cpu = torch.device("cpu")
-    return build(model.config, state, pick_backend(backend, cpu), cpu)
+    return build(model.config, quantize_state(model), pick_backend(backend, cpu), cpu)
 
 
 def save_quantized(model: GPT, folder: Path) -> None:
     """Write an fp32 model's int8 folder: row-major int8, as every machine can pack it for itself."""
-    state = quantize_state({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
-    if model.config.tie_embeddings:
-        del state["lm_head.weight"], state["lm_head.weight_scale"]
-    write_model(folder, state, model.config.to_hf() | {"quantization_config": FORMAT})
+    write_model(folder, quantize_state(model), model.config.to_hf() | {"quantization_config": FORMAT})
 
 
 def from_pretrained(folder: Path, backend: str = "auto", device: torch.device | str = "cpu") -> Int8GPT:

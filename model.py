@@ -130,10 +130,10 @@ class KVCache:
     """Keys and values of the tokens seen so far, each (n_layer, B, n_kv_head, length, head_dim)."""
 
     def __init__(self, config: GPTConfig, batch_size: int, length: int | None = None,
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+                 empty: Callable[..., Tensor] = torch.empty) -> None:
         shape = (config.n_layer, batch_size, config.n_kv_head, length or config.block_size, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.keys, self.values = (empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.pos = 0  # tokens held; GPT.forward moves it on
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -405,7 +405,7 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float
     temperature 0 is greedy. Stops when every row has produced `eos` (or one of several); a row that
     has, repeats it.
     Past block_size the window restarts on the last half of a context. Keys and values are
-    recomputed there, so the tokens are the same with and without the cache.
+    recomputed there, so the tokens are the same with and without the cache (an int8 one rounds).
     Raises UserError, before any work, for a prompt or setting out of range.
     """
     T, block = idx.size(1), model.config.block_size

@@ -16,6 +16,7 @@ from model import GPT
 
 Q8_0_BLOCK = gguf.GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0][0]
 LARGEST = 65504  # of fp16, which scales and some matrices are stored in
+NUL = "Ā"  # GPT-2's spelling of byte 0
 NO_MERGES = ["∅ ∅"]  # llama.cpp wants a list, gguf writes no empty one: this joins characters that spell no byte
 
 
@@ -69,8 +70,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, model: GPT, folder: Path) -> None:
     writer.add_add_bos_token(False)
     if config.bos is not None:
         writer.add_bos_token_id(config.bos)
-    if config.eos is not None:  # there is room for one
-        writer.add_eos_token_id(config.eos if isinstance(config.eos, int) else config.eos[0])
+    # One and no more; and one there must be, or llama.cpp takes token 11, whatever that is. A text holds no NUL.
+    eos = [config.eos] if isinstance(config.eos, int) else config.eos or [texts.index(NUL) if NUL in texts else 0]
+    writer.add_eos_token_id(eos[0])
 
 
 def gpt2_tokenizer(folder: Path) -> dict:

@@ -20,8 +20,8 @@ namespace {
 
 const FloatMath& floats() { return *kernel().floats; }
 
-// Tokens that go through the model together, at most: enough to read the weights seldom, few enough
-// for what lies between two products to stay in the cache.
+// Tokens that go through the model together (or one of each stream, where those are more): enough to
+// read the weights seldom, few enough for what lies between two products to stay in the cache.
 constexpr int64_t kMaxRows = 256;
 
 void read_row(const Int8Linear& table, int64_t row, int64_t size, float* y) {
@@ -114,12 +114,12 @@ void Decoder::prepare(const Step& step, int threads) {
   const DecoderModel& m = model_;
   const int64_t rows = step.streams * step.count;
   if (rows > rows_) {
-    rows_ = rows;
     x_.resize(rows * m.n_embd);
     qkv_.resize(rows * (m.n_head + 2 * m.n_kv_head) * m.head_dim);
     mixed_.resize(rows * m.n_head * m.head_dim);
     hidden_.resize(rows * m.n_hidden);
     quantized_ = std::make_unique<Rows>(m, rows);
+    rows_ = rows;  // last: what is above may throw
   }
   while (static_cast<int>(threads_.size()) < threads) threads_.push_back(std::make_unique<Thread>(m));
   for (int t = 0; t < threads; ++t) {
@@ -198,6 +198,7 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
         append(step, block, layer, i / m.n_kv_head, i % m.n_kv_head);
         attend_last(step, thread, layer, i / m.n_kv_head, i % m.n_kv_head);
       });
+      if (layer == last_layer && !step.logits) return;
     } else {
       share(rows * m.n_kv_head,
             [&](int64_t i) { append(step, block, layer, i / m.n_kv_head, i % m.n_kv_head); });
@@ -250,9 +251,10 @@ void Decoder::attend_last(const Step& step, Thread& thread, int64_t layer, int64
   const int64_t at = cache_row(step, layer, stream, kv_head), row = (stream + 1) * step.count - 1;
   const float* keys = read_cache(step.keys, at, count, size, thread.keys.data());
   const float* values = read_cache(step.values, at, count, size, thread.values.data());
+  const float* next = step.keys.int8 ? keys : keys + step.length * size;  // of the next head
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h)
     floats().attend(&qkv_[(row * (m.n_head + 2 * m.n_kv_head) + h) * size], keys, values, count, size,
-                    thread.scratch.data(), &mixed_[(stream * m.n_head + h) * size], keys + step.length * size);
+                    thread.scratch.data(), &mixed_[(stream * m.n_head + h) * size], next);
 }
 
 // Up to kQueries tokens of a stream from `first` on, in one head.
@@ -266,7 +268,7 @@ void Decoder::attend_block(const Step& step, Thread& thread, int64_t layer, int6
   const float* values = read_cache(step.values, at, pos + queries, size, thread.values.data());
   const int64_t row = stream * step.count + first;
   floats().attend_block(&qkv_[row * stride + head * size], stride, queries, pos, keys, values, size,
-                      thread.scratch.data(), &mixed_[(row * m.n_head + head) * size], m.n_head * size);
+                        thread.scratch.data(), &mixed_[(row * m.n_head + head) * size], m.n_head * size);
 }
 
 // Where a stream's keys or values of one head begin in the caches, in rows of head_dim.

@@ -10,18 +10,14 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <cstdlib>
 #include <mutex>
 #include <optional>
 #include <string_view>
 
 #include "decoder.h"
+#include "huge_pages.h"
 #include "kernels/kernels.h"
 #include "probe.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #ifdef OWLET_CUDA
 #include <c10/cuda/CUDAException.h>
@@ -148,33 +144,26 @@ Tensor pack_int8_cpu(const Tensor& w) {
   return packed;
 }
 
-// Blocks on pages of 2 MB, where the system has them: to look up pages of 4 KB costs up to half of the
-// bandwidth. Since it takes a system milliseconds to find such pages, blocks that were given back are
-// kept for whoever comes next: as many as hold one cache, keys and values.
+// Since it takes a system milliseconds to find huge pages, blocks that were given back are kept for
+// whoever comes next: as many as hold one cache, keys and values.
 class HugePages {
  public:
-  static constexpr int64_t kPage = 2 << 20;
-
   struct Block {
     void* memory;
-    int64_t size;
+    int64_t bytes;
   };
 
   Block take(int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto block = kept_.begin(); block != kept_.end(); ++block)
-      if (block->size >= bytes) {
+      if (block->bytes >= bytes) {
         const Block found = *block;
         kept_.erase(block);
         return found;
       }
-    const int64_t size = (bytes + kPage - 1) / kPage * kPage;
-    void* memory = std::aligned_alloc(kPage, size);
+    void* memory = huge_alloc(bytes);
     TORCH_CHECK_WITH(OutOfMemoryError, memory, "no memory for ", bytes, " bytes");
-#if defined(__linux__)
-    madvise(memory, size, MADV_HUGEPAGE);
-#endif
-    return {memory, size};
+    return {memory, bytes};
   }
 
   void give(Block block) {
@@ -190,9 +179,9 @@ class HugePages {
   std::vector<Block> kept_;
 };
 
-// uint8 (bytes), not filled, for what is read from front to back again and again.
+// uint8 (bytes), not filled; small ones are not worth a huge page.
 Tensor huge_pages(int64_t bytes) {
-  if (bytes < 2 * HugePages::kPage) return at::empty({bytes}, at::kByte);
+  if (bytes < 2 * kHugePage) return at::empty({bytes}, at::kByte);
   static HugePages& pages = *new HugePages;  // never destroyed: tensors may outlive whatever else there is
   const HugePages::Block block = pages.take(bytes);
   return at::from_blob(block.memory, {bytes}, [block](void*) { pages.give(block); }, at::kByte);
@@ -270,9 +259,10 @@ class PyDecoder {
     const int64_t length = keys.dim() == 5 ? keys.size(3) : 0, room = std::min(length, block_size_) - T;
     TORCH_CHECK(0 <= pos && pos <= room, "pos must be 0 to ", room, ", got ", pos);
     const Tensor logits = at::empty({B, 1, vocab_size_}, tokens.options().dtype(at::kFloat));
-    decoder_->forward({token, B, T, T, pos, cache("keys", keys, key_scales, B, length),
-                       cache("values", values, value_scales, B, length), length, logits.mutable_data_ptr<float>()},
-                      at::get_num_threads());
+    const Step step{token, B, T, T, pos, cache("keys", keys, key_scales, B, length),
+                    cache("values", values, value_scales, B, length), length, logits.mutable_data_ptr<float>()};
+    const std::lock_guard<std::mutex> lock(mutex_);
+    decoder_->forward(step, at::get_num_threads());
     return logits;
   }
 
@@ -284,11 +274,16 @@ class PyDecoder {
   }
 
   Cache cache(const char* name, const Tensor& t, const std::optional<Tensor>& scales, int64_t B, int64_t length) {
-    const int64_t rows = n_layer_ * B * n_kv_head_ * length;
-    if (!scales) return {const_cast<float*>(floats(name, t, rows * head_dim_)), nullptr, nullptr};
-    TORCH_CHECK(t.scalar_type() == at::kChar && t.is_cpu() && t.is_contiguous() && t.numel() == rows * head_dim_, name,
-                " must be ", rows * head_dim_, " contiguous int8 on the CPU, got ", t.scalar_type(), " ", t.sizes());
-    return {nullptr, t.mutable_data_ptr<int8_t>(), const_cast<float*>(floats("scales", *scales, rows))};
+    const int64_t shape[] = {n_layer_, B, n_kv_head_, length, head_dim_};
+    const auto dtype = scales ? at::kChar : at::kFloat;
+    const auto expect = [&](const Tensor& got, at::ScalarType dtype, at::IntArrayRef shape) {
+      TORCH_CHECK(got.scalar_type() == dtype && got.is_cpu() && got.is_contiguous() && got.sizes() == shape, name,
+                  " must be contiguous ", dtype, " ", shape, " on the CPU, got ", got.scalar_type(), " ", got.sizes());
+    };
+    expect(t, dtype, shape);
+    if (!scales) return {t.mutable_data_ptr<float>(), nullptr, nullptr};
+    expect(*scales, at::kFloat, at::IntArrayRef(shape).slice(0, 4));
+    return {nullptr, t.mutable_data_ptr<int8_t>(), scales->mutable_data_ptr<float>()};
   }
 
   const float* weights(const char* name, const Tensor& t, int64_t size) {
@@ -309,6 +304,7 @@ class PyDecoder {
 
   int64_t n_layer_, n_kv_head_, head_dim_, vocab_size_, block_size_;
   std::vector<Tensor> held_;
+  std::mutex mutex_;  // Python's own lock is not held while the decoder works
   std::unique_ptr<Decoder> decoder_;
 };
 

@@ -8,11 +8,9 @@
 #include <new>
 #include <stdexcept>
 
+#include "huge_pages.h"
 #include "kernels/kernels.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -62,7 +60,6 @@ double least_seconds(int threads, const Work& work) {
 using Vector = uint64_t __attribute__((vector_size(64)));
 constexpr int64_t kStreams = 4, kChunk = kStreams * kLine;
 static_assert(sizeof(Vector) == kLine);
-constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kEnoughBytes = 128 << 20;  // for one timing: milliseconds, beside which starting together is nothing
 
 // Reads `size` bytes once, in four streams `stride` apart that move on by `step`, asking for what lies
@@ -206,13 +203,8 @@ double read_bandwidth(int64_t bytes, int threads) {
   if (share < kChunk)
     throw std::invalid_argument("bytes must be " + std::to_string(kChunk) + " a thread or more, got " +
                                 std::to_string(bytes));
-  const int64_t size = (share * threads + kHugePage - 1) / kHugePage * kHugePage;
-  const std::unique_ptr<char, void (*)(void*)> buffer(static_cast<char*>(std::aligned_alloc(kHugePage, size)),
-                                                      std::free);
+  const std::unique_ptr<char, void (*)(void*)> buffer(static_cast<char*>(huge_alloc(share * threads)), std::free);
   if (!buffer) throw std::bad_alloc();
-#if defined(__linux__)
-  madvise(buffer.get(), size, MADV_HUGEPAGE);
-#endif
   seconds(threads, [&](int t) {  // pages lie near the thread that touches them first
     uint64_t random = t + 1;     // xorshift; memory of zeros, or of one value, may be read faster
     auto* words = reinterpret_cast<uint64_t*>(buffer.get() + t * share);

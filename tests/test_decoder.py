@@ -1,6 +1,7 @@
 """The C++ decoder against the Python path over the same weights and cache."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,47 +106,89 @@ def test_a_stream_does_not_know_of_the_others(models):
         assert torch.equal(fast(tokens[b:b + 1, 18:], cache=alone)[0], second[b:b + 1])
 
 
-def test_generation_past_the_context(models):
+@pytest.mark.parametrize("B, int8_cache", [(1, False), (2, True)])
+def test_generation_past_the_context(models, B, int8_cache):
     fast, slow = models
-    prompt = torch.randint(0, fast.config.vocab_size, (1, 5))
-    block = fast.config.block_size
-    text = torch.stack(list(generate(fast, prompt, block + 20, temperature=0)), dim=1)
-    window = torch.cat((prompt, text), dim=1)[:, :block]
+    fast.int8_cache = slow.int8_cache = int8_cache
+    block, vocab = fast.config.block_size, fast.config.vocab_size
+    prompt = torch.randint(0, vocab, (B, 5))
+    new = torch.stack(list(generate(fast, prompt, block + 20, temperature=0)), dim=1)
+    text = torch.cat((prompt, new), dim=1)
+    start, chosen, expected = 0, [], []
     with torch.inference_mode():
-        assert_same_choice(torch.nn.functional.one_hot(text[0, :block - 4], fast.config.vocab_size).float(),
-                           slow(window)[0][0, 4:])
+        for end in range(5, text.size(1)):
+            if end - start > block:
+                start = end - block // 2
+            cache = slow.new_cache(B, block)
+            expected.append(slow(text[:, start:end], cache=cache)[0][:, 0])
+            chosen.append(torch.nn.functional.one_hot(text[:, end], vocab).float())
+    assert_same_choice(torch.cat(chosen), torch.cat(expected))
+
+
+def prompt_and_steps(model: Int8GPT, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits after most of tokens (B, T) at once and then each of the others, for all streams and for the first."""
+    logits = []
+    for part in (tokens, tokens[:1]):
+        cache = model.new_cache(*part.shape)
+        for some in part.split([part.size(1) - 3, 1, 1, 1], dim=1):
+            logits.append(model(some, cache=cache)[0].flatten())
+    return torch.cat(logits)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_any_number_of_threads_gives_the_same_bits(models, threads, count):
     fast, _ = models
-    tokens = torch.randint(0, fast.config.vocab_size, (1, 20))
+    tokens = torch.randint(0, fast.config.vocab_size, (3, 20))
     threads(1)
-    one = [step_by_step(fast, tokens, prompt) for prompt in (0, 17)]
+    one = prompt_and_steps(fast, tokens)
     threads(count)
-    assert all(torch.equal(step_by_step(fast, tokens, prompt), then)
-               for prompt, then in zip((0, 17), one, strict=True))
+    assert torch.equal(prompt_and_steps(fast, tokens), one)
 
 
 def test_every_instruction_set_gives_the_same_bits(models):
     fast, _ = models
-    tokens = torch.randint(0, fast.config.vocab_size, (1, 20))
+    tokens = torch.randint(0, fast.config.vocab_size, (3, 20))
     results, best = {}, kernels.isa()
     try:
         for isa in kernels.isas():
             kernels.use_isa(isa)
-            results[isa] = torch.cat([step_by_step(fast, tokens, prompt) for prompt in (0, 17)])
+            results[isa] = prompt_and_steps(fast, tokens)
     finally:
         kernels.use_isa(best)
     assert all(torch.equal(result, results[best]) for result in results.values())
 
 
-def test_a_nan_comes_out_as_nan(models):
+@pytest.mark.parametrize("int8_cache", [False, True])
+@pytest.mark.parametrize("new", [1, 9])
+def test_a_nan_comes_out_as_nan(models, new, int8_cache):
     fast, _ = models
-    cache = KVCache(fast.config, 1)
+    fast.int8_cache = int8_cache
+    cache = fast.new_cache(1, 10)
     fast(torch.zeros(1, 1, dtype=torch.long), cache=cache)
-    cache.keys[0, 0, 0, 0, 0] = math.nan
-    assert fast(torch.zeros(1, 1, dtype=torch.long), cache=cache)[0].isnan().all()
+    (cache.key_scales if int8_cache else cache.keys)[0, 0, 0, 0] = math.nan
+    assert fast(torch.zeros(1, new, dtype=torch.long), cache=cache)[0].isnan().all()
+
+
+def test_more_streams_than_go_through_at_once():
+    model = random_model()
+    fast, slow = int8.quantize(model, "owlet"), int8.quantize(model, "owlet")
+    slow.decoder = None
+    tokens = torch.randint(0, 256, (300, 3))
+    ours, theirs = caches((fast, slow), 300, 4)
+    assert_near(fast(tokens, cache=ours)[0], slow(tokens, cache=theirs)[0])
+    assert_near(fast(tokens[:, :1], cache=ours)[0], slow(tokens[:, :1], cache=theirs)[0])
+
+
+def test_calls_from_several_python_threads(models):
+    fast, _ = models
+    prompts = [torch.randint(0, fast.config.vocab_size, (1, 3 + i)) for i in range(6)]
+
+    def text(prompt: torch.Tensor) -> list[torch.Tensor]:
+        return list(generate(fast, prompt, 20, temperature=0))
+
+    expected = [text(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(text, prompts)) == expected
 
 
 def test_misuse_is_refused(models):

@@ -61,7 +61,8 @@ def test_tokenizer(tmp_path, vocab_size):
     assert kinds == [gguf.TokenType.NORMAL] * (known - 1) + [gguf.TokenType.CONTROL] + [gguf.TokenType.UNUSED] * 2
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     assert not merges or fields["tokenizer.ggml.merges"] == [f"{a} {b}" for a, b in merges]
-    assert not {"tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"} & fields.keys()
+    assert "tokenizer.ggml.bos_token_id" not in fields
+    assert tokens[fields["tokenizer.ggml.eos_token_id"]] == "Ā"  # NUL, which no text holds
 
 
 @pytest.mark.parametrize("fields", [{}, {"tie_embeddings": False}, {"qk_norm": False, "n_kv_head": 2},

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import int8
 import quantize
+import sample
 import train
 from cli import UserError
 from int8 import Int8Linear, int8_linear_reference, quantize_rows, quantize_tokens
@@ -261,6 +263,29 @@ def test_quantize_script_compares(trained, script):
     assert result["rows"]["owlet int8"]["file_bytes"] == stored.stat().st_size
     assert "| owlet int8 |" in out
     assert (trained.with_name("wood-int8") / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_is_that_of_the_model(tmp_path):
+    torch.manual_seed(0)
+    GPT(GPTConfig(n_embd=512)).save_pretrained(tmp_path / "big")
+    int8.save_quantized(GPT.from_pretrained(tmp_path / "big"), tmp_path / "big-int8")
+    stored = quantize.file_size(tmp_path / "big")
+    memory = {}
+    for row in ("fp32", "owlet int8"):
+        if row == "fp32" or int8.owlet_kernels is not None:
+            with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                memory[row] = fresh.apply(quantize.resident_memory, (row, tmp_path / "big", "owlet", 1))
+    assert 0.9 * stored < memory.pop("fp32") < 1.5 * stored
+    assert all(0.2 * stored < size < 0.5 * stored for size in memory.values())
+
+
+def test_sampling_with_an_int8_cache(trained, script):
+    assert script(quantize.main, "--checkpoint", trained, "--no-compare")[0] == 0
+    code, out, err = script(sample.main, "--checkpoint", trained.with_name("wood-int8"), "--int8-cache",
+                            "--prompt", "Owl sees", "--num-samples", 2, "--max-new-tokens", 30)
+    assert code == 0 and "int8 cache" in err and out.startswith("Owl sees")
+    code, _, err = script(sample.main, "--checkpoint", trained, "--int8-cache")
+    assert code == 2 and "--int8-cache" in err and "quantize.py" in err
 
 
 def test_quantize_script_takes_the_newest_fp32_folder(tiny, script, tmp_path, monkeypatch):

@@ -55,6 +55,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
           for (int j = 0; j < 4; ++j)
             acc[t * kPanelRows + n] += q[t * q_stride + 4 * i + j] * panel[i * kQuadBytes + 4 * n + j];
 
+    asm volatile("" : : : "memory");  // the sums above are in memory: GCC's tile loads do not say that they read
     _tile_loadconfig(&config);
     for (int strip = 0; strip < kPanelRows; strip += 2 * kTile) {
       int32_t* sums = acc + strip;

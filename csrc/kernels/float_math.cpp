@@ -32,7 +32,7 @@ inline float sum_of(const float* x) {
 
 #if defined(__x86_64__)
 
-namespace avx512 {
+namespace lanes_avx512 {
 #define TARGET __attribute__((target("avx512f")))
 constexpr int kRows = 8, kVecs = 2;  // as many sums as keep the multipliers busy and fit the registers
 using Lanes = __m512;
@@ -55,10 +55,10 @@ TARGET inline void sums_of(const Lanes* x, float* y) {
 }
 #include "float_math.inl"
 #undef TARGET
-}  // namespace avx512
-const FloatMath avx512_math = avx512::math;
+}  // namespace lanes_avx512
+const FloatMath avx512_math = lanes_avx512::math;
 
-namespace fma {
+namespace lanes_fma {
 #define TARGET __attribute__((target("avx2,fma")))
 constexpr int kRows = 6, kVecs = 1;
 struct Lanes {
@@ -81,12 +81,12 @@ TARGET inline void sums_of(const Lanes* x, float* y) {
 }
 #include "float_math.inl"
 #undef TARGET
-}  // namespace fma
-const FloatMath fma_math = fma::math;
+}  // namespace lanes_fma
+const FloatMath fma_math = lanes_fma::math;
 
 #elif defined(__aarch64__)
 
-namespace neon {
+namespace lanes_neon {
 #define TARGET
 constexpr int kRows = 6, kVecs = 1;
 struct Lanes {
@@ -125,12 +125,12 @@ inline void sums_of(const Lanes* x, float* y) {
 }
 #include "float_math.inl"
 #undef TARGET
-}  // namespace neon
-const FloatMath neon_math = neon::math;
+}  // namespace lanes_neon
+const FloatMath neon_math = lanes_neon::math;
 
 #endif
 
-namespace generic {
+namespace lanes_generic {
 #define TARGET
 constexpr int kRows = 1, kVecs = 1;
 struct Lanes {
@@ -168,7 +168,7 @@ inline void sums_of(const Lanes* x, float* y) {
 }
 #include "float_math.inl"
 #undef TARGET
-}  // namespace generic
-const FloatMath generic_math = generic::math;
+}  // namespace lanes_generic
+const FloatMath generic_math = lanes_generic::math;
 
 }  // namespace owlet

@@ -120,7 +120,7 @@ TARGET void attend(const float* q, const float* keys, const float* values, int64
     scores[p] = same[0];
   }
 
-  // Softmax but for the division; what fills the last lanes weighs nothing. A NaN makes all NaN.
+  // Softmax but for the division; what fills the last lanes weighs e^-87, nothing. A NaN makes all NaN.
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
   std::fill(scores + count, scores + padded, -std::numeric_limits<float>::infinity());
   float high[kLanes], highest = scores[0];
@@ -195,7 +195,7 @@ TARGET void attend_block(const float* q, int64_t q_stride, int64_t queries, int6
     for (int64_t d = 0; d < size; ++d) columns[d * kQueries + l] = q[l * q_stride + d] * scale;
   multiply(keys, count, size, 1, columns, size, scores);
 
-  // Keys past a query's position weigh nothing.
+  // Keys past a query's position weigh e^-87, nothing beside the highest's 1.
   for (int64_t p = pos + 1; p < count; ++p)
     std::fill_n(scores + p * kQueries, p - pos, -std::numeric_limits<float>::infinity());
   float high[kQueries], sum[kQueries] = {};

@@ -1,4 +1,4 @@
-// Packing, quantization and the linear layer, on top of any kernel. All floating point is here,
+// Packing, quantization and the linear layer, on top of any kernel. Its floating point is all here,
 // written as plain loops whose result does not depend on how wide the compiler vectorises them.
 #include <algorithm>
 

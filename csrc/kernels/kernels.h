@@ -1,9 +1,9 @@
 // The int8 kernels, free of torch:  y = activation(x @ w.T + bias) + residual
 //
 // x is quantized to int8 with one scale per token (row of x); w is int8 with one scale per output
-// channel. Every instruction set computes the same int32 sums, exactly; everything in floating
-// point is done in one place (int8_linear.cpp, numerics.h), so results are bit-identical
-// everywhere.
+// channel. Every instruction set computes the same int32 sums, exactly; what is in floating point
+// (int8_linear.cpp, float_math.h) takes the same steps in the same order on all of them. So results
+// are bit-identical everywhere.
 #pragma once
 
 #include <cstdint>

@@ -116,10 +116,11 @@ Head make_head(int64_t size, int64_t count, std::mt19937& random) {
   return head;
 }
 
-// One query's attention, the last queries' attention, a norm and a rotation, in a row.
+// One query's attention, the last queries' attention, a norm, a rotation and rows from int8, in a row.
 std::vector<float> run(const Head& h, const FloatMath& math) {
   const int64_t queries = std::min<int64_t>(kQueries, h.count), row = h.size + 3;  // rows apart, as in the model
-  std::vector<float> q(queries * row), scratch(attention_scratch(h.count, h.size)), y(h.size + queries * row + 2 * h.size);
+  std::vector<float> q(queries * row), scratch(attention_scratch(h.count, h.size)),
+      y(h.size + queries * row + 5 * h.size);
   for (int64_t i = 0; i < queries; ++i) std::copy_n(&h.q[i * h.size], h.size, &q[i * row]);
   float *one = y.data(), *block = one + h.size, *norm = block + queries * row, *turned = norm + h.size;
   math.attend(h.q.data(), h.keys.data(), h.values.data(), h.count, h.size, scratch.data(), one, h.keys.data());
@@ -128,6 +129,9 @@ std::vector<float> run(const Head& h, const FloatMath& math) {
   math.rms_norm(h.q.data(), h.weight.data(), h.size, 1e-6f, norm);
   std::copy_n(h.q.data(), h.size, turned);
   math.rope(turned, h.weight.data(), h.keys.data(), h.size / 2);
+  std::vector<int8_t> q8(3 * h.size);
+  for (size_t i = 0; i < q8.size(); ++i) q8[i] = static_cast<int8_t>(83 * i);
+  math.dequantize(q8.data(), h.weight.data(), std::min<int64_t>(3, h.size), h.size, turned + h.size);
   return y;
 }
 
@@ -166,6 +170,9 @@ bool right(const Head& h, const std::vector<float>& y) {
     const double a = h.q[d], b = h.q[d + half], cos = h.weight[d], sin = h.keys[d];
     good &= near(turned[d], a * cos - b * sin) && near(turned[d + half], b * cos + a * sin);
   }
+  const float* rows = turned + h.size;
+  for (int64_t i = 0; i < std::min<int64_t>(3, h.size) * h.size; ++i)
+    good &= near(rows[i], double(static_cast<int8_t>(83 * i)) * h.weight[i / h.size]);
   return good;
 }
 
