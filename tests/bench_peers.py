@@ -46,7 +46,7 @@ from train import SIZES, build_model
 
 VOCABULARY = {"seed": 256, "medium": 50257}
 SHORT, NEW, LONG = 32, 200, 512  # tokens: the prompt before decoding, those decoded, the prompt that is timed
-CORES = sorted(os.sched_getaffinity(0))
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # Linux alone binds processes
 NONSENSE = 1.0  # an engine as far off as this runs another model; 4 bits, where all weights are noise, come to 0.6
 
 
@@ -563,6 +563,8 @@ class PeersConfig:
 
 def main() -> None:
     config = parse(PeersConfig, "owlet's int8 beside that of others: the same weights through every engine.")
+    if not CORES:
+        raise UserError("bench_peers.py: needs Linux, where a process can be bound to its cores")
     for flag, values, most in (("threads", config.threads, len(CORES)), ("rounds", [config.rounds], 1000)):
         if not values or not all(1 <= value <= most for value in values):
             raise UserError(f"--{flag}: expected 1 to {most}, got {' '.join(map(str, values)) or 'nothing'}")
