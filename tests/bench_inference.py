@@ -152,7 +152,8 @@ def draw() -> None:
         for i, (name, color) in enumerate(CONTENDERS.items()):
             bars = axis.bar([at + (i - 1) * 0.27 for at in range(len(shown))],
                             [row["tokens_per_second"][name] for row in shown], width=0.25, color=color, label=name)
-            axis.bar_label(bars, fmt="{:,.0f}", fontsize=6.5)
+            inside = {"label_type": "center", "rotation": 90, "color": "white"}  # clear of the limit's line
+            axis.bar_label(bars, fmt="{:,.0f}", fontsize=6.5, **inside if name == "owlet" else {})
         axis.hlines([row["tokens"] / row["limit_seconds"] for row in shown],
                     [at + 0.27 - 0.14 for at in range(len(shown))], [at + 0.27 + 0.14 for at in range(len(shown))],
                     color="black", label="owlet's limit")
