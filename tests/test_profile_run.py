@@ -143,7 +143,8 @@ def test_misuse_is_one_line(tmp_path, monkeypatch, capsys, args, said):
 
 
 def test_two_ranks_write_two_profiles(tmp_path):
-    write(tmp_path, "ranked.py", "import os\nprint(f'rank {os.environ[\"RANK\"]}', flush=True)\n")
+    write(tmp_path, "ranked.py", "import os, sys\n"
+          "sys.stdout.write(f'rank {os.environ[\"RANK\"]}\\n')\n")  # at once: the other rank writes there as well
     ours = python(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                   ROOT / "profile_run.py", "ranked.py", env={"OMP_NUM_THREADS": "1"})
     assert ours.returncode == 0, ours.stderr
