@@ -249,12 +249,18 @@ void Decoder::attend_last(const Step& step, Thread& thread, int64_t layer, int64
   const DecoderModel& m = model_;
   const int64_t size = m.head_dim, group = m.n_head / m.n_kv_head, count = step.pos + step.count;
   const int64_t at = cache_row(step, layer, stream, kv_head), row = (stream + 1) * step.count - 1;
-  const float* keys = read_cache(step.keys, at, count, size, thread.keys.data());
-  const float* values = read_cache(step.values, at, count, size, thread.values.data());
-  const float* next = step.keys.int8 ? keys : keys + step.length * size;  // of the next head
-  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h)
-    floats().attend(&qkv_[(row * (m.n_head + 2 * m.n_kv_head) + h) * size], keys, values, count, size,
-                    thread.scratch.data(), &mixed_[(stream * m.n_head + h) * size], next);
+  const int64_t next = at + step.length;  // the next head's
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    const float* q = &qkv_[(row * (m.n_head + 2 * m.n_kv_head) + h) * size];
+    float *scratch = thread.scratch.data(), *y = &mixed_[(stream * m.n_head + h) * size];
+    const Cache &keys = step.keys, &values = step.values;
+    if (keys.int8)
+      floats().attend_int8(q, keys.int8 + at * size, keys.scales + at, values.int8 + at * size, values.scales + at,
+                           count, size, scratch, y, keys.int8 + next * size);
+    else
+      floats().attend(q, keys.floats + at * size, values.floats + at * size, count, size, scratch, y,
+                      keys.floats + next * size);
+  }
 }
 
 // Up to kQueries tokens of a stream from `first` on, in one head.

@@ -14,12 +14,17 @@
 #include <arm_neon.h>
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of what its own headers do
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace owlet {
 namespace {
 
 constexpr int kLanes = 16;
 
-constexpr int64_t kAhead = 1024;  // how far ahead to ask for keys and values, in floats: 4 KB
+constexpr int64_t kAhead = 4096;  // how far ahead to ask for keys and values, in bytes
 
 // The one order of a sum: halves onto each other, then neighbours, three times.
 inline float sum_of(const float* x) {
@@ -38,16 +43,18 @@ constexpr int kRows = 8, kVecs = 2;  // as many sums as keep the multipliers bus
 using Lanes = __m512;
 TARGET inline Lanes splat(float x) { return _mm512_set1_ps(x); }
 TARGET inline Lanes load(const float* x) { return _mm512_loadu_ps(x); }
+TARGET inline Lanes load(const int8_t* x) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
 TARGET inline void store(Lanes x, float* y) { _mm512_storeu_ps(y, x); }
 TARGET inline Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
 TARGET inline Lanes sub(Lanes a, Lanes b) { return _mm512_sub_ps(a, b); }
 TARGET inline Lanes mul(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
 TARGET inline Lanes add_product(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(b, c, a); }
-template <int Half>
-TARGET inline __m256 half(Lanes x) {  // with a mask of all, since GCC 12 warns of its own header without
-  return _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xff, _mm512_castps_pd(x), Half));
+TARGET inline __m256 fold(Lanes x) {
+  const __m256d high = _mm512_extractf64x4_pd(_mm512_castps_pd(x), 1);
+  return _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(high));
 }
-TARGET inline __m256 fold(Lanes x) { return _mm256_add_ps(half<0>(x), half<1>(x)); }
 TARGET inline void sums_of(const Lanes* x, float* y) {
   const __m256 ab = _mm256_hadd_ps(fold(x[0]), fold(x[1])), cd = _mm256_hadd_ps(fold(x[2]), fold(x[3]));
   const __m256 abcd = _mm256_hadd_ps(ab, cd);
@@ -66,6 +73,10 @@ struct Lanes {
 };
 TARGET inline Lanes splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 TARGET inline Lanes load(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
+TARGET inline __m256 load_half(const int8_t* x) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+}
+TARGET inline Lanes load(const int8_t* x) { return {load_half(x), load_half(x + 8)}; }
 TARGET inline void store(Lanes x, float* y) { _mm256_storeu_ps(y, x.low), _mm256_storeu_ps(y + 8, x.high); }
 TARGET inline Lanes add(Lanes a, Lanes b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 TARGET inline Lanes sub(Lanes a, Lanes b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
@@ -97,6 +108,12 @@ inline Lanes splat(float x) {
   return {{v, v, v, v}};
 }
 inline Lanes load(const float* x) { return {{vld1q_f32(x), vld1q_f32(x + 4), vld1q_f32(x + 8), vld1q_f32(x + 12)}}; }
+inline Lanes load(const int8_t* x) {
+  const int8x16_t all = vld1q_s8(x);
+  const int16x8_t low = vmovl_s8(vget_low_s8(all)), high = vmovl_s8(vget_high_s8(all));
+  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
+           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
+}
 inline void store(const Lanes& x, float* y) {
   for (int i = 0; i < 4; ++i) vst1q_f32(y + 4 * i, x.quarter[i]);
 }
@@ -141,7 +158,8 @@ inline Lanes splat(float x) {
   std::fill_n(y.lane, kLanes, x);
   return y;
 }
-inline Lanes load(const float* x) {
+template <typename T>
+inline Lanes load(const T* x) {
   Lanes y;
   std::copy_n(x, kLanes, y.lane);
   return y;

@@ -25,7 +25,12 @@ struct FloatMath {
   void (*attend)(const float* q, const float* keys, const float* values, int64_t count, int64_t size, float* scratch,
                  float* y, const void* next);
 
-  // The same for up to kQueries queries, q_stride apart, at positions pos, pos + 1 ...: each sees the
+  // The same over int8 keys and values, with a scale a row.
+  void (*attend_int8)(const float* q, const int8_t* keys, const float* key_scales, const int8_t* values,
+                      const float* value_scales, int64_t count, int64_t size, float* scratch, float* y,
+                      const void* next);
+
+  // attend for up to kQueries queries, q_stride apart, at positions pos, pos + 1 ...: each sees the
   // keys up to its own position. The results are y_stride apart.
   void (*attend_block)(const float* q, int64_t q_stride, int64_t queries, int64_t pos, const float* keys,
                        const float* values, int64_t size, float* scratch, float* y, int64_t y_stride);

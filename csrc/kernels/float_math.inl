@@ -3,9 +3,10 @@
 // once; sums_of, the sums of four.
 
 // The first `count` of a load, and zeros.
-TARGET inline Lanes load(const float* x, int64_t count) {
-  float part[kLanes] = {};
-  std::memcpy(part, x, count * sizeof(float));
+template <typename T>
+TARGET inline Lanes load(const T* x, int64_t count) {
+  T part[kLanes] = {};
+  std::memcpy(part, x, count * sizeof(T));
   return load(part);
 }
 
@@ -64,21 +65,22 @@ TARGET void dequantize(const int8_t* q, const float* scales, int64_t count, int6
 
 // ---- one query: a lane is a place along the head
 
-// What is going to be read: so many floats from one place, then on from another.
+// What is going to be read: so many bytes from one place, then on from another.
 struct Ahead {
-  const float* at;
+  const char* at;
   int64_t left;
-  const float* then;
+  const char* then;
 };
 
-TARGET inline void prefetch(Ahead& ahead, int64_t size) {
+TARGET inline void prefetch(Ahead& ahead, int64_t bytes) {
   if (ahead.left <= 0) ahead = {ahead.then, std::numeric_limits<int64_t>::max(), nullptr};
-  for (int64_t i = 0; i < size; i += kLanes) __builtin_prefetch(ahead.at + i);
-  ahead.at += size, ahead.left -= size;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead.at + i);
+  ahead.at += bytes, ahead.left -= bytes;
 }
 
 // scores[i] = q . keys[i * row] * scale, for 4 keys.
-TARGET inline void dot_keys(const float* q, const float* keys, int64_t row, int64_t size, float scale, float* scores) {
+template <typename T>
+TARGET inline void dot_keys(const float* q, const T* keys, int64_t row, int64_t size, float scale, float* scores) {
   Lanes sum[4] = {splat(0), splat(0), splat(0), splat(0)};
   int64_t d = 0;
   for (; d + kLanes <= size; d += kLanes)
@@ -91,27 +93,32 @@ TARGET inline void dot_keys(const float* q, const float* keys, int64_t row, int6
 }
 
 // y = sum over p of weights[p] * values[p], for Vecs * 16 places.
-template <int Vecs>
-TARGET inline void mix_values(const float* weights, const float* values, int64_t count, int64_t size, float* y,
+template <int Vecs, typename T>
+TARGET inline void mix_values(const float* weights, const T* values, int64_t count, int64_t size, float* y,
                               Ahead& ahead) {
   Lanes sum[Vecs];
   for (int v = 0; v < Vecs; ++v) sum[v] = splat(0);
   for (int64_t p = 0; p < count; ++p) {
-    prefetch(ahead, Vecs * kLanes);
+    prefetch(ahead, Vecs * kLanes * sizeof(T));
     const Lanes weight = splat(weights[p]);
     for (int v = 0; v < Vecs; ++v) sum[v] = add_product(sum[v], weight, load(values + p * size + v * kLanes));
   }
   for (int v = 0; v < Vecs; ++v) store(sum[v], y + v * kLanes);
 }
 
-TARGET void attend(const float* q, const float* keys, const float* values, int64_t count, int64_t size, float* scores,
-                   float* y, const void* next) {
+// Scales: those of int8 keys and values, one a row; null for floats.
+template <typename T>
+TARGET inline void attend_to(const float* q, const T* keys, const float* key_scales, const T* values,
+                             const float* value_scales, int64_t count, int64_t size, float* scores, float* y,
+                             const void* next) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(size));
-  const int64_t head_start = std::min(kAhead, count * size), rest = count * size - head_start;
-  Ahead ahead{keys + head_start, rest, values};
+  const int64_t bytes = count * size * sizeof(T), head_start = std::min(kAhead, bytes);
+  const auto* next_keys = reinterpret_cast<const char*>(keys) + head_start;
+  const auto* next_values = reinterpret_cast<const char*>(values);
+  Ahead ahead{next_keys, bytes - head_start, next_values};
   int64_t p = 0;
   for (; p + 4 <= count; p += 4) {
-    prefetch(ahead, 4 * size);
+    prefetch(ahead, 4 * size * sizeof(T));
     dot_keys(q, keys + p * size, size, size, scale, scores + p);
   }
   for (; p < count; ++p) {
@@ -119,6 +126,8 @@ TARGET void attend(const float* q, const float* keys, const float* values, int64
     dot_keys(q, keys + p * size, 0, size, scale, same);
     scores[p] = same[0];
   }
+  if (key_scales)
+    for (p = 0; p < count; ++p) scores[p] *= key_scales[p];
 
   // Softmax but for the division; what fills the last lanes weighs e^-87, nothing. A NaN makes all NaN.
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
@@ -133,8 +142,10 @@ TARGET void attend(const float* q, const float* keys, const float* values, int64
   Lanes sum = splat(0);
   for (p = 0; p < padded; p += kLanes) sum = add(sum, load(scores + p));
   const float inverse = 1.0f / sum_of(sum);
+  if (value_scales)
+    for (p = 0; p < count; ++p) scores[p] *= value_scales[p];
 
-  ahead = {values + head_start, rest, static_cast<const float*>(next)};
+  ahead = {next_values + head_start, bytes - head_start, static_cast<const char*>(next)};
   int64_t d = 0;
   for (; d + 4 * kLanes <= size; d += 4 * kLanes) mix_values<4>(scores, values + d, count, size, y + d, ahead);
   for (; d + kLanes <= size; d += kLanes) mix_values<1>(scores, values + d, count, size, y + d, ahead);
@@ -144,6 +155,17 @@ TARGET void attend(const float* q, const float* keys, const float* values, int64
     store(rest, size - d, y + d);
   }
   for (d = 0; d < size; ++d) y[d] *= inverse;
+}
+
+TARGET void attend(const float* q, const float* keys, const float* values, int64_t count, int64_t size, float* scratch,
+                   float* y, const void* next) {
+  attend_to<float>(q, keys, nullptr, values, nullptr, count, size, scratch, y, next);
+}
+
+TARGET void attend_int8(const float* q, const int8_t* keys, const float* key_scales, const int8_t* values,
+                        const float* value_scales, int64_t count, int64_t size, float* scratch, float* y,
+                        const void* next) {
+  attend_to<int8_t>(q, keys, key_scales, values, value_scales, count, size, scratch, y, next);
 }
 
 // ---- many queries: a lane is a query
@@ -217,4 +239,4 @@ TARGET void attend_block(const float* q, int64_t q_stride, int64_t queries, int6
   }
 }
 
-constexpr FloatMath math = {rms_norm, rope, dequantize, attend, attend_block};
+constexpr FloatMath math = {rms_norm, rope, dequantize, attend, attend_int8, attend_block};

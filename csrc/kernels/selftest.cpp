@@ -105,6 +105,7 @@ std::vector<Case> make_cases() {
 struct Head {
   int64_t size, count;
   std::vector<float> q, keys, values, weight;
+  std::vector<float> ones() const { return std::vector<float>(count, 1.0f); }
 };
 
 Head make_head(int64_t size, int64_t count, std::mt19937& random) {
@@ -120,7 +121,7 @@ Head make_head(int64_t size, int64_t count, std::mt19937& random) {
 std::vector<float> run(const Head& h, const FloatMath& math) {
   const int64_t queries = std::min<int64_t>(kQueries, h.count), row = h.size + 3;  // rows apart, as in the model
   std::vector<float> q(queries * row), scratch(attention_scratch(h.count, h.size)),
-      y(h.size + queries * row + 5 * h.size);
+      y(h.size + queries * row + 6 * h.size);
   for (int64_t i = 0; i < queries; ++i) std::copy_n(&h.q[i * h.size], h.size, &q[i * row]);
   float *one = y.data(), *block = one + h.size, *norm = block + queries * row, *turned = norm + h.size;
   math.attend(h.q.data(), h.keys.data(), h.values.data(), h.count, h.size, scratch.data(), one, h.keys.data());
@@ -132,6 +133,9 @@ std::vector<float> run(const Head& h, const FloatMath& math) {
   std::vector<int8_t> q8(3 * h.size);
   for (size_t i = 0; i < q8.size(); ++i) q8[i] = static_cast<int8_t>(83 * i);
   math.dequantize(q8.data(), h.weight.data(), std::min<int64_t>(3, h.size), h.size, turned + h.size);
+  const std::vector<int8_t> k8(h.count * h.size, 3), v8(h.count * h.size, 100);
+  math.attend_int8(h.q.data(), k8.data(), h.keys.data(), v8.data(), h.ones().data(), h.count, h.size, scratch.data(),
+                   turned + 4 * h.size, k8.data());
   return y;
 }
 
@@ -173,6 +177,7 @@ bool right(const Head& h, const std::vector<float>& y) {
   const float* rows = turned + h.size;
   for (int64_t i = 0; i < std::min<int64_t>(3, h.size) * h.size; ++i)
     good &= near(rows[i], double(static_cast<int8_t>(83 * i)) * h.weight[i / h.size]);
+  for (int64_t d = 0; d < h.size; ++d) good &= near(rows[3 * h.size + d], 100.0);  // all values are alike
   return good;
 }
 
