@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from int8 import int8_linear_reference, quantize_tokens
 
@@ -279,9 +280,9 @@ def test_pack_int8_refuses(w, message):
 @pytest.mark.parametrize("activation", ["none", "silu", "swiglu"])
 def test_opcheck(activation):
     x, w, scale, bias, residual = make_linear(3, 66, 20, activation)
-    torch.library.opcheck(pack_int8.default, (w,))
-    torch.library.opcheck(int8_linear.default, (x, pack_int8(w), scale))
-    torch.library.opcheck(int8_linear.default, (x, pack_int8(w), scale, bias, residual, activation))
+    library.opcheck(pack_int8.default, (w,))
+    library.opcheck(int8_linear.default, (x, pack_int8(w), scale))
+    library.opcheck(int8_linear.default, (x, pack_int8(w), scale, bias, residual, activation))
 
 
 def test_compiles_into_one_graph():
