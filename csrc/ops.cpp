@@ -258,6 +258,8 @@ class PyDecoder {
       TORCH_CHECK(0 <= token[i] && token[i] < vocab_size_, "token must be 0 to ", vocab_size_ - 1, ", got ", token[i]);
     const int64_t length = keys.dim() == 5 ? keys.size(3) : 0, room = std::min(length, block_size_) - T;
     TORCH_CHECK(0 <= pos && pos <= room, "pos must be 0 to ", room, ", got ", pos);
+    TORCH_CHECK(key_scales.has_value() == value_scales.has_value(),
+                "key_scales and value_scales must be given both or neither");
     const Tensor logits = at::empty({B, 1, vocab_size_}, tokens.options().dtype(at::kFloat));
     const Step step{token, B, T, T, pos, cache("keys", keys, key_scales, B, length),
                     cache("values", values, value_scales, B, length), length, logits.mutable_data_ptr<float>()};

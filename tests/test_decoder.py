@@ -203,5 +203,8 @@ def test_misuse_is_refused(models):
             fast.decoder.forward(tokens, pos, keys, cache.values)
     with pytest.raises(RuntimeError, match="must be"):  # scales, but keys that are not int8
         fast.decoder.forward(token, 0, cache.keys, cache.values, cache.keys[..., 0], cache.values[..., 0])
+    mixed = int8.Int8KVCache(fast.config, 1, 8)
+    with pytest.raises(RuntimeError, match="must be given both or neither"):
+        fast.decoder.forward(token, 0, mixed.keys, cache.values, mixed.key_scales)
     with pytest.raises(TypeError):
         kernels.Decoder(n_embd=3)
