@@ -9,7 +9,7 @@
 #include <stdexcept>
 
 #include "huge_pages.h"
-#include "kernels/kernels.h"
+#include "kernels/amx.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -134,13 +134,9 @@ void dot_avx2(int64_t repeats) {
 #if defined(__linux__)
 __attribute__((target("amx-tile,amx-int8")))
 void dot_amx(int64_t repeats) {
-  static const struct alignas(64) {  // static: GCC 12 believes that only the first 8 bytes are read
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
+  static constexpr TileConfig config = tile_config(kMaxTileTokens);
   _tile_loadconfig(&config);
-  for (int64_t i = 0; i < repeats; ++i) {  // tiles 0 to 3 are sums, 4 and 5 times 6 and 7
+  for (int64_t i = 0; i < repeats; ++i) {
     _tile_dpbusd(0, 4, 6);
     _tile_dpbusd(1, 4, 7);
     _tile_dpbusd(2, 5, 6);

@@ -7,33 +7,14 @@
 
 #include <utility>
 
-#include "kernels.h"
+#include "amx.h"
 
 #define TARGET __attribute__((target("amx-tile,amx-int8")))
 
 namespace owlet {
 namespace {
 
-constexpr int kTile = 16;     // tokens, quads or rows of w
 constexpr int kVnniTokens = 6;  // so few are quicker without tiles
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Tiles 0 to 3: sums; 4, 5: activations; 6, 7: weights. Tiles 2, 3 and 5 are of tokens past 16.
-constexpr TileConfig tile_config(int tokens) {
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    const bool past = tile == 2 || tile == 3 || tile == 5;
-    const int own = past ? tokens - kTile : tokens < kTile ? tokens : kTile;
-    config.rows[tile] = static_cast<uint8_t>(tile >= 6 ? kTile : own > 0 ? own : 0);
-    config.row_bytes[tile] = config.rows[tile] ? 64 : 0;
-  }
-  return config;
-}
 
 template <int Tokens>
 TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads,

@@ -37,6 +37,12 @@ inline float sum_of(const float* x) {
 
 #if defined(__x86_64__)
 
+// Of four, whose halves lie on each other already.
+__attribute__((target("avx"))) inline void sums_of_folded(__m256 a, __m256 b, __m256 c, __m256 d, float* y) {
+  const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+}
+
 namespace lanes_avx512 {
 #define TARGET __attribute__((target("avx512f")))
 constexpr int kRows = 8, kVecs = 2;  // as many sums as keep the multipliers busy and fit the registers
@@ -56,9 +62,7 @@ TARGET inline __m256 fold(Lanes x) {
   return _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(high));
 }
 TARGET inline void sums_of(const Lanes* x, float* y) {
-  const __m256 ab = _mm256_hadd_ps(fold(x[0]), fold(x[1])), cd = _mm256_hadd_ps(fold(x[2]), fold(x[3]));
-  const __m256 abcd = _mm256_hadd_ps(ab, cd);
-  _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  sums_of_folded(fold(x[0]), fold(x[1]), fold(x[2]), fold(x[3]), y);
 }
 #include "float_math.inl"
 #undef TARGET
@@ -86,9 +90,7 @@ TARGET inline Lanes add_product(Lanes a, Lanes b, Lanes c) {
 }
 TARGET inline __m256 fold(Lanes x) { return _mm256_add_ps(x.low, x.high); }
 TARGET inline void sums_of(const Lanes* x, float* y) {
-  const __m256 ab = _mm256_hadd_ps(fold(x[0]), fold(x[1])), cd = _mm256_hadd_ps(fold(x[2]), fold(x[3]));
-  const __m256 abcd = _mm256_hadd_ps(ab, cd);
-  _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  sums_of_folded(fold(x[0]), fold(x[1]), fold(x[2]), fold(x[3]), y);
 }
 #include "float_math.inl"
 #undef TARGET
