@@ -88,7 +88,15 @@ class Owlet(Engine):
 
     def logits(self, ids: list[int]) -> np.ndarray:
         with torch.inference_mode():
-            return self.model(torch.tensor([ids]), cache=KVCache(self.model.config, 1))[0][0, -1].numpy()
+            return self.model(torch.tensor([ids]), cache=self.model.new_cache(1, len(ids)))[0][0, -1].numpy()
+
+
+class OwletInt8Cache(Owlet):
+    """With keys and values in int8 as well, where llama.cpp has them in fp16 and the others in fp32."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        super().__init__(folder, threads)
+        self.model.int8_cache = True
 
 
 class TorchAO(Owlet):
@@ -332,9 +340,9 @@ class OpenVINO(Stepping):
 
 
 ENGINES = {
-    "owlet": Owlet, "torch.ao": TorchAO, "torchao-compiled": TorchAOCompiled, "transformers-fp32": Transformers,
-    "llama.cpp-Q8_0": LlamaCpp, "llama.cpp-Q4_0": LlamaCppQ4, "CTranslate2": CTranslate2,
-    "OpenVINO": OpenVINO, "ONNX-Runtime": OnnxRuntime,
+    "owlet": Owlet, "owlet-int8-cache": OwletInt8Cache, "torch.ao": TorchAO, "torchao-compiled": TorchAOCompiled,
+    "transformers-fp32": Transformers, "llama.cpp-Q8_0": LlamaCpp, "llama.cpp-Q4_0": LlamaCppQ4,
+    "CTranslate2": CTranslate2, "OpenVINO": OpenVINO, "ONNX-Runtime": OnnxRuntime,
 }
 
 
