@@ -322,11 +322,15 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write config.json, generation_config.json and model.safetensors (fp32), each atomically."""
-        folder = Path(folder)
-        state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        if self.config.tie_embeddings:
-            del state["lm_head.weight"]
-        write_model(folder, state, self.config.to_hf())
+        write_pretrained(Path(folder), self.state_dict(), self.config)
+
+
+def write_pretrained(folder: Path, state: dict[str, Tensor], config: GPTConfig) -> None:
+    """GPT.save_pretrained from a model's state_dict alone."""
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    if config.tie_embeddings:
+        del state["lm_head.weight"]
+    write_model(folder, state, config.to_hf())
 
 
 def write_model(folder: Path, state: dict[str, Tensor], hf: dict) -> None:

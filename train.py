@@ -3,6 +3,7 @@
     python train.py                                  tiny, on the newest folder under data/
     python train.py small --data data/mybook --max-steps 3000
     torchrun --nproc_per_node=4 train.py             data parallel: gloo on CPUs, nccl on GPUs
+    torchrun ... train.py --parallel fsdp            each rank holds a part of the model only
     python train.py --resume                         go on where the newest run stopped
 
 What happens at a step depends only on (seed, step), never on what ran before in this process:
@@ -11,9 +12,11 @@ a resumed run repeats the uninterrupted one bit for bit, and every world size se
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -26,12 +29,16 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from checkpoint import atomic_path, by_age, copy_tokenizer, read_json, read_state, write_state
 from cli import UserError, parse, run
-from model import GPT, GPTConfig, pick_device
+from model import GPT, GPTConfig, pick_device, write_pretrained
+from muon import Muon, whole
 
 Size = Literal["tiny", "small", "seed", "medium"]
 
@@ -87,10 +94,12 @@ class TrainConfig:
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products (weights stay fp32); auto: bfloat16 where the hardware is fast at it."""
-    compile: bool = False
-    """Compile the model with torch.compile first (a minute or so)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the blocks, which takes some 10 seconds; auto: if it is for 1000 steps or more."""
     threads: int | None = None
     """CPU threads of each rank; default: cores / ranks on this machine."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Of several ranks: ddp, each has the whole model; fsdp, each has a part of it, for models that one cannot hold."""
 
 
 SIZES = {
@@ -224,11 +233,12 @@ class TokenData:
 # ---------------------------------------------------------------- optimisation
 
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al., 2024) for the blocks' matrices, AdamW for everything else."""
+    """Muon for the blocks' matrices, AdamW for everything else."""
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     in_muon = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in in_muon]
-    return [torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay),
+    dtype = pick_dtype(config.dtype, model.device, 256)  # Muon's products are in it from end to end
+    return [Muon(matrices, lr=config.muon_lr, dtype=dtype),
             torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
@@ -268,28 +278,37 @@ def evaluate(model: nn.Module, data: TokenData, limit: int | None = None, ranks:
     starts = data.validation_starts(limit)
     # as many sequences at a time as keep their logits, in fp32, below 128 MB
     batch = max(1, min(8192, 2**25 // data.meta["vocab_size"]) // data.block_size)
-    if ranks is not None:
-        starts = starts[ranks.rank::ranks.world]
+    rank, world = (ranks.rank, ranks.world) if ranks is not None else (0, 1)
     was_training = model.training
     model.eval()
     total = 0.0
-    for i in range(0, len(starts), batch):
-        x, y = data.sequences("val", starts[i:i + batch])
-        total += forward_loss(model, x, y, dtype).item() * len(x)
+    with torch.compiler.set_stance("force_eager"):  # not worth compiling for other shapes
+        for i in range(0, len(starts), batch * world):
+            mine = starts[i:i + batch * world][rank::world]
+            # where sequences run out, any will do: ranks that share a model go through it together
+            x, y = data.sequences("val", mine if len(mine) else starts[:1])
+            total += forward_loss(model, x, y, dtype).item() * len(mine)
     model.train(was_training)
-    total, count = ranks.sum(total, len(starts)) if ranks is not None else (total, len(starts))
-    return total / count
+    return (ranks.sum(total)[0] if ranks is not None else total) / len(starts)
 
 
-def pick_dtype(name: str, device: torch.device, n_embd: int) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
+    """auto: bfloat16 where it is fast, for matrices at least this wide."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    # On a CPU bf16 pays with AMX tiles only (AVX512-BF16 alone runs at half the speed of fp32), and
-    # only on matrices wide enough to outweigh the conversions.
+    # On a CPU bf16 pays with AMX tiles only (AVX512-BF16 alone runs at half the speed of fp32), and, where
+    # fp32 has to be converted for each product, only if that is wide enough to outweigh the conversions.
     amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if amx and n_embd >= 256 else torch.float32
+    return torch.bfloat16 if amx and width >= 256 else torch.float32
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether there is what torch.compile generates code with."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -356,16 +375,30 @@ class RunLog:
         plt.close(figure)
 
 
-def save_checkpoint(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer], step: int, best: float,
-                    config: TrainConfig, data: TokenData) -> None:
+def snapshot(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict:
+    """What training has made so far, on the CPU. All ranks must call this: each may have a part of it."""
+    state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    return tree_map(lambda x: whole(x).cpu() if isinstance(x, Tensor) else x, state)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """optimizer.load_state_dict, of which each rank takes its part where parameters are sharded."""
+    optimizer.load_state_dict(saved)
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(p, DTensor) and value.shape == p.shape:
+                state[name] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def save_checkpoint(out: Path, trained: dict, step: int, best: float, config: TrainConfig, model_config: GPTConfig,
+                    data: TokenData) -> None:
     """train_state.pt holds all a resume needs in one atomic file: it can never be half of two steps."""
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    if not all(weight.isfinite().all() for weight in trained["model"].values()):
         raise diverged(config, step, "a weight is not finite")
     plain = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in vars(config).items()}
     write_state(out / "train_state.pt", {
-        "step": step, "best": best, "config": plain, "model_config": dataclasses.asdict(model.config),
-        "data_sha256": data.meta["train"]["sha256"],
-        "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
+        "step": step, "best": best, "config": plain, "model_config": dataclasses.asdict(model_config),
+        "data_sha256": data.meta["train"]["sha256"], **trained})
 
 
 def diverged(config: TrainConfig, step: int, what: str) -> UserError:
@@ -446,17 +479,26 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
         raise UserError(f"--resume: {out} was trained on other data than {config.data} now holds")
     share = config.batch_size // ranks.world  # of each step's sequences
     model.to(ranks.device).train()
+    if ranks.world > 1 and config.parallel == "fsdp":  # Zhao et al., 2023
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+    dtype = pick_dtype(config.dtype, ranks.device, model.config.n_embd)
     optimizers = make_optimizers(model, config)
     first, best = 0, math.inf
     if state is not None:
         first, best = state["step"], state["best"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    dtype = pick_dtype(config.dtype, ranks.device, model.config.n_embd)
-    wrapped: nn.Module = torch.compile(model) if config.compile else model
-    if ranks.world > 1:
+            load_optimizer(optimizer, saved)
+    if config.compile == "auto":  # settled here for the resumed run too: it is to have the same arithmetic
+        config.compile = "on" if config.max_steps - first >= 1000 and can_compile(ranks.device) else "off"
+    for block in model.model.layers if config.compile == "on" else ():
+        block.forward = torch.compile(block.forward)  # once: all have the same code
+    wrapped: nn.Module = model
+    if ranks.world > 1 and config.parallel == "ddp":
         device_ids = [ranks.device] if ranks.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(wrapped, device_ids=device_ids, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(wrapped, device_ids=device_ids, broadcast_buffers=False,
+                                          gradient_as_bucket_view=True)
 
     # log
     peak = peak_flops(ranks.device, dtype) * ranks.world
@@ -491,8 +533,11 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)[0]))
         parts = data.batch(step * config.batch_size + ranks.rank * share, share, config.grad_accum)
         for i, (x, y) in enumerate(parts):
-            sync = i == len(parts) - 1 or ranks.world == 1
-            with contextlib.nullcontext() if sync else wrapped.no_sync():
+            exchange = i == len(parts) - 1  # gradients are summed over the ranks once they are whole
+            if isinstance(wrapped, FSDPModule):
+                wrapped.set_requires_gradient_sync(exchange)
+            hold = isinstance(wrapped, DistributedDataParallel) and not exchange
+            with wrapped.no_sync() if hold else contextlib.nullcontext():
                 loss = forward_loss(wrapped, x, y, dtype) / len(parts)
                 loss.backward()
             running += loss.detach()
@@ -534,13 +579,13 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
                 log.add(step=done, val_loss=val_loss, val_bits_per_byte=val_loss * data.bits_per_nat)
                 say(f"step {done}/{config.max_steps}: train {train_loss:.3f}, validation {val_loss:.4f} nats = "
                     f"{val_loss * data.bits_per_nat:.4f} bits/byte{'' if better else ' (no better)'}, {speed}")
-                if better:  # what others read is the best model so far, not the latest
-                    model.save_pretrained(out)
-        if ranks.is_main and (due or last or stop):
-            save_checkpoint(out, model, optimizers, done, best, config, data)
-            if not (out / "model.safetensors").exists():
-                model.save_pretrained(out)
-            log.draw(f"{out.name}: {model.num_params() / 1e6:.1f}M parameters on {config.data.name}")
+        if due or last or stop:
+            trained = snapshot(model, optimizers)
+            if ranks.is_main:
+                if ((due or last) and better) or not (out / "model.safetensors").exists():
+                    write_pretrained(out, trained["model"], model.config)  # the best model so far, not the latest
+                save_checkpoint(out, trained, done, best, config, model.config, data)
+                log.draw(f"{out.name}: {model.num_params() / 1e6:.1f}M parameters on {config.data.name}")
         began = time.perf_counter() if due or last else began
         if stop:
             break
