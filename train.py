@@ -179,27 +179,32 @@ class Ranks:
 # ---------------------------------------------------------------- data
 
 class TokenData:
-    """train.bin and val.bin of a prepared folder, mapped, not read."""
+    """train.bin and val.bin of a prepared folder, of which no more is read than is asked for. (Nor mapped into
+    memory: pages once touched would stay, until a long run holds all of the file.)
+    """
 
     def __init__(self, folder: Path, block_size: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self.folder, self.meta = folder, read_json(folder / "meta.json")
         self.block_size, self.device, self.seed = block_size, torch.device(device), seed
-        self.splits = {}
+        self.files, self.tokens, self.dtype = {}, {}, np.dtype(self.meta["dtype"])
         for split in ("train", "val"):
-            path, tokens, dtype = folder / f"{split}.bin", self.meta[split]["tokens"], np.dtype(self.meta["dtype"])
-            if not path.exists() or path.stat().st_size != tokens * dtype.itemsize:
+            path, tokens = folder / f"{split}.bin", self.meta[split]["tokens"]
+            if not path.exists() or path.stat().st_size != tokens * self.dtype.itemsize:
                 raise UserError(f"{path}: expected {tokens} tokens as meta.json says; run data/prepare.py again")
             if tokens <= block_size:
                 raise UserError(f"{path}: a block of {block_size} is longer than this text of {tokens} tokens; "
                                 f"expected a --block-size of at most {tokens - 1}")
-            self.splits[split] = np.memmap(path, dtype=dtype, mode="r")
+            self.files[split], self.tokens[split] = path.open("rb", buffering=0), tokens
         self.bits_per_nat = self.meta["val"]["tokens"] / self.meta["val"]["bytes"] / math.log(2)
         self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
 
     def sequences(self, split: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the sequences at `starts`, each (len(starts), block_size) int64."""
-        data, T = self.splits[split], self.block_size
-        block = torch.from_numpy(np.stack([data[s:s + T + 1] for s in starts]).astype(np.int64))
+        file, block = self.files[split], np.empty((len(starts), self.block_size + 1), self.dtype)
+        for row, start in zip(block, starts, strict=True):
+            file.seek(int(start) * self.dtype.itemsize)
+            file.readinto(row)
+        block = torch.from_numpy(block.astype(np.int64))
         if self.device.type == "cuda":
             block = block.pin_memory()
         block = block.to(self.device, non_blocking=True)
@@ -207,7 +212,7 @@ class TokenData:
 
     def training_start(self, index: int) -> int:
         """Where training sequence `index` begins: every epoch has its own shift and permutation."""
-        tokens, T = len(self.splits["train"]), self.block_size
+        tokens, T = self.tokens["train"], self.block_size
         per_epoch = max(1, (tokens - T) // T)
         epoch, i = divmod(index, per_epoch)
         if epoch != self.epoch:
@@ -224,7 +229,7 @@ class TokenData:
     def validation_starts(self, limit: int | None = None) -> np.ndarray:
         """Sequences that cover the validation text once, or `limit` tokens of it, evenly spread."""
         T = self.block_size
-        starts = np.arange(0, len(self.splits["val"]) - T, T)
+        starts = np.arange(0, self.tokens["val"] - T, T)
         if limit is not None and limit < len(starts) * T:
             starts = starts[np.linspace(0, len(starts) - 1, max(1, limit // T)).astype(int)]
         return starts
@@ -507,7 +512,7 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
         copy_tokenizer(config.data, out)
     log = RunLog(out, first, data.bits_per_nat) if ranks.is_main else None
     say(f"{out}: {config.size}, {model.num_params() / 1e6:.2f}M parameters, {config.data.name} "
-        f"({len(data.splits['train']):,} tokens), steps {first} to {config.max_steps} of {tokens_a_step:,} tokens\n"
+        f"({data.tokens['train']:,} tokens), steps {first} to {config.max_steps} of {tokens_a_step:,} tokens\n"
         f"{ranks.world} x {ranks.device.type}, {torch.get_num_threads()} threads each, "
         f"{str(dtype).removeprefix('torch.')}, matmul peak {peak / 1e9:,.0f} GFLOP/s")
 

@@ -193,12 +193,12 @@ def test_every_world_sees_the_same_batches(data):
 
 def test_an_epoch_covers_the_text_once_and_epochs_differ(data):
     d = TokenData(data, 32, seed=3)
-    per_epoch = (len(d.splits["train"]) - 32) // 32
+    per_epoch = (d.tokens["train"] - 32) // 32
     epochs = [[int(d.training_start(e * per_epoch + i)) for i in range(per_epoch)] for e in range(3)]
     for starts in epochs:
         assert len({start // 32 for start in starts}) == per_epoch
         assert set(np.diff(sorted(starts))) == {32}
-        assert min(starts) >= 0 and max(starts) + 33 <= len(d.splits["train"])
+        assert min(starts) >= 0 and max(starts) + 33 <= d.tokens["train"]
     assert epochs[0] != epochs[1] != epochs[2]
     assert [int(d.training_start(i)) for i in range(per_epoch)] == epochs[0]  # going back is no different
 
@@ -212,7 +212,7 @@ def test_targets_are_the_next_tokens(data):
 def test_validation_covers_the_text_or_spreads(data):
     d = TokenData(data, 32)
     every, some = d.validation_starts(), d.validation_starts(320)
-    assert every.tolist() == list(range(0, len(d.splits["val"]) - 32, 32))
+    assert every.tolist() == list(range(0, d.tokens["val"] - 32, 32))
     assert len(some) == 10 and some[0] == 0 and some[-1] == every[-1] and set(some) <= set(every)
 
 
