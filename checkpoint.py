@@ -1,20 +1,31 @@
 """Files that are whole or not there at all: atomic writes, and reads that name what is wrong.
 
+Weights and training state carry a checksum of all they hold: of two readers of a file with a flipped bit,
+safetensors and torch.load, neither would notice.
+
 A checkpoint is a Hugging Face model folder, so that everything which reads those reads ours.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -79,12 +90,39 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
 
 
+def checksum(value: dict) -> str:
+    """sha256 of plain values and tensors: names, values, dtypes, shapes, and the tensors' bytes, in place."""
+    tensors: list[Tensor] = []
+
+    def describe(tensor: Tensor) -> list:
+        tensors.append(tensor)
+        return [str(tensor.dtype), *tensor.shape]
+
+    total = hashlib.sha256(json.dumps(value, sort_keys=True, default=describe).encode())
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python to the other threads
+        for part in pool.map(lambda x: hashlib.sha256(x.reshape(-1).view(torch.uint8).numpy()).digest(), tensors):
+            total.update(part)
+    return total.hexdigest()
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt", "owlet_sha256": checksum(tensors)})
         temporary.chmod(0o644)  # the library makes its files for the owner's eyes only
-        with safe_open(temporary, "pt") as written:  # raises if it is not whole
-            written.keys()
+        read_safetensors(temporary)  # raises if it is not whole
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, checked where it is owlet's own."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            expected = (file.metadata() or {}).get("owlet_sha256")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a whole safetensors file: {_one_line(error)}") from error
+    if expected not in (None, checksum(tensors)):
+        raise UserError(f"{path}: damaged: its checksum is not that of what it holds")
+    return tensors
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -93,20 +131,28 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for path in weight_files(folder):
         if not path.exists():
             raise UserError(f"{path}: expected the model's weights, found no such file")
-        try:
-            tensors |= load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a whole safetensors file: {_one_line(error)}") from error
+        tensors |= read_safetensors(path)
     return tensors
 
 
 def write_state(path: Path, state: dict) -> None:
+    """Tensors and plain types, the same bytes for the same values. What was there before becomes X.previous.pt."""
+    state, kept = _canonical(state), path.with_name(f".{path.name}.kept.tmp")
     with atomic_path(path) as temporary:
         try:
-            torch.save(state, temporary)
-            torch.load(temporary, weights_only=True, mmap=True)  # raises if it is not whole
+            torch.save(state | {"sha256": checksum(state)}, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
             raise OSError(f"is the disk full? {_one_line(error)}") from error
+        read_state(temporary, mmap=True)  # raises if it is not whole
+        kept.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first state, or a file system without links: none is kept
+            kept.hardlink_to(path)
+    if kept.exists():  # only now, when the new one has its name: at every moment one of the two is whole
+        kept.replace(previous_state(path))
+
+
+def previous_state(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def read_state(path: Path, mmap: bool = False) -> dict:
@@ -117,14 +163,69 @@ def read_state(path: Path, mmap: bool = False) -> dict:
     try:
         with warnings.catch_warnings(action="ignore"):  # on foreign pickles, which the error below names
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            expected, found = state.pop("sha256", None), checksum(state)
     except FileNotFoundError:
         raise UserError(f"{path}: no training state to resume from") from None
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
         raise UserError(f"{path}: not a training state (damaged, or a pickle, which owlet never "
                         f"runs): {_one_line(error)}") from error
-    if not isinstance(state, dict) or not {"step", "config", "model"} <= state.keys():
-        raise UserError(f"{path}: not a training state: expected a dict with step, config and model")
+    if expected != found:
+        raise UserError(f"{path}: not a training state (damaged, or not owlet's): its checksum is not that of "
+                        "what it holds")
     return state
+
+
+def read_last_state(folder: Path) -> tuple[dict, str | None]:
+    """What a run saved last. If that is damaged: what it saved before, and a line that says so."""
+    path = Path(folder) / "train_state.pt"
+    try:
+        return read_state(path), None
+    except UserError as error:
+        before, damage = previous_state(path), error
+    if not before.exists():
+        raise damage
+    try:
+        state = read_state(before)
+    except UserError as error:
+        raise UserError(f"{damage}; and {error}") from None
+    return state, f"{damage}; going on from step {state['step']}, {before}"
+
+
+class Background:
+    """A thread that does one job at a time. What a job raises, the next `start` or `wait` raises."""
+
+    def __init__(self) -> None:
+        self.thread, self.job = ThreadPoolExecutor(1), None
+
+    def start(self, job: Callable[..., None], *args: Any) -> None:
+        self.wait()
+        self.job: Future | None = self.thread.submit(job, *args)
+
+    def wait(self) -> None:
+        job, self.job = self.job, None
+        if job is not None:
+            job.result()
+
+
+@contextlib.contextmanager
+def lock(folder: Path, owner: str) -> Iterator[None]:
+    """Keep other processes out of a folder, until the end of this context or process, however it ends.
+
+    folder/.lock is left holding `owner`. Raises UserError where another process is inside.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another process trains here; wait for it, or name another --out") from None
+            except OSError:  # a file system without locks
+                pass
+        file.truncate(0)
+        file.write(owner)
+        file.flush()
+        yield
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -150,6 +251,15 @@ def by_age(root: Path, marker: str, make: str) -> list[Path]:
     if not found:
         raise UserError(f"{root}/: no folder with {marker} yet; make one with `{make}`")
     return [path.parent for path in found]
+
+
+def _canonical(value: Any) -> Any:
+    """Equal strings made one object: of a string that it has met, pickle writes only where that was."""
+    if isinstance(value, dict):
+        return {_canonical(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_canonical, value))
+    return sys.intern(value) if isinstance(value, str) else value
 
 
 def _fsync(path: Path) -> None:
