@@ -11,6 +11,7 @@ a resumed run repeats the uninterrupted one bit for bit, and every world size se
 """
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -35,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from checkpoint import atomic_path, by_age, copy_tokenizer, read_json, read_state, write_state
+from checkpoint import Background, atomic_path, by_age, copy_tokenizer, lock, read_json, read_last_state, write_state
 from cli import UserError, parse, run
 from model import GPT, GPTConfig, pick_device, write_pretrained
 from muon import Muon, whole
@@ -118,10 +119,16 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
     """Flags over the size's defaults; or (--resume) over the run's own settings, and its saved state."""
     description = "Train a GPT on prepared tokens, in one process or under torchrun."
     first = parse(TrainConfig, description, [a for a in args if a not in ("-h", "--help")])
-    if not first.resume:
+    out = folder_before_restart(first.out)
+    if out is None and not first.resume:
         return parse(TrainConfig, description, args, SIZES[first.size]), None
-    out = first.out or by_age(Path("out"), "train_state.pt", "python train.py")[0]
-    state = read_state(out / "train_state.pt")
+    if out is not None and not (out / "train_state.pt").exists():
+        (out / "model.safetensors").unlink(missing_ok=True)  # of a first save that was cut short
+        return dataclasses.replace(parse(TrainConfig, description, args, SIZES[first.size]), out=out), None
+    out = out or first.out or by_age(Path("out"), "train_state.pt", "python train.py")[0]
+    state, damage = read_last_state(out)
+    if damage and os.environ.get("RANK", "0") == "0":
+        print(f"note: {damage}", file=sys.stderr)
     saved = TrainConfig(**state["config"] | {"out": out, "data": Path(state["config"]["data"]), "resume": False})
     config = parse(TrainConfig, description, args, saved)
     for name in ("size", *ARCHITECTURE):
@@ -129,6 +136,23 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
             raise UserError(f"--resume: {name} is {getattr(saved, name)} in {out}, expected the same, "
                             f"got {getattr(config, name)}")
     return config, state
+
+
+def folder_before_restart(out: Path | None) -> Path | None:
+    """The folder in which this launch of torchrun trained before it started its ranks anew; None if there is none.
+
+    Each folder's .lock names the last launch that trained there. The newest folder would be a guess: a rank
+    that died before it made its own would go on with another run's.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return None
+    locks = [out / ".lock"] if out is not None else Path("out").glob("*/.lock")
+    return next((lock.parent for lock in locks if lock.exists() and lock.read_text() == launch()), None)
+
+
+def launch() -> str:
+    """torchrun's name for this launch, the same on every rank and after every restart; empty without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 # ---------------------------------------------------------------- processes
@@ -333,10 +357,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 class RunLog:
     """log.jsonl, TensorBoard events under runs/, and loss.png."""
 
-    def __init__(self, folder: Path, step: int, bits_per_nat: float) -> None:
+    def __init__(self, folder: Path, step: int, bits_per_nat: float, title: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, self.bits_per_nat = folder / "log.jsonl", bits_per_nat
+        self.title = title
         self.records = []  # the resumed run's past
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             with contextlib.suppress(ValueError):  # a line that a killed run left half-written
@@ -360,7 +385,7 @@ class RunLog:
         low, high = min(values), max(values)
         return "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in values)
 
-    def draw(self, title: str) -> None:
+    def draw(self) -> None:
         import matplotlib
 
         matplotlib.use("Agg")
@@ -372,7 +397,7 @@ class RunLog:
             points = [(r["step"], r[f"{name}_loss"] * self.bits_per_nat) for r in self.records if f"{name}_loss" in r]
             if points:
                 axes.plot(*zip(*points, strict=True), label=f"{name} ({points[-1][1]:.3f})", **style)
-        axes.set(title=title, xlabel="step", ylabel="bits per byte")
+        axes.set(title=self.title, xlabel="step", ylabel="bits per byte")
         axes.grid(alpha=0.3)
         axes.legend()
         with atomic_path(self.path.with_name("loss.png")) as temporary:
@@ -383,7 +408,8 @@ class RunLog:
 def snapshot(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict:
     """What training has made so far, on the CPU. All ranks must call this: each may have a part of it."""
     state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    return tree_map(lambda x: whole(x).cpu() if isinstance(x, Tensor) else x, state)
+    on_cpu = tree_map(lambda x: whole(x).cpu() if isinstance(x, Tensor) else x, state)
+    return copy.deepcopy(on_cpu)  # so that training may go on while this is saved; tied weights stay one
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -395,15 +421,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
                 state[name] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def save_checkpoint(out: Path, trained: dict, step: int, best: float, config: TrainConfig, model_config: GPTConfig,
-                    data: TokenData) -> None:
-    """train_state.pt holds all a resume needs in one atomic file: it can never be half of two steps."""
+def save_checkpoint(out: Path, trained: dict, better: bool, step: int, best: float, config: TrainConfig,
+                    model_config: GPTConfig, data: TokenData, log: RunLog) -> None:
+    """train_state.pt holds all a resume needs in one atomic file: it can never be half of two steps.
+
+    model.safetensors goes first: after a kill between the two, a resume comes by the same model again. Runs of
+    the same settings leave the same bytes, so the state does not hold where it lies, or how often it was resumed.
+    """
     if not all(weight.isfinite().all() for weight in trained["model"].values()):
         raise diverged(config, step, "a weight is not finite")
-    plain = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in vars(config).items()}
+    if better or not (out / "model.safetensors").exists():
+        write_pretrained(out, trained["model"], model_config)  # the best model so far, not the latest
+    plain = {name: str(value.resolve()) if isinstance(value, Path) else value
+             for name, value in vars(config).items() if name not in ("out", "resume")}
     write_state(out / "train_state.pt", {
         "step": step, "best": best, "config": plain, "model_config": dataclasses.asdict(model_config),
         "data_sha256": data.meta["train"]["sha256"], **trained})
+    log.draw()
 
 
 def diverged(config: TrainConfig, step: int, what: str) -> UserError:
@@ -462,6 +496,12 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
     """Train, from a saved state or from the start. Returns the process's exit code: 0, or
     128 + the signal that asked for a stop.
     """
+    with contextlib.ExitStack() as at_exit:
+        return train_until(config, ranks, state, at_exit)
+
+
+def train_until(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: contextlib.ExitStack) -> int:
+    """`train`, which puts into at_exit what must be done however it ends."""
     # where from, where to
     check(config, ranks.world)
     if state is not None and state["step"] >= config.max_steps:
@@ -508,9 +548,13 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
     # log
     peak = peak_flops(ranks.device, dtype) * ranks.world
     tokens_a_step = config.batch_size * config.block_size
+    saves = Background()
     if ranks.is_main:
+        at_exit.enter_context(lock(out, launch()))
+        at_exit.callback(saves.wait)
         copy_tokenizer(config.data, out)
-    log = RunLog(out, first, data.bits_per_nat) if ranks.is_main else None
+    title = f"{out.name}: {model.num_params() / 1e6:.1f}M parameters on {config.data.name}"
+    log = RunLog(out, first, data.bits_per_nat, title) if ranks.is_main else None
     say(f"{out}: {config.size}, {model.num_params() / 1e6:.2f}M parameters, {config.data.name} "
         f"({data.tokens['train']:,} tokens), steps {first} to {config.max_steps} of {tokens_a_step:,} tokens\n"
         f"{ranks.world} x {ranks.device.type}, {torch.get_num_threads()} threads each, "
@@ -527,7 +571,8 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
             say(f"{signal.Signals(number).name}: finishing this step and saving (Ctrl-C again: stop at once)")
         asked.append((number, time.monotonic()))
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        at_exit.callback(signal.signal, number, signal.signal(number, ask))
 
     bar = tqdm(total=config.max_steps, initial=first, unit="step", dynamic_ncols=True,
                disable=None if ranks.is_main else True)
@@ -587,19 +632,16 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
         if due or last or stop:
             trained = snapshot(model, optimizers)
             if ranks.is_main:
-                if ((due or last) and better) or not (out / "model.safetensors").exists():
-                    write_pretrained(out, trained["model"], model.config)  # the best model so far, not the latest
-                save_checkpoint(out, trained, done, best, config, model.config, data)
-                log.draw(f"{out.name}: {model.num_params() / 1e6:.1f}M parameters on {config.data.name}")
+                better = (due or last) and better
+                saves.start(save_checkpoint, out, trained, better, done, best, config, model.config, data, log)
         began = time.perf_counter() if due or last else began
         if stop:
             break
 
     bar.close()
+    saves.wait()
     if log:
         log.board.close()
-    for number, handler in before.items():
-        signal.signal(number, handler)
     if done < config.max_steps:
         say(f"stopped at step {done}; go on with: python train.py --resume --out {out}")
         return 128 + (asked[0][0] if asked else signal.SIGTERM)
@@ -612,7 +654,13 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
 def main() -> None:
     config, state = read_flags(sys.argv[1:])
     ranks = Ranks(config.device, config.threads)
-    code = train(config, ranks, state)
+    try:
+        code = train(config, ranks, state)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        # also what torchrun sees of a rank that failed: it ends the others, and may start all anew
+        sys.exit(f"train.py: rank {ranks.rank} lost another rank; --resume continues from the last checkpoint")
     ranks.close()
     sys.exit(code)
 

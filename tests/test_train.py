@@ -53,7 +53,8 @@ def test_training_learns_and_leaves_what_it_promises(run, tmp_path):
     out = run(tmp_path / "run", "--max-steps", 60)
     names = {path.name for path in out.iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-                     "tokenizer_config.json", "train_state.pt", "log.jsonl", "loss.png", "runs"}
+                     "tokenizer_config.json", "train_state.pt", "train_state.previous.pt", ".lock",
+                     "log.jsonl", "loss.png", "runs"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((out / "runs").iterdir())
     assert losses(out)[10] > 4 and losses(out)[60] < 2.7
