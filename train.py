@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -358,8 +359,10 @@ class RunLog:
     """log.jsonl, TensorBoard events under runs/, and loss.png."""
 
     def __init__(self, folder: Path, step: int, bits_per_nat: float, title: str) -> None:
+        from matplotlib.figure import Figure  # now, and not with the first picture: memory stays as it is from here on
         from torch.utils.tensorboard import SummaryWriter
 
+        self.new_figure = partial(Figure, figsize=(8, 4.5), layout="constrained")
         self.path, self.bits_per_nat = folder / "log.jsonl", bits_per_nat
         self.title = title
         self.records = []  # the resumed run's past
@@ -386,12 +389,8 @@ class RunLog:
         return "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in values)
 
     def draw(self) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        figure = self.new_figure()
+        axes = figure.subplots()
         for name, style in {"train": {"color": "#9ecae1", "lw": 1},
                             "val": {"color": "#08519c", "marker": "o", "ms": 4}}.items():
             points = [(r["step"], r[f"{name}_loss"] * self.bits_per_nat) for r in self.records if f"{name}_loss" in r]
@@ -402,14 +401,19 @@ class RunLog:
         axes.legend()
         with atomic_path(self.path.with_name("loss.png")) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
-        plt.close(figure)
 
 
-def snapshot(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict:
-    """What training has made so far, on the CPU. All ranks must call this: each may have a part of it."""
+def snapshot(model: GPT, optimizers: list[torch.optim.Optimizer], ranks: Ranks) -> dict:
+    """What training has made so far, on rank 0's CPU. All ranks must call this: each may have a part of it."""
+
+    def take(x: object) -> object:
+        if not isinstance(x, Tensor):
+            return x
+        x = whole(x)
+        return x.cpu() if ranks.is_main else None
+
     state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    on_cpu = tree_map(lambda x: whole(x).cpu() if isinstance(x, Tensor) else x, state)
-    return copy.deepcopy(on_cpu)  # so that training may go on while this is saved; tied weights stay one
+    return copy.deepcopy(tree_map(take, state))  # so that training may go on while this is saved; tied weights stay one
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -630,7 +634,7 @@ def train_until(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: 
                 say(f"step {done}/{config.max_steps}: train {train_loss:.3f}, validation {val_loss:.4f} nats = "
                     f"{val_loss * data.bits_per_nat:.4f} bits/byte{'' if better else ' (no better)'}, {speed}")
         if due or last or stop:
-            trained = snapshot(model, optimizers)
+            trained = snapshot(model, optimizers, ranks)
             if ranks.is_main:
                 better = (due or last) and better
                 saves.start(save_checkpoint, out, trained, better, done, best, config, model.config, data, log)
