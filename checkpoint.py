@@ -108,6 +108,12 @@ def checksum(value: dict) -> str:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "owlet_sha256": checksum(tensors)})
+        with temporary.open("r+b") as file:  # the library puts the two in any order; ours is always the same
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            file.seek(8)
+            file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
         temporary.chmod(0o644)  # the library makes its files for the owner's eyes only
         read_safetensors(temporary)  # raises if it is not whole
 
