@@ -79,7 +79,7 @@ class Muon(torch.optim.Optimizer):
         mine = torch.zeros_like(x[:share])
         mine[:len(x[first:first + share])] = orthogonalize(x[first:first + share], self.dtype)
         steps = x.new_empty(dist.get_world_size() * share, *x.shape[1:])
-        return steps, dist.all_gather_into_tensor(steps, mine, async_op=True)
+        return steps, dist.all_gather_single(steps, mine, async_op=True)
 
 
 def local(x: Tensor) -> Tensor:

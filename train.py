@@ -477,6 +477,22 @@ def build_model(config: TrainConfig, vocab_size: int) -> GPT:
     return model
 
 
+def spread(model: GPT, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """The model as this rank is to call it. With fsdp its parameters become this rank's parts of them."""
+    if config.compile == "on":
+        for block in model.model.layers:  # all have the same code, which is compiled once
+            block.forward = torch.compile(block.forward)
+    if ranks.world == 1:
+        return model
+    if config.parallel == "fsdp":  # Zhao et al., 2023
+        for block in model.model.layers:
+            fully_shard(block)
+        return fully_shard(model)
+    device_ids = [ranks.device] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, forward_sync_buffers=False,
+                                   gradient_as_bucket_view=True)
+
+
 def check(config: TrainConfig, world: int) -> None:
     parts = world * config.grad_accum
     least = {"max_steps": 1, "batch_size": 1, "grad_accum": 1, "block_size": 1, "eval_every": 1, "eval_tokens": 1,
@@ -528,10 +544,9 @@ def train_until(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: 
         raise UserError(f"--resume: {out} was trained on other data than {config.data} now holds")
     share = config.batch_size // ranks.world  # of each step's sequences
     model.to(ranks.device).train()
-    if ranks.world > 1 and config.parallel == "fsdp":  # Zhao et al., 2023
-        for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
+    if config.compile == "auto":  # settled here for resumed runs too: they are to have the same arithmetic
+        config.compile = "on" if config.max_steps >= 1000 and can_compile(ranks.device) else "off"
+    wrapped = spread(model, config, ranks)
     dtype = pick_dtype(config.dtype, ranks.device, model.config.n_embd)
     optimizers = make_optimizers(model, config)
     first, best = 0, math.inf
@@ -539,15 +554,6 @@ def train_until(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: 
         first, best = state["step"], state["best"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, saved)
-    if config.compile == "auto":  # settled here for the resumed run too: it is to have the same arithmetic
-        config.compile = "on" if config.max_steps - first >= 1000 and can_compile(ranks.device) else "off"
-    for block in model.model.layers if config.compile == "on" else ():
-        block.forward = torch.compile(block.forward)  # once: all have the same code
-    wrapped: nn.Module = model
-    if ranks.world > 1 and config.parallel == "ddp":
-        device_ids = [ranks.device] if ranks.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(wrapped, device_ids=device_ids, broadcast_buffers=False,
-                                          gradient_as_bucket_view=True)
 
     # log
     peak = peak_flops(ranks.device, dtype) * ranks.world

@@ -31,8 +31,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -42,13 +41,13 @@ from cli import UserError, parse, run
 from model import GPT
 from muon import COEFFICIENTS, orthogonalize
 from quantize import cpu_name
-from train import SIZES, Ranks, build_model, forward_loss, make_optimizers, pick_dtype, update
+from train import SIZES, Ranks, build_model, forward_loss, make_optimizers, pick_dtype, spread, update
 
 SHAPES = {"tiny-64": replace(SIZES["tiny"], block_size=64, batch_size=12), "small": SIZES["small"],
           "seed": replace(SIZES["seed"], batch_size=128)}
 VOCABULARY = 256
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # Linux alone binds processes
-GATHER = "all_gather_into_tensor"  # what muon.py sends with
+GATHER = "all_gather_single"  # what muon.py sends with
 STUDENT = {1: 6365, 2: 3817, 4: 2754}  # GPUs: seconds that the student project of the README trained for
 
 Times = dict[int, dict[str, list[float]]]  # ranks -> turn -> seconds a step, one figure a round
@@ -87,11 +86,7 @@ class Rank:
         self.model = build_model(self.config, VOCABULARY).to(self.device).train()
         self.dtype = pick_dtype("auto", self.device, self.config.n_embd)
         self.optimizers = make_optimizers(self.model, self.config)
-        self.wrapped: nn.Module = self.model
-        if self.world > 1:
-            self.wrapped = DistributedDataParallel(
-                self.model, device_ids=[self.device] if self.device.type == "cuda" else None,
-                forward_sync_buffers=False, gradient_as_bucket_view=True)
+        self.wrapped = spread(self.model, self.config, ranks)  # not compiled: turns differ in shape
         self.tokens = torch.randint(VOCABULARY, (2, self.config.batch_size, self.config.block_size), device=self.device)
         self.matrices = [torch.randn(count, *shape, device=self.device)
                          for shape, count in matrix_shapes(self.model).items()]
