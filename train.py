@@ -145,10 +145,15 @@ def folder_before_restart(out: Path | None) -> Path | None:
     Each folder's .lock names the last launch that trained there. The newest folder would be a guess: a rank
     that died before it made its own would go on with another run's.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+    if restarts() == 0:
         return None
     locks = [out / ".lock"] if out is not None else Path("out").glob("*/.lock")
     return next((lock.parent for lock in locks if lock.exists() and lock.read_text() == launch()), None)
+
+
+def restarts() -> int:
+    """How often torchrun has started its ranks anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def launch() -> str:
@@ -175,7 +180,10 @@ class Ranks:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(threads or max(1, cores // local_world))
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # torchrun's store outlives the ranks: those of a restart must not find the addresses of those before
+            store = dist.PrefixStore(f"restart {restarts()}", next(dist.rendezvous("env://"))[0])
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
+                                    world_size=self.world)
 
     @property
     def is_main(self) -> bool:

@@ -23,6 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = {"vocab_size": 256, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=3, help="how often tests/test_chaos.py kills a training run")
+    parser.addoption("--kills-seed", type=int, default=random.randrange(2**32), help="draws the moments of the kills")
+
+
 def make_text(words: int, seed: int = 0) -> str:
     """Sentences of made-up grammar: structured enough that a small model learns something."""
     rng = random.Random(seed)

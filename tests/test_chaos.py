@@ -1,0 +1,293 @@
+"""Training killed at any moment, and inside of any save, ends with the bytes of a run that nobody disturbed.
+
+    pytest tests/test_chaos.py --kills 200 -s       prints its progress and a summary
+"""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_train import SMALL, losses
+
+import sample
+import train
+from checkpoint import previous_state, read_last_state, read_safetensors, read_state, write_state, write_tensors
+from cli import UserError
+
+TRAIN = [sys.executable, ROOT / "train.py", *SMALL, "--max-steps", "60"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+
+
+def start(command: list, **options: object) -> subprocess.Popen:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    """What it printed, once it has ended well."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def assert_same_bytes(a: Path, b: Path) -> None:
+    for name in ("model.safetensors", "train_state.pt"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert losses(a) == losses(b) and losses(a, "val_loss") == losses(b, "val_loss")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory) -> tuple[Path, float]:
+    """A run's folder, and the seconds it took."""
+    out, began = tmp_path_factory.mktemp("whole") / "run", time.monotonic()
+    finish(start([*TRAIN, "--data", data, "--out", out]))
+    return out, time.monotonic() - began
+
+
+@pytest.fixture
+def trained(undisturbed, tmp_path) -> Path:
+    """A copy of that folder, free to be damaged."""
+    return Path(shutil.copytree(undisturbed[0], tmp_path / "run"))
+
+
+# ---------------------------------------------------------------- kill -9
+
+def test_a_run_killed_again_and_again_ends_as_if_it_were_not(undisturbed, data, tmp_path, request):
+    kills, seed = request.config.getoption("kills"), request.config.getoption("kills_seed")
+    rng, lost, in_saves, finished = random.Random(seed), [], 0, 0
+    print(f"\nseed {seed}; the undisturbed run took {undisturbed[1]:.1f} s")
+    while len(lost) < kills:
+        out, kept = tmp_path / f"run{finished}", None
+        while True:
+            process = start([*TRAIN, "--data", data, "--out", out, *([] if kept is None else ["--resume"])])
+            if len(lost) == kills or not kill(process, out, undisturbed[1], rng):
+                break
+            in_saves += saving(out)
+            kept = kept_step(out)
+            lost.append(last_logged_step(out) - (kept or 0))
+            print(f"kill {len(lost)}: step {kept or 0} is kept, {lost[-1]} more were logged")
+        said, warned = finish(process)
+        assert kept == 60 or f"steps {kept or 0} to 60" in said
+        assert "note:" not in warned
+        assert_same_bytes(out, undisturbed[0])
+        shutil.rmtree(out)
+        finished += 1
+    print(f"{kills} kills, {in_saves} of them inside a save; no damaged file; {finished} runs finished, all with the "
+          f"same bytes; steps to repeat: {sum(lost) / kills:.1f} on average, {max(lost)} at most")
+
+
+def kill(process: subprocess.Popen, out: Path, seconds: float, rng: random.Random) -> bool:
+    """Kill it within its first `seconds`, rather late than early, since start-up takes most of a short run;
+    or, every other time, in a save that follows. False: it had ended before.
+    """
+    aimed, delay = rng.random() < 0.5, rng.uniform(0, 0.03)
+    until = time.monotonic() + seconds * rng.random() ** (1 if aimed else 0.5)
+    while process.poll() is None and (time.monotonic() < until or (aimed and not saving(out))):
+        time.sleep(0.001)
+    if aimed:
+        time.sleep(delay)
+    process.kill()
+    return process.wait() != 0
+
+
+def saving(out: Path) -> bool:
+    return any(path.suffix == ".tmp" for path in out.glob(".[mt]*"))
+
+
+def kept_step(out: Path) -> int | None:
+    """The step to resume from, if any, of a folder in which all is whole."""
+    model = out / "model.safetensors"
+    if not (out / "train_state.pt").exists():
+        model.unlink(missing_ok=True)  # of a first save: train.py would not overwrite a model
+        return None
+    state, damage = read_last_state(out)
+    assert damage is None
+    assert read_safetensors(model)
+    before = previous_state(out / "train_state.pt")
+    assert not before.exists() or read_state(before)["step"] < state["step"]
+    return state["step"]
+
+
+def last_logged_step(out: Path) -> int:
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True) if (out / "log.jsonl").exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_before_any_step_of_a_save_leaves_a_whole_state(tmp_path):
+    def save(out: Path, step: int) -> None:
+        write_tensors(out / "model.safetensors", {"step": torch.tensor(step)})
+        write_state(out / "train_state.pt", {"step": step, "weights": torch.full((1000,), step)})
+
+    for n in itertools.count():
+        out = tmp_path / str(n)
+        save(out, 10)
+        save(out, 20)
+        child = os.fork()
+        if child == 0:
+            sys.addaudithook(killer(n))
+            save(out, 30)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        state, damage = read_last_state(out)
+        assert damage is None and state["step"] in (20, 30)
+        assert read_state(previous_state(out / "train_state.pt"))["step"] in (10, 20)
+        assert read_safetensors(out / "model.safetensors")["step"] >= state["step"]
+        save(out, 40)
+        assert read_last_state(out)[0]["step"] == 40
+        assert read_state(previous_state(out / "train_state.pt"))["step"] == state["step"]
+        assert not list(out.glob(".*"))
+        if status == 0:  # it has not come to so many
+            break
+    assert n > 15
+
+
+def killer(n: int) -> Callable:
+    """An audit hook: kill -9 of this process before it opens, renames, links or removes a file, the n-th time."""
+    count = itertools.count()
+
+    def hook(event: str, args: tuple) -> None:
+        if event in ("open", "os.rename", "os.link", "os.remove", "os.chmod", "os.mkdir") and next(count) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
+# ---------------------------------------------------------------- under torchrun
+
+# rank 1 dies before the first checkpoint; of the ranks that follow, rank 0 dies after the second
+MORTAL = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import cli, train
+
+update, steps, attempt = train.update, [], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+def mortal(*args):
+    update(*args)
+    steps.append(1)
+    if attempt < 2 and int(os.environ["RANK"]) == 1 - attempt and len(steps) == [5, 25][attempt]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train.update = mortal
+sys.argv[0] = "train.py"
+cli.run(train.main)
+"""
+
+
+def test_torchrun_restarts_killed_ranks_in_their_own_folder(data, tmp_path):
+    command = [*SMALL, "--max-steps", "60", "--data", data]
+    finish(start([*TORCHRUN, ROOT / "train.py", *command], cwd=tmp_path))
+    (tmp_path / "mortal.py").write_text(MORTAL)
+    out, err = finish(start([*TORCHRUN, "--max-restarts=2", "mortal.py", *command], cwd=tmp_path))
+    assert "wood-tiny-2: tiny" in out and "steps 20 to 60" in out
+    assert "Traceback" not in err, err
+    assert_same_bytes(tmp_path / "out" / "wood-tiny-2", tmp_path / "out" / "wood-tiny")
+    assert not (tmp_path / "out" / "wood-tiny-3").exists()
+
+
+# ---------------------------------------------------------------- damage
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def flip_in_tensor(path: Path) -> None:
+    norm = read_state(path)["model"]["model.norm.weight"]
+    flip(path, 8 * (path.read_bytes().index(norm.numpy().tobytes()) + norm.nbytes // 2))
+
+
+def flip_in_header(path: Path) -> None:
+    flip(path, 8 * path.read_bytes().index(b"muon_lr"))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("damage", [flip_in_tensor, flip_in_header, truncate])
+def test_of_a_damaged_state_the_one_before_takes_the_place(script, trained, undisturbed, damage):
+    damage(trained / "train_state.pt")
+    code, out, err = script(train.main, "--resume", "--out", trained)
+    assert code == 0 and "steps 50 to 60" in out
+    note, = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert "train_state.pt: not a training state" in note and "train_state.previous.pt" in note
+    assert_same_bytes(trained, undisturbed[0])
+
+
+def test_two_damaged_states_are_both_named(script, trained):
+    for name in ("train_state.pt", "train_state.previous.pt"):
+        flip_in_tensor(trained / name)
+    code, _, err = script(train.main, "--resume", "--out", trained)
+    assert code == 2 and err.count("\n") == 1
+    assert "train_state.pt" in err and "train_state.previous.pt" in err
+
+
+def test_a_flipped_bit_of_the_model_is_named(script, trained):
+    flip(trained / "model.safetensors", 8 * 100_000)
+    code, _, err = script(sample.main, "--checkpoint", trained)
+    assert code == 2 and err.count("\n") == 1
+    assert "model.safetensors" in err and "damaged" in err
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    tensors = {"a": torch.arange(12.0).view(3, 4), "b": torch.tensor([True, False]), "c": torch.tensor(2.5)}
+    model, state = tmp_path / "model.safetensors", tmp_path / "train_state.pt"
+    write_tensors(model, tensors)
+    write_state(state, {"step": 3, "lr": 0.1, "tensors": tensors})
+    for path, read in ((model, read_safetensors), (state, lambda path: read_state(path)["tensors"])):
+        whole, refused = path.read_bytes(), 0
+        for bit in range(0, 8 * len(whole), 41):
+            flip(path, bit)
+            try:
+                found = read(path)  # where nothing depends on the bit, as in padding
+                assert found.keys() == tensors.keys()
+                assert all(torch.equal(found[name], tensors[name]) for name in tensors), bit
+            except UserError:
+                refused += 1
+            path.write_bytes(whole)
+        assert refused > 50
+
+
+def test_of_two_processes_one_trains_in_a_folder(script, trained):
+    command = [*TRAIN[:-1], "1000000", "--eval-every", "1000000", "--resume", "--out", trained]
+    process = start(command, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert str(trained) in process.stdout.readline()  # it has begun
+    code, _, err = script(train.main, "--resume", "--out", trained, "--max-steps", 70)
+    assert code == 2 and err.count("\n") == 1 and "another process" in err
+    process.kill()
+    process.communicate()
+    code, out, err = script(train.main, "--resume", "--out", trained, "--max-steps", 70)
+    assert code == 0 and "steps 60 to 70" in out, err
+
+
+@pytest.mark.parametrize("function", ["evaluate", "snapshot", "save_checkpoint"])
+def test_a_signal_in_the_midst_of_it_is_obeyed_after(script, undisturbed, data, tmp_path, monkeypatch, function):
+    original, calls = getattr(train, function), []
+
+    def signalled(*args: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(train, function, signalled)
+    code, _, err = script(train.main, "--data", data, "--out", tmp_path / "run", *SMALL, "--max-steps", 60)
+    assert code == 128 + signal.SIGTERM, err
+    assert 20 <= kept_step(tmp_path / "run") < 60
+    code, _, err = script(train.main, "--resume", "--out", tmp_path / "run")
+    assert code == 0, err
+    for name in ("model.safetensors", "train_state.pt"):
+        assert (tmp_path / "run" / name).read_bytes() == (undisturbed[0] / name).read_bytes()
