@@ -145,15 +145,10 @@ def folder_before_restart(out: Path | None) -> Path | None:
     Each folder's .lock names the last launch that trained there. The newest folder would be a guess: a rank
     that died before it made its own would go on with another run's.
     """
-    if restarts() == 0:
+    if launch() in ("", "none"):  # no torchrun, or several machines without --rdzv-id
         return None
     locks = [out / ".lock"] if out is not None else Path("out").glob("*/.lock")
     return next((lock.parent for lock in locks if lock.exists() and lock.read_text() == launch()), None)
-
-
-def restarts() -> int:
-    """How often torchrun has started its ranks anew."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def launch() -> str:
@@ -180,8 +175,11 @@ class Ranks:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(threads or max(1, cores // local_world))
         if self.world > 1:
-            # torchrun's store outlives the ranks: those of a restart must not find the addresses of those before
-            store = dist.PrefixStore(f"restart {restarts()}", next(dist.rendezvous("env://"))[0])
+            store = next(dist.rendezvous("env://"))[0]
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # torchrun's store outlives the ranks: those of a restart must not find the addresses of those
+                # before. (Several machines count their restarts apart, and need torchrun itself to see to it.)
+                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
                                     world_size=self.world)
 

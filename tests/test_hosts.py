@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -66,6 +67,7 @@ def start(hosts: Hosts, out: Path, *flags: object) -> list[subprocess.Popen]:
     for host, address in hosts.items():
         command = ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
                    "--nproc_per_node=1", "--max-restarts=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:29400",
+                   f"--rdzv-id={out.parent.name}",
                    # which machine it is, torchrun takes from its name; that of the namespaces is the same
                    f"--rdzv-conf=is_host={address == first}", f"--local-addr={address}"]
         with Path(f"{out}-{host}.log").open("w") as log:
@@ -98,12 +100,14 @@ def test_two_hosts_give_the_losses_of_one_process(hosts, one, data, tmp_path):
 
 def test_a_host_that_loses_its_rank_starts_it_again(hosts, one, data, tmp_path):
     out = tmp_path / "two"
-    started = start(hosts, out, "--data", data, "--max-steps", "40", "--eval-every", "40")
+    started = start(hosts, out, "--data", data, "--max-steps", "40")
     until = time.monotonic() + 60
-    while not (out / "log.jsonl").exists() and time.monotonic() < until:
+    while not (out / "train_state.pt").exists() and time.monotonic() < until:
         time.sleep(0.01)
     unlucky = list(hosts)[1]
     kill(unlucky, but=started[1].pid)
     ends_well(hosts, out, started)
-    assert "exitcode: -9" in Path(f"{out}-{unlucky}.log").read_text()
+    said = "".join(Path(f"{out}-{host}.log").read_text() for host in hosts)
+    assert "exitcode: -9" in said
+    assert re.search("steps [123]0 to 40 ", said), said  # from a checkpoint, on both
     assert losses(out) == pytest.approx(losses(one), abs=SAME)
