@@ -1,0 +1,137 @@
+"""What a training step costs: train.py's, beside a plain loop over the same model.
+
+    python tests/bench_train.py                        small, on 2 threads
+    python tests/bench_train.py --sizes tiny small --threads 1 --rounds 9
+
+plain is PyTorch as it comes: fp32, eager, AdamW for all parameters. plain Muon is the same with
+torch.optim.Muon for the matrices that train.py has Muon for. owlet is the step of a long run of train.py
+(compiled, in the dtype that suits the machine), owlet float32 the same in fp32. They take turns, so that a slow moment
+of the machine is everybody's. The peak is what a large matrix product reaches in that dtype, measured in the same run.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from checkpoint import write_json
+from cli import UserError, parse, run
+from model import GPT
+from quantize import cpu_name
+from train import (
+    SIZES,
+    Ranks,
+    TrainConfig,
+    build_model,
+    can_compile,
+    forward_loss,
+    make_optimizers,
+    peak_flops,
+    pick_dtype,
+    spread,
+    update,
+)
+
+VOCABULARY = 256
+
+
+Step = Callable[[Tensor, Tensor], None]  # trains a model by a batch
+
+
+def owlet_step(config: TrainConfig, ranks: Ranks) -> Step:
+    model = new_model(config, ranks)
+    wrapped, optimizers = spread(model, config, ranks), make_optimizers(model, config)
+    dtype = pick_dtype(config.dtype, ranks.device, config.n_embd)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        forward_loss(wrapped, x, y, dtype).backward()
+        update(model, optimizers, 0, config)
+
+    return step
+
+
+def plain_step(config: TrainConfig, ranks: Ranks, muon: bool) -> Step:
+    model = new_model(config, ranks)
+    optimizers = [torch.optim.AdamW(model.parameters())]
+    if muon:
+        matrices, others = (optimizer.param_groups[0]["params"] for optimizer in make_optimizers(model, config))
+        optimizers = [torch.optim.Muon(matrices), torch.optim.AdamW(others)]
+
+    def step(x: Tensor, y: Tensor) -> None:
+        model(x, y)[1].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def new_model(config: TrainConfig, ranks: Ranks) -> GPT:
+    torch.manual_seed(0)
+    return build_model(config, VOCABULARY).to(ranks.device).train()
+
+
+@dataclass
+class TrainBenchConfig:
+    sizes: tuple[Literal["tiny", "small", "seed"], ...] = ("small",)
+    threads: int = 2
+    rounds: int = 7
+    """Steps of each that count; two more warm up."""
+    out: Path = Path("out/train")
+    """Folder for train.json."""
+
+
+def main() -> None:
+    flags = parse(TrainBenchConfig, "What a training step costs, beside a plain loop over the same model.")
+    for name, value in (("threads", flags.threads), ("rounds", flags.rounds)):
+        if value < 1:
+            raise UserError(f"--{name}: expected 1 or more, got {value}")
+    ranks, rows = Ranks("auto", flags.threads), []
+    device = ranks.device
+    for size in flags.sizes:
+        config = replace(SIZES[size], compile="on" if can_compile(device) else "off")
+        dtype = pick_dtype("auto", device, config.n_embd)
+        steps = {"plain": (plain_step(config, ranks, muon=False), torch.float32),
+                 "plain Muon": (plain_step(config, ranks, muon=True), torch.float32),
+                 "owlet float32": (owlet_step(replace(config, dtype="float32"), ranks), torch.float32),
+                 "owlet": (owlet_step(config, ranks), dtype)}
+        tokens = torch.randint(VOCABULARY, (2, config.batch_size, config.block_size), device=device)
+        seconds, peaks = {name: [] for name in steps}, {torch.float32: 0.0, dtype: 0.0}
+        for turn in tqdm(range(flags.rounds + 2), desc=size, disable=None, leave=False):
+            for name, (step, _) in steps.items():
+                seconds[name].append(timed(step, *tokens))
+                seconds[name] = seconds[name][-max(1, turn - 1):]  # without those that warm up
+            peaks = {kind: max(best, peak_flops(device, kind)) for kind, best in peaks.items()}
+        for name, (_, kind) in steps.items():
+            speed = tokens[0].numel() / statistics.median(seconds[name])
+            ratio = statistics.median(a / b for a, b in zip(seconds["plain"], seconds[name], strict=True))
+            mfu = new_model(config, ranks).estimate_mfu(speed, peaks[kind])
+            rows.append([size, name, str(kind).removeprefix("torch."), f"{speed:,.0f}", f"{ratio:.2f}x", f"{mfu:.0%}",
+                         f"{peaks[kind] / 1e9:,.0f}"])
+    header = ["size", "step", "dtype", "tokens/s", "over plain", "of matmul peak", "peak, GFLOP/s"]
+    print("\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * 3 + ["--:"] * 4, *rows)))
+    print(f"{cpu_name()}, {flags.threads} threads, torch {torch.__version__}; medians of {flags.rounds} steps in turn")
+    write_json(flags.out / "train.json", {"machine": cpu_name(), "threads": flags.threads, "header": header,
+                                          "rows": rows})
+
+
+def timed(step: Step, x: Tensor, y: Tensor) -> float:
+    began = time.perf_counter()
+    step(x, y)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    run(main)
