@@ -94,8 +94,8 @@ def medians(row: dict) -> tuple[float, float]:
 def table(rows: list[dict]) -> str:
     """Medians as a Markdown table; losses with the lowest and highest of the repeats, times also as shares."""
     baselines = rows[:len(LEARNING_RATES)]
-    lines = ["| | parameters | steps | validation loss, nats | seconds | "
-             f"{' | '.join(f'of {row['name']!r}' for row in baselines)} |",
+    shares = " | ".join(f"of {row['name']}" for row in baselines)
+    lines = [f"| | parameters | steps | validation loss, nats | seconds | {shares} |",
              f"|---|--:|--:|--:|--:|{'--:|' * len(baselines)}"]
     for row in rows:
         seconds, loss = medians(row)
