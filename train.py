@@ -84,7 +84,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
     warmup_steps: int = 0
-    decay_share: float = 0.4
+    decay_share: float = 0.7
     """Last part of the run over which the learning rates fall linearly to zero."""
 
     eval_every: int = 250
@@ -274,7 +274,7 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     in_muon = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in in_muon]
     dtype = pick_dtype(config.dtype, model.device, 256)  # Muon's products are in it from end to end
-    return [Muon(matrices, lr=config.muon_lr, dtype=dtype),
+    return [Muon(matrices, lr=config.muon_lr, momentum=0.85, dtype=dtype),
             torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
@@ -299,7 +299,6 @@ def update(model: GPT, optimizers: list[torch.optim.Optimizer], step: int, confi
     for group in muon.param_groups:
         group["lr"] = config.muon_lr * lr_scale(step, config)
         group["weight_decay"] = config.weight_decay
-        group["momentum"] = 0.85 + 0.10 * min(1.0, step / 200)  # shorter while the gradients still turn quickly
     for group in adam.param_groups:
         group["lr"] = config.adam_lr * lr_scale(step, config)
     for optimizer in optimizers:
