@@ -38,8 +38,8 @@ PHASES = {  # phase -> the functions it consists of, none of which calls another
     "backward": ["torch/_tensor.py:Tensor.backward"],
     "optimizer": ["train.py:update"],
     "evaluation": ["train.py:evaluate"],
-    "checkpoint and log": ["train.py:save_checkpoint", "model.py:GPT.save_pretrained", "train.py:RunLog.__init__",
-                           "train.py:RunLog.add", "train.py:RunLog.draw"],
+    "checkpoint and log": ["train.py:snapshot", "checkpoint.py:Background.wait", "model.py:GPT.save_pretrained",
+                           "train.py:RunLog.__init__", "train.py:RunLog.add"],  # the rest is done beside
     "waiting for other ranks": ["train.py:Ranks.sum", "train.py:Ranks.from_main"],
     "set-up": ["train.py:Ranks.__init__", "train.py:build_model", "train.py:make_optimizers", "train.py:peak_flops"],
     "load": ["model.py:GPT.from_pretrained", "int8.py:from_pretrained"],
