@@ -148,7 +148,7 @@ def folder_before_restart(out: Path | None) -> Path | None:
     if launch() in ("", "none"):  # no torchrun, or several machines without --rdzv-id
         return None
     locks = [out / ".lock"] if out is not None else Path("out").glob("*/.lock")
-    return next((lock.parent for lock in locks if lock.exists() and lock.read_text() == launch()), None)
+    return next((path.parent for path in locks if path.exists() and path.read_text() == launch()), None)
 
 
 def launch() -> str:
@@ -522,10 +522,10 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
     128 + the signal that asked for a stop.
     """
     with contextlib.ExitStack() as at_exit:
-        return train_until(config, ranks, state, at_exit)
+        return _train(config, ranks, state, at_exit)
 
 
-def train_until(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: contextlib.ExitStack) -> int:
+def _train(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: contextlib.ExitStack) -> int:
     """`train`, which puts into at_exit what must be done however it ends."""
     # where from, where to
     check(config, ranks.world)
@@ -674,7 +674,6 @@ def main() -> None:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        # also what torchrun sees of a rank that failed: it ends the others, and may start all anew
         sys.exit(f"train.py: rank {ranks.rank} lost another rank; --resume continues from the last checkpoint")
     ranks.close()
     sys.exit(code)
