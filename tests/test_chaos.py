@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -190,7 +191,7 @@ def test_torchrun_restarts_killed_ranks_in_their_own_folder(data, tmp_path):
     finish(start([*TORCHRUN, ROOT / "train.py", *command], cwd=tmp_path))
     (tmp_path / "mortal.py").write_text(MORTAL)
     out, err = finish(start([*TORCHRUN, "--max-restarts=2", "mortal.py", *command], cwd=tmp_path))
-    assert "wood-tiny-2: tiny" in out and "steps 20 to 60" in out
+    assert "wood-tiny-2: tiny" in out and re.search("steps [12]0 to 60", out), out  # 10: the second was being written
     assert "Traceback" not in err, err
     assert_same_bytes(tmp_path / "out" / "wood-tiny-2", tmp_path / "out" / "wood-tiny")
     assert not (tmp_path / "out" / "wood-tiny-3").exists()
