@@ -31,7 +31,7 @@ class GPTConfig:
     n_hidden: int | None = None  # SwiGLU width; None: 8/3 n_embd, rounded up to a multiple of 64
     qk_norm: bool = True  # True: Qwen3; False: Llama
     tie_embeddings: bool = True
-    rope_theta: float = 1_000.0  # base of the positions' wavelengths: less than usual, for contexts that are short
+    rope_theta: float = 1_000.0  # a tenth of what is usual: contexts here are short
     norm_eps: float = 1e-6
     dropout: float = 0.0
     bos: int | None = None  # begin- and end-of-text tokens, of models that come with some
