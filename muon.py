@@ -74,12 +74,11 @@ class Muon(torch.optim.Optimizer):
         x = torch.stack([whole(p.grad) for p in params])
         if not dist.is_initialized():
             return orthogonalize(x, self.dtype), None
-        share = math.ceil(len(x) / dist.get_world_size())
-        first = dist.get_rank() * share
-        mine = torch.zeros_like(x[:share])
-        mine[:len(x[first:first + share])] = orthogonalize(x[first:first + share], self.dtype)
-        steps = x.new_empty(dist.get_world_size() * share, *x.shape[1:])
-        return steps, dist.all_gather_single(steps, mine, async_op=True)
+        world, share = dist.get_world_size(), math.ceil(len(x) / dist.get_world_size())
+        mine = x[dist.get_rank() * share:][:share]
+        sent, steps = x.new_zeros(world, share, *x.shape[1:]), x.new_empty(world * share, *x.shape[1:])
+        sent[:, :len(mine)] = orthogonalize(mine, self.dtype)  # the same to each: gloo gathers at half this speed
+        return steps, dist.all_to_all_single(steps, sent.flatten(0, 1), async_op=True)
 
 
 def local(x: Tensor) -> Tensor:
