@@ -437,7 +437,9 @@ def save_checkpoint(out: Path, trained: dict, better: bool, step: int, best: flo
     model.safetensors goes first: after a kill between the two, a resume comes by the same model again. Runs of
     the same settings leave the same bytes, so the state does not hold where it lies, or how often it was resumed.
     """
-    if not all(weight.isfinite().all() for weight in trained["model"].values()):
+    # by NumPy: a second thread that had torch compute in parallel would have OpenMP threads of its own, and with more
+    # of them than cores every wait of the training's becomes three times as long, to the end of the run
+    if not all(np.isfinite(weight.numpy()).all() for weight in trained["model"].values()):
         raise diverged(config, step, "a weight is not finite")
     if better or not (out / "model.safetensors").exists():
         write_pretrained(out, trained["model"], model_config)  # the best model so far, not the latest
