@@ -575,7 +575,8 @@ def _train(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: conte
     say(f"{out}: {config.size}, {model.num_params() / 1e6:.2f}M parameters, {config.data.name} "
         f"({data.tokens['train']:,} tokens), steps {first} to {config.max_steps} of {tokens_a_step:,} tokens\n"
         f"{ranks.world} x {ranks.device.type}, {torch.get_num_threads()} threads each, "
-        f"{str(dtype).removeprefix('torch.')}, matmul peak {peak / 1e9:,.0f} GFLOP/s")
+        f"{str(dtype).removeprefix('torch.')}, matmul peak {peak / 1e9:,.0f} GFLOP/s"
+        f"{'; compiling first, some 10 seconds' if config.compile == 'on' else ''}")
 
     # a signal asks for a stop; the loop obeys between two steps, where the state is whole
     asked: list[tuple[int, float]] = []  # signal, when
