@@ -94,8 +94,9 @@ class Rank:
         self.exchange: dict[torch.Size, tuple[Tensor, Tensor]] = {}
 
     def turn(self, what: str, sequences: int, steps: int) -> float:
-        """Seconds of one step, over so many."""
+        """Seconds of one step, over so many; one more goes before: after a turn of another shape memory is new."""
         x, y = self.tokens[:, :sequences]  # each (sequences, T)
+        getattr(self, what)(x, y)
         if self.world > 1:
             dist.barrier()
         self.tokens[0, 0, 0].item()  # waits for an asynchronous device
