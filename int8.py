@@ -47,7 +47,8 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     A token with NaN or infinity gets a scale that is not finite, so that its results are NaN.
     """
     amax = x.abs().amax(dim=-1, keepdim=True)
-    inverse = torch.where(amax >= 1e-30, 127 / amax, 0.0)
+    # not 127 / amax, which torch takes for amax's reciprocal times 127: rounded twice
+    inverse = torch.where(amax >= 1e-30, torch.full_like(amax, 127) / amax, 0.0)
     q = torch.round(x * inverse).nan_to_num(0.0).clamp(-127, 127).to(torch.int8)
     return q, torch.where(amax.isfinite(), amax / 127, torch.nan)
 
