@@ -84,19 +84,34 @@ def has_torch_ao() -> bool:
     return hasattr(torch, "ao") and hasattr(torch.ao.quantization, "quantize_dynamic")
 
 
+def has_cuda_kernels() -> bool:
+    """setup.py adds them where torch is a CUDA build and nvcc is found."""
+    return hasattr(owlet_kernels, "CudaDecoder")
+
+
 def pick_backend(name: str, device: torch.device) -> Backend:
     """auto: the fastest that is here. A missing extension is said, with the cure."""
-    if name == "owlet" and owlet_kernels is None:
-        raise UserError(f"--backend owlet: {why_no_kernels}")
+    why_not = why_no_kernels if owlet_kernels is None else None
+    if why_not is None and device.type != "cpu" and not (device.type == "cuda" and has_cuda_kernels()):
+        why_not = f"owlet's int8 kernels are not built for {device.type}"
+    if name == "owlet" and why_not:
+        raise UserError(f"--backend owlet: {why_not}")
     if name == "torch.ao" and not (has_torch_ao() and device.type == "cpu"):
         raise UserError("--backend torch.ao: needs a CPU and a torch that still has torch.ao.quantization")
     if name != "auto":
         return name
-    if owlet_kernels is not None:
+    if not why_not:
         return "owlet"
     fallback = "torch.ao" if has_torch_ao() and device.type == "cpu" else "reference"
-    print(f"note: {why_no_kernels}; going on with {fallback}", file=sys.stderr)
+    print(f"note: {why_not}; going on with {fallback}", file=sys.stderr)
     return fallback
+
+
+def pack_tiles(weight: Tensor) -> Tensor:
+    """For the CUDA kernels: (N, K) int8 -> (ceil(N / 8), ceil(K / 64), 8, 64), zero past N and K."""
+    N, K = weight.shape
+    padded = F.pad(weight, (0, -K % 64, 0, -N % 8))
+    return padded.unflatten(1, (-1, 64)).unflatten(0, (-1, 8)).transpose(1, 2).contiguous()
 
 
 class Int8Linear(nn.Module):
@@ -106,14 +121,16 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, backend: Backend, activation: str = "none",
-                 memory: "PackedMemory | None" = None) -> None:
+                 memory: "PackedMemory | None" = None, tiles: bool = False) -> None:
+        """memory: to pack the weight into; tiles: pack it for CUDA, where the module is to be moved."""
         super().__init__()
-        self.backend, self.activation, self.in_features = backend, activation, weight.size(1)
+        self.backend, self.activation, self.in_features, self.tiles = backend, activation, weight.size(1), tiles
         self.register_buffer("scale", scale)
-        if backend == "owlet":
-            self.register_buffer("weight", memory.pack(weight) if memory else torch.ops.owlet.pack_int8(weight))
-        else:
-            self.register_buffer("weight", weight)
+        if tiles:
+            weight = pack_tiles(weight)
+        elif backend == "owlet":
+            weight = memory.pack(weight) if memory else torch.ops.owlet.pack_int8(weight)
+        self.register_buffer("weight", weight)
         if backend == "torch.ao":
             N, K = weight.shape
             with warnings.catch_warnings(action="ignore"):  # deprecated, as said above
@@ -131,7 +148,9 @@ class Int8Linear(nn.Module):
 
     def rows(self, idx: Tensor) -> Tensor:
         """Rows idx (...) of the matrix, in fp32 (..., K): the embedding of a tied head."""
-        if self.backend == "owlet":  # packed (N / 64, K / 4, 64, 4), each value + 128
+        if self.tiles:
+            row = self.weight[idx // 8, :, idx % 8].flatten(-2)[..., :self.in_features]
+        elif self.backend == "owlet":  # packed (N / 64, K / 4, 64, 4), each value + 128
             row = self.weight[idx // 64, :, idx % 64].flatten(-2)[..., :self.in_features].to(torch.int16) - 128
         else:
             row = self.weight[idx]
@@ -279,8 +298,8 @@ def quantize_state(model: GPT) -> dict[str, Tensor]:
 def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device: torch.device) -> Int8GPT:
     """The int8 model from quantize_state's tensors, on the device."""
 
-    memory = None
-    if backend == "owlet" and device.type == "cpu":  # split or joined, no matrix takes more
+    memory, tiles = None, backend == "owlet" and device.type == "cuda"
+    if backend == "owlet" and not tiles:  # split or joined, no matrix takes more
         memory = PackedMemory([tensor for tensor in state.values() if tensor.dtype == torch.int8])
 
     def linear(prefix: str, *names: str, activation: str = "none") -> Int8Linear:
@@ -290,7 +309,7 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device:
             weight, scale = (torch.stack(parts, dim=1).flatten(0, 1) for parts in (weights, scales))
         else:
             weight, scale = torch.cat(weights), torch.cat(scales)
-        return Int8Linear(weight, scale, backend, activation, memory)
+        return Int8Linear(weight, scale, backend, activation, memory, tiles)
 
     with Uninitialised():
         model = Int8GPT(config)
@@ -303,7 +322,7 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device:
     model.lm_head = linear("", embedding if config.tie_embeddings else "lm_head")
     table = model.lm_head if config.tie_embeddings else Int8Linear(
         state[f"{embedding}.weight"], state[f"{embedding}.weight_scale"],
-        backend if backend == "owlet" else "reference", memory=memory)
+        backend if backend == "owlet" else "reference", memory=memory, tiles=tiles)
     model.model["embed_tokens"] = Int8Embedding(table)
     model.backend = f"{backend} ({owlet_kernels.isa()})" if backend == "owlet" else backend
     model = model.eval().requires_grad_(False).to(device)

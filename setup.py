@@ -30,8 +30,11 @@ if sys.platform == "linux":
 
 if torch.version.cuda and CUDA_HOME and (Path(CUDA_HOME) / "bin/nvcc").exists():
     extension = CUDAExtension
-    sources |= {*csrc.glob("cuda/*.cu")}
+    sources |= {*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/*.cpp")}
     cxx_flags.append("-DOWLET_CUDA")
+    if not torch.cuda.is_available():  # else torch compiles for the GPUs that are here
+        newest = "9.0;10.0+PTX" if torch.version.cuda >= "12.8" else "9.0+PTX"
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"7.5;8.0;8.6;8.9;{newest}")
 else:
     extension = CppExtension
 

@@ -14,26 +14,16 @@
 #include <optional>
 #include <string_view>
 
+#include "cuda/layout.h"
 #include "decoder.h"
 #include "huge_pages.h"
 #include "kernels/kernels.h"
+#include "ops.h"
 #include "probe.h"
 
-#ifdef OWLET_CUDA
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
-#include "cuda/int8_linear.h"
-#endif
-
 namespace owlet {
-namespace {
 
 using at::Tensor;
-
-// Work worth waking a thread for, in multiply-adds.
-constexpr int64_t kGrain = 1 << 16;
 
 Activation parse_activation(std::string_view name) {
   if (name == "none") return Activation::none;
@@ -42,8 +32,15 @@ Activation parse_activation(std::string_view name) {
   TORCH_CHECK(false, "activation must be none, silu or swiglu, got ", name);
 }
 
+namespace {
+
 c10::SymDimVector packed_shape(const c10::SymInt& N, const c10::SymInt& K) {
   return {(N + kPanelRows - 1) / kPanelRows, (K + 3) / 4, kPanelRows, 4};
+}
+
+c10::SymDimVector tiled_shape(const c10::SymInt& N, const c10::SymInt& K) {
+  using namespace cuda;
+  return {(N + kTileRows - 1) / kTileRows, (K + kTileK - 1) / kTileK, kTileRows, kTileK};
 }
 
 void check(const char* name, const Tensor& t, at::ScalarType dtype, const Tensor& x,
@@ -56,18 +53,22 @@ void check(const char* name, const Tensor& t, at::ScalarType dtype, const Tensor
   TORCH_CHECK(same, name, " must have shape ", shape, ", got ", t.sym_sizes());
 }
 
-// Checks every argument and returns y, not yet filled. Shapes may be symbolic: when torch.compile
-// traces, this is all that runs.
+}  // namespace
+
 Tensor new_output(const Tensor& x, const Tensor& packed, const Tensor& scale,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                   std::string_view activation) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat, "x must be ", at::kFloat, ", got ", x.scalar_type());
+  // int8 says that it is packed for CUDA: when torch.compile traces, the device does not
+  const bool tiled = x.is_cuda() || (x.is_meta() && packed.scalar_type() == at::kChar);
+  const at::ScalarType dtype = x.scalar_type();
+  TORCH_CHECK(dtype == at::kFloat || (tiled && (dtype == at::kHalf || dtype == at::kBFloat16)), "x must be ",
+              at::kFloat, tiled ? ", Half or BFloat16" : "", ", got ", dtype);
   TORCH_CHECK(x.dim() >= 1, "x must have shape (..., K), got a scalar");
   TORCH_CHECK(scale.dim() == 1, "scale must have shape (N), got ", scale.sym_sizes());
   const c10::SymInt K = x.sym_size(-1), N = scale.sym_size(0);
   TORCH_SYM_CHECK(K.sym_gt(0).sym_and(K.sym_le(kMaxK)), "K must be 1 to ", kMaxK,
                   ", for sums to fit int32, got ", K);
-  check("packed", packed, at::kByte, x, packed_shape(N, K));
+  check("packed", packed, tiled ? at::kChar : at::kByte, x, tiled ? tiled_shape(N, K) : packed_shape(N, K));
   check("scale", scale, at::kFloat, x, {N});
   if (bias) check("bias", *bias, at::kFloat, x, {N});
 
@@ -77,9 +78,14 @@ Tensor new_output(const Tensor& x, const Tensor& packed, const Tensor& scale,
     TORCH_SYM_CHECK((N % 2).sym_eq(0), "swiglu needs an even N, gate and up in turn, got ", N);
     shape.back() = N / 2;
   }
-  if (residual) check("residual", *residual, at::kFloat, x, shape);
+  if (residual) check("residual", *residual, dtype, x, shape);
   return at::empty_symint(shape, x.options());
 }
+
+namespace {
+
+// Work worth waking a thread for, in multiply-adds.
+constexpr int64_t kGrain = 1 << 16;
 
 Tensor contiguous(const std::optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); }
 
@@ -186,35 +192,6 @@ Tensor huge_pages(int64_t bytes) {
   const HugePages::Block block = pages.take(bytes);
   return at::from_blob(block.memory, {bytes}, [block](void*) { pages.give(block); }, at::kByte);
 }
-
-#ifdef OWLET_CUDA
-Tensor int8_linear_cuda(const Tensor& x, const Tensor& packed, const Tensor& scale,
-                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                        std::string_view activation) {
-  const Tensor y = new_output(x, packed, scale, bias, residual, activation);
-  if (y.numel() == 0) return y;
-  const c10::cuda::CUDAGuard guard(x.device());
-
-  const int64_t K = x.size(-1), tokens = x.numel() / K;
-  const Tensor x_ = x.contiguous(), packed_ = packed.contiguous(), scale_ = scale.contiguous();
-  const Tensor bias_ = contiguous(bias), residual_ = contiguous(residual);
-  const Tensor q = at::empty({tokens, (K + 3) / 4 * 4}, x.options().dtype(at::kChar));
-  const Tensor x_scale = at::empty({tokens}, x.options());
-
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  C10_CUDA_CHECK(cuda::quantize_tokens(x_.const_data_ptr<float>(), tokens, K,
-                                       q.mutable_data_ptr<int8_t>(),
-                                       x_scale.mutable_data_ptr<float>(), stream));
-  C10_CUDA_CHECK(cuda::int8_linear(
-      q.const_data_ptr<int8_t>(), x_scale.const_data_ptr<float>(), tokens, K,
-      packed_.const_data_ptr<uint8_t>(), scale.numel(), scale_.const_data_ptr<float>(),
-      data_or_null(bias_), parse_activation(activation), data_or_null(residual_),
-      y.mutable_data_ptr<float>(), stream));
-  return y;
-}
-
-Tensor pack_int8_cuda(const Tensor& w) { return pack_int8_cpu(w.cpu()).to(w.device()); }
-#endif
 
 // ---- the decoder, as Python sees it
 
@@ -329,13 +306,6 @@ TORCH_LIBRARY_IMPL(owlet, Meta, m) {
   m.impl("pack_int8", owlet::new_packed);
 }
 
-#ifdef OWLET_CUDA
-TORCH_LIBRARY_IMPL(owlet, CUDA, m) {
-  m.impl("int8_linear", owlet::int8_linear_cuda);
-  m.impl("pack_int8", owlet::pack_int8_cuda);
-}
-#endif
-
 PYBIND11_MODULE(owlet_kernels, m) {
   m.doc() = "Registers torch.ops.owlet.int8_linear and torch.ops.owlet.pack_int8.";
   m.def("isa", [] { return owlet::kernel().name; }, "The instruction set in use.");
@@ -359,4 +329,7 @@ PYBIND11_MODULE(owlet_kernels, m) {
         py::call_guard<py::gil_scoped_release>(), "GB/s at which threads can read this many bytes of memory.");
   m.def("dot_peak", owlet::dot_peak, py::arg("threads"), py::arg("isa"), py::call_guard<py::gil_scoped_release>(),
         "GOP/s of the instruction set's int8 dot product, from registers.");
+#ifdef OWLET_CUDA
+  owlet::cuda::define(m);
+#endif
 }

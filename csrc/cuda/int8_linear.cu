@@ -1,93 +1,348 @@
 // Compile with -fmad=false: a fused multiply-add would round differently from the CPU.
+//
+// Both kernels multiply on the tensor cores, 16 tokens x 8 output channels x 32 k at a time. The order of k is free
+// as long as both operands have the same: lane (g, t) loads the 16 bytes from k = 16t on, in one piece, and hands
+// them on as if they were k = 4t .. 4t+3 and 16+4t .. 19+4t of two products.
 #include "../kernels/numerics.h"
 #include "int8_linear.h"
+#include "primitives.cuh"
 
 namespace owlet::cuda {
 namespace {
 
-constexpr int kTileTokens = 6;  // that a block takes at once, so that weights are loaded once for several
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffff;
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-__host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// One warp a token.
-__global__ void quantize_kernel(const float* x, int64_t K, int8_t* q, float* scale) {
-  const int64_t t = blockIdx.x, q_stride = ceil_div(K, 4) * 4;
+template <typename T>
+__device__ T from_float(float x);
+template <>
+__device__ float from_float(float x) {
+  return x;
+}
+template <>
+__device__ __half from_float(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// ---- activations to int8
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+// Quantizes a token, by a whole block. RMSNorm's factor is the same for all of a token: it cancels out of q, and
+// joins the scale. So one pass finds all that q needs.
+template <typename T>
+__device__ void quantize_token(const Tokens<T>& tokens, int64_t token, int64_t K, int8_t* q, float* scale) {
+  __shared__ int amaxes[kWarps];
+  __shared__ float squares[kWarps];
+  const T* x = tokens.x + token * K;
+  const auto value = [&](int64_t k) { return tokens.norm ? to_float(x[k]) * tokens.norm[k] : to_float(x[k]); };
 
   int amax = 0;
-  for (int64_t k = threadIdx.x; k < K; k += kWarp) amax = max(amax, abs_bits(x[t * K + k]));
-  for (int mask = kWarp / 2; mask > 0; mask /= 2)
+  float square = 0;
+  for (int64_t k = threadIdx.x; k < K; k += kThreads) {
+    amax = max(amax, abs_bits(value(k)));
+    square += to_float(x[k]) * to_float(x[k]);
+  }
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
     amax = max(amax, __shfl_xor_sync(kAllLanes, amax, mask));
+    square += __shfl_xor_sync(kAllLanes, square, mask);
+  }
+  __syncthreads();  // for whoever still reads what the token before left here
+  amaxes[threadIdx.x / kWarp] = amax;
+  squares[threadIdx.x / kWarp] = square;
+  __syncthreads();
+  for (int i = 0; i < kWarps; ++i) amax = max(amax, amaxes[i]);
+  square = 0;
+  for (int i = 0; i < kWarps; ++i) square += squares[i];
 
   const TokenScale s = token_scale(amax);
-  if (threadIdx.x == 0) scale[t] = s.scale;
-  for (int64_t k = threadIdx.x; k < q_stride; k += kWarp)
-    q[t * q_stride + k] = k < K && s.inverse > 0 ? round_to_int(x[t * K + k] * s.inverse) : 0;
+  const float factor = tokens.norm ? 1.0f / sqrtf(square / static_cast<float>(K) + tokens.eps) : 1.0f;
+  if (threadIdx.x == 0) *scale = s.scale * factor;
+  const int64_t padded = k_tiles(K) * kTileK;
+  for (int64_t k = threadIdx.x; k < padded; k += kThreads)
+    q[k] = k < K && s.inverse > 0 ? round_to_int(value(k) * s.inverse) : 0;
 }
 
-// A block does one panel for kTileTokens tokens. A warp has 8 rows of the panel, each read by 4
-// lanes that take every 4th quad of k: so a warp loads 4 whole sectors of 32 bytes at a time.
-constexpr int kSlices = 4;
-constexpr int kRowsPerWarp = kWarp / kSlices;
-constexpr int kThreads = kPanelRows * kSlices;
+template <typename T>
+__global__ void __launch_bounds__(kThreads) quantize_kernel(Tokens<T> tokens, int64_t K, Scratch to) {
+  const int64_t token = blockIdx.x;
+  quantize_token(tokens, token, K, to.q + token * k_tiles(K) * kTileK, to.scale + token);
+}
 
-__global__ void __launch_bounds__(kThreads)
-    linear_kernel(const int8_t* q, const float* x_scale, int64_t tokens, int64_t K,
-                  const uint8_t* packed, int64_t N, const float* scale, const float* bias,
-                  Activation activation, const float* residual, float* y) {
-  const int lane = threadIdx.x % kWarp;
-  const int row = threadIdx.x / kWarp * kRowsPerWarp + lane % kRowsPerWarp;
-  const int slice = lane / kRowsPerWarp;
-  const int64_t n = blockIdx.x * int64_t{kPanelRows} + row;
-  const int64_t token = blockIdx.y * int64_t{kTileTokens};
+// ---- sums to y
 
-  const int64_t quads = ceil_div(K, 4);
-  const auto* w = reinterpret_cast<const uint32_t*>(packed) + blockIdx.x * quads * kPanelRows + row;
-  const auto* a = reinterpret_cast<const int32_t*>(q);
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
 
-  int acc[kTileTokens] = {};
-  for (int64_t i = slice; i < quads; i += kSlices) {
-    const int weights = static_cast<int>(w[i * kPanelRows] ^ 0x80808080);  // w + 128 back to w
-#pragma unroll
-    for (int t = 0; t < kTileTokens; ++t)
-      if (token + t < tokens) acc[t] = __dp4a(weights, a[(token + t) * quads + i], acc[t]);
+template <typename T>
+struct Output {
+  Linear linear;
+  const T* residual;
+  T* y;
+
+  // Of a token, channels n and n + 1; n is even. x_scale is the token's.
+  __device__ void store(int64_t token, float x_scale, int64_t n, int sum0, int sum1) const {
+    if (n >= linear.N) return;
+    const bool both = n + 1 < linear.N;
+    float v0 = static_cast<float>(sum0) * x_scale * linear.scale[n];
+    float v1 = both ? static_cast<float>(sum1) * x_scale * linear.scale[n + 1] : 0.0f;
+    if (linear.bias) {
+      v0 += linear.bias[n];
+      if (both) v1 += linear.bias[n + 1];
+    }
+    if (linear.activation != Activation::none) v0 = silu(v0, exp_range(-v0));
+    if (linear.activation == Activation::swiglu) {
+      const int64_t at = token * (linear.N / 2) + n / 2;
+      v0 *= v1;
+      y[at] = from_float<T>(residual ? v0 + to_float(residual[at]) : v0);
+      return;
+    }
+    if (linear.activation == Activation::silu) v1 = silu(v1, exp_range(-v1));
+
+    const int64_t at = token * linear.N + n;
+    if (linear.N % 2 == 0) {  // so pairs are aligned
+      if (residual) {
+        const Pair<T> r = *reinterpret_cast<const Pair<T>*>(residual + at);
+        v0 += to_float(r.first);
+        v1 += to_float(r.second);
+      }
+      *reinterpret_cast<Pair<T>*>(y + at) = {from_float<T>(v0), from_float<T>(v1)};
+    } else {
+      y[at] = from_float<T>(residual ? v0 + to_float(residual[at]) : v0);
+      if (both) y[at + 1] = from_float<T>(residual ? v1 + to_float(residual[at + 1]) : v1);
+    }
   }
+};
 
-  const bool swiglu = activation == Activation::swiglu;
-  const int64_t columns = swiglu ? N / 2 : N, column = swiglu ? n / 2 : n;
+// ---- few tokens: bound by the weights' way from memory
+
+// A block takes tile after tile of 8 output channels; its warps share out the tile's k, and add up at the end.
+// With so few tokens that they fit here, every block quantizes all of x for itself: that is quicker than a launch
+// of its own. While it does, and while sums are added up, the next weights are on their way.
+constexpr int kInFlight = 4;  // loads of a thread
+constexpr int kBlocks = 3;    // on a processor: with more there are too few registers
+constexpr int kOwnTokens = 4;
+constexpr int kOwnBytes = 16384;
+
+inline __host__ __device__ bool quantizes_itself(int64_t tokens, int64_t K) {
+  return tokens <= kOwnTokens && tokens * k_tiles(K) * kTileK <= kOwnBytes;
+}
+
+// For 16 * kGroups tokens at a time, of which blockIdx.y says which.
+template <typename T, int kGroups>
+__global__ void __launch_bounds__(kThreads, kGroups == 1 ? kBlocks : 1)
+    few_tokens_kernel(Tokens<T> x, Scratch quantized, Output<T> output) {
+  constexpr bool may_own = kGroups == 1;  // which is where kOwnTokens are
+  __shared__ __align__(16) int8_t own_q[may_own ? kOwnBytes : 1];
+  __shared__ float own_scale[kOwnTokens];
+  __shared__ int2 partial[2][kGroups][2][kWarps][kWarp];  // [turn][group of 16 tokens][half of 8][warp][lane]
+
+  const Linear& linear = output.linear;
+  const int tiles_k = k_tiles(linear.K), tiles = (linear.N + kTileRows - 1) / kTileRows;
+  const int64_t stride = tiles_k * kTileK;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+
+  int4 next[kInFlight];
+  const auto load = [&](int64_t tile, int k) {
 #pragma unroll
-  for (int t = 0; t < kTileTokens; ++t) {
-    for (int mask = kRowsPerWarp; mask < kWarp; mask *= 2)  // over the slices
-      acc[t] += __shfl_xor_sync(kAllLanes, acc[t], mask);
-    const bool inside = n < N && token + t < tokens;
-    float v = inside ? static_cast<float>(acc[t]) * x_scale[token + t] * scale[n] : 0.0f;
-    if (inside && bias) v += bias[n];
-    if (activation == Activation::silu) v = silu(v, exp_range(-v));
-    const float up = __shfl_xor_sync(kAllLanes, v, 1);  // of the next row, for swiglu
-    if (swiglu) v = silu(v, exp_range(-v)) * up;
-    if (slice > 0 || !inside || (swiglu && n % 2 == 1)) continue;
-    const int64_t at = (token + t) * columns + column;
-    y[at] = residual ? v + residual[at] : v;
+    for (int i = 0; i < kInFlight; ++i, k += kWarps)
+      next[i] = k < tiles_k ? load_weights(linear.packed + (tile * tiles_k + k) * kTileBytes + lane * 16) : int4{};
+  };
+  load(blockIdx.x, warp);
+
+  const int64_t first = blockIdx.y * int64_t{16 * kGroups};
+  const int8_t* q = quantized.q;
+  const float* x_scale = quantized.scale;
+  if (may_own && quantizes_itself(x.count, linear.K)) {
+    for (int64_t token = 0; token < x.count; ++token)
+      quantize_token(x, token, linear.K, own_q + token * stride, own_scale + token);
+    __syncthreads();
+    q = own_q;
+    x_scale = own_scale;
+  }
+  const auto activations = [&](int64_t token, int k) {
+    return token < x.count ? *reinterpret_cast<const int4*>(q + token * stride + k * kTileK + t * 16) : int4{};
+  };
+
+  int turn = 0;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
+    int sum[kGroups][4] = {};
+    for (int k = warp; k < tiles_k; k += kInFlight * kWarps) {
+      int4 weights[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) weights[i] = next[i];
+      const int next_k = k + kInFlight * kWarps;
+      if (next_k < tiles_k)
+        load(tile, next_k);
+      else if (tile + static_cast<int>(gridDim.x) < tiles)
+        load(tile + gridDim.x, warp);
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (k + i * kWarps >= tiles_k) break;
+        const int4 b = weights[i];
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+          const int64_t token = first + 16 * group + g;
+          const int4 low = activations(token, k + i * kWarps), high = activations(token + 8, k + i * kWarps);
+          mma(sum[group], low.x, high.x, low.y, high.y, b.x, b.y);
+          mma(sum[group], low.z, high.z, low.w, high.w, b.z, b.w);
+        }
+      }
+    }
+
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group)
+      for (int half = 0; half < 2; ++half)
+        partial[turn][group][half][warp][lane] = make_int2(sum[group][2 * half], sum[group][2 * half + 1]);
+    __syncthreads();  // one is enough: the next tile's sums go to the other half of `partial`
+    for (int i = threadIdx.x; i < kGroups * 2 * kWarp; i += kThreads) {
+      const int group = i / (2 * kWarp), half = i / kWarp % 2, of = i % kWarp;
+      const int64_t token = first + 16 * group + 8 * half + of / 4;
+      if (token >= x.count) continue;
+      int2 total = make_int2(0, 0);
+      for (int w = 0; w < kWarps; ++w) {
+        total.x += partial[turn][group][half][w][of].x;
+        total.y += partial[turn][group][half][w][of].y;
+      }
+      output.store(token, x_scale[token], int64_t{tile} * kTileRows + 2 * (of % 4), total.x, total.y);
+    }
   }
 }
+
+// ---- many tokens: bound by the tensor cores
+
+// A block takes 128 tokens x 128 output channels, each of its 4 warps a quarter of that; tiles of 64 k are copied to
+// shared memory while those before are multiplied.
+constexpr int kBlock = 128;
+constexpr int kBlockThreads = 128;
+constexpr int kStages = 3;
+constexpr int kStageBytes = 2 * kBlock * kTileK;
+constexpr int kWarpTokens = 64, kWarpRows = 64;
+constexpr int kPieces = kStageBytes / 2 / 16;  // of 16 bytes, of each operand
+constexpr int kSumsStride = kWarpRows / 2 + 4;  // in pairs: rows 4 apart do not meet in a bank
+static_assert(kBlockThreads / kWarp * 16 * kSumsStride * sizeof(int2) <= kStages * kStageBytes);
+
+template <typename T>
+__global__ void __launch_bounds__(kBlockThreads) many_tokens_kernel(Scratch x, int64_t tokens, Output<T> output) {
+  __shared__ __align__(128) int8_t stages[kStages][kStageBytes];
+
+  const Linear& linear = output.linear;
+  const int tiles_k = k_tiles(linear.K);
+  const int64_t tiles = (linear.N + kTileRows - 1) / kTileRows, stride = tiles_k * kTileK;
+  const int64_t first_token = blockIdx.y * int64_t{kBlock}, first_tile = blockIdx.x * int64_t{kBlock / kTileRows};
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int warp_token = warp / 2 * kWarpTokens, warp_row = warp % 2 * kWarpRows;
+
+  const auto copy = [&](int k) {
+    int8_t* stage = stages[k % kStages];
+    for (int i = threadIdx.x; i < kPieces; i += kBlockThreads) {
+      const int64_t token = first_token + i / 4;  // 4 pieces a token
+      const bool inside = token < tokens;
+      copy_async(stage + i * 16, x.q + (inside ? token : 0) * stride + k * kTileK + i % 4 * 16, inside);
+    }
+    for (int i = threadIdx.x; i < kPieces; i += kBlockThreads) {
+      const int64_t tile = first_tile + i / kWarp;  // 32 pieces a tile
+      const bool inside = tile < tiles;
+      copy_async(stage + kStageBytes / 2 + i * 16,
+                 linear.packed + ((inside ? tile : 0) * tiles_k + k) * kTileBytes + i % kWarp * 16, inside);
+    }
+  };
+
+  int sum[kWarpTokens / 16][kWarpRows / kTileRows][4] = {};
+  for (int k = 0; k < kStages - 1; ++k) {
+    if (k < tiles_k) copy(k);
+    end_group();
+  }
+  for (int k = 0; k < tiles_k; ++k) {
+    wait_groups<kStages - 2>();
+    __syncthreads();  // all have their part of stage k here, and are done with that of k - 1, which is next to fill
+    if (k + kStages - 1 < tiles_k) copy(k + kStages - 1);
+    end_group();
+
+    const auto* a = reinterpret_cast<const int4*>(stages[k % kStages] + warp_token * kTileK) + lane;
+    const auto* b = reinterpret_cast<const int4*>(stages[k % kStages] + kStageBytes / 2 + warp_row * kTileK) + lane;
+    int4 low[kWarpTokens / 16], high[kWarpTokens / 16];
+#pragma unroll
+    for (int i = 0; i < kWarpTokens / 16; ++i) {
+      low[i] = a[2 * i * kWarp];
+      high[i] = a[(2 * i + 1) * kWarp];
+    }
+#pragma unroll
+    for (int j = 0; j < kWarpRows / kTileRows; ++j) {
+      const int4 w = b[j * kWarp];
+#pragma unroll
+      for (int i = 0; i < kWarpTokens / 16; ++i) {
+        mma(sum[i][j], low[i].x, high[i].x, low[i].y, high[i].y, w.x, w.y);
+        mma(sum[i][j], low[i].z, high[i].z, low[i].w, high[i].w, w.z, w.w);
+      }
+    }
+  }
+
+  // Through shared memory, 16 tokens at a time: so that a warp writes 64 channels of a token side by side.
+  __syncthreads();  // nobody reads the stages any more
+  auto* sums = reinterpret_cast<int2*>(stages[0]) + warp * 16 * kSumsStride;
+#pragma unroll
+  for (int i = 0; i < kWarpTokens / 16; ++i) {
+#pragma unroll
+    for (int j = 0; j < kWarpRows / kTileRows; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        sums[(8 * half + lane / 4) * kSumsStride + 4 * j + lane % 4] =
+            make_int2(sum[i][j][2 * half], sum[i][j][2 * half + 1]);
+    __syncwarp();
+#pragma unroll 1
+    for (int t = 0; t < 16; ++t) {
+      const int64_t token = first_token + warp_token + 16 * i + t;
+      if (token >= tokens) break;
+      const int2 pair = sums[t * kSumsStride + lane];
+      output.store(token, x.scale[token], first_tile * kTileRows + warp_row + 2 * lane, pair.x, pair.y);
+    }
+    __syncwarp();
+  }
+}
+
+constexpr int kFewTokens = 64;  // at most: beyond, blocks of the second kernel are full enough
 
 }  // namespace
 
-cudaError_t quantize_tokens(const float* x, int64_t tokens, int64_t K, int8_t* q, float* scale,
-                            cudaStream_t stream) {
-  quantize_kernel<<<tokens, kWarp, 0, stream>>>(x, K, q, scale);
-  return cudaGetLastError();
+template <typename T>
+cudaError_t int8_linear(const Tokens<T>& x, const Linear& linear, const T* residual, T* y, const Scratch& scratch,
+                        cudaStream_t stream) {
+  const Output<T> output{linear, residual, y};
+  if (!quantizes_itself(x.count, linear.K)) {
+    const cudaError_t error = launch(quantize_kernel<T>, x.count, kThreads, stream, x, linear.K, scratch);
+    if (error != cudaSuccess) return error;
+  }
+  if (x.count > kFewTokens) {
+    const dim3 grid(ceil_div(linear.N, kBlock), ceil_div(x.count, kBlock));
+    return launch(many_tokens_kernel<T>, grid, kBlockThreads, stream, scratch, x.count, output);
+  }
+  int device, processors;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  // as many blocks as run at once: more would only quantize x once more
+  const dim3 grid(min(ceil_div(linear.N, kTileRows), int64_t{kBlocks} * processors));
+  if (x.count <= 16) return launch(few_tokens_kernel<T, 1>, grid, kThreads, stream, x, scratch, output);
+  if (x.count <= 32) return launch(few_tokens_kernel<T, 2>, grid, kThreads, stream, x, scratch, output);
+  return launch(few_tokens_kernel<T, 4>, grid, kThreads, stream, x, scratch, output);
 }
 
-cudaError_t int8_linear(const int8_t* q, const float* x_scale, int64_t tokens, int64_t K,
-                        const uint8_t* packed, int64_t N, const float* scale, const float* bias,
-                        Activation activation, const float* residual, float* y,
-                        cudaStream_t stream) {
-  const dim3 grid(ceil_div(N, kPanelRows), ceil_div(tokens, kTileTokens));
-  linear_kernel<<<grid, kThreads, 0, stream>>>(q, x_scale, tokens, K, packed, N, scale, bias,
-                                               activation, residual, y);
-  return cudaGetLastError();
-}
+template cudaError_t int8_linear(const Tokens<float>&, const Linear&, const float*, float*, const Scratch&,
+                                 cudaStream_t);
+template cudaError_t int8_linear(const Tokens<__half>&, const Linear&, const __half*, __half*, const Scratch&,
+                                 cudaStream_t);
+template cudaError_t int8_linear(const Tokens<__nv_bfloat16>&, const Linear&, const __nv_bfloat16*, __nv_bfloat16*,
+                                 const Scratch&, cudaStream_t);
 
 }  // namespace owlet::cuda

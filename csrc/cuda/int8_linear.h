@@ -1,23 +1,49 @@
-// The int8 linear layer on CUDA, free of torch: plain device pointers and a stream. Same packed
-// weights and same floats, to the last bit, as on the CPU (kernels/kernels.h says what each means).
+// The int8 linear layer on CUDA, free of torch: plain device pointers and a stream. Same arithmetic as on the CPU
+// (kernels/kernels.h), to the last bit in fp32: exact int32 sums, then the same steps of floating point.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 #include "../kernels/kernels.h"
+#include "layout.h"
 
 namespace owlet::cuda {
 
-// x (tokens, K) -> q (tokens, K rounded up to a multiple of 4), scale (tokens).
-cudaError_t quantize_tokens(const float* x, int64_t tokens, int64_t K, int8_t* q, float* scale,
-                            cudaStream_t stream);
+inline __host__ __device__ int64_t k_tiles(int64_t K) { return (K + kTileK - 1) / kTileK; }
 
-// y (tokens, N), or (tokens, N / 2) for swiglu. bias and residual may be null.
-cudaError_t int8_linear(const int8_t* q, const float* x_scale, int64_t tokens, int64_t K,
-                        const uint8_t* packed, int64_t N, const float* scale, const float* bias,
-                        Activation activation, const float* residual, float* y,
+struct Linear {
+  int64_t N, K;
+  const int8_t* packed;
+  const float* scale;  // (N)
+  const float* bias;   // (N) or null
+  // swiglu: channels alternate gate and up, and y has N / 2 columns: silu(gate) * up.
+  Activation activation;
+
+  __host__ __device__ int64_t columns() const { return activation == Activation::swiglu ? N / 2 : N; }
+};
+
+// T: float, __half or __nv_bfloat16.
+template <typename T>
+struct Tokens {
+  const T* x;  // (count, K)
+  int64_t count;
+  const float* norm = nullptr;  // (K): multiply RMSNorm(x) instead of x. Or null
+  float eps = 0;
+};
+
+struct Scratch {
+  int8_t* q;     // (tokens, k_tiles(K) * kTileK)
+  float* scale;  // (tokens)
+};
+
+// y (tokens, columns) of T = activation(x w.T + bias) + residual. residual has y's shape, may be y itself, and may
+// be null. 1 <= K <= kMaxK.
+template <typename T>
+cudaError_t int8_linear(const Tokens<T>& x, const Linear& linear, const T* residual, T* y, const Scratch& scratch,
                         cudaStream_t stream);
 
 }  // namespace owlet::cuda

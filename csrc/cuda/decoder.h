@@ -1,0 +1,56 @@
+// One token of each stream through an int8 model on CUDA, free of torch: the arithmetic of csrc/decoder.h in five
+// launches a layer. Nothing waits for the host, and the position is read on the device: what a call launches can be
+// recorded once and replayed at every position.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "int8_linear.h"
+
+namespace owlet::cuda {
+
+// Device pointers into tensors that somebody else keeps alive. Norm weights and tables are float.
+struct DecoderBlock {
+  const float* input_norm;  // (n_embd)
+  Linear qkv;               // (n_head + 2 n_kv_head) * head_dim channels: q, k, v
+  const float* q_norm;      // (head_dim), or null: no QK-norm
+  const float* k_norm;
+  Linear o;
+  const float* post_norm;  // (n_embd)
+  Linear gate_up;          // swiglu: 2 n_hidden channels
+  Linear down;
+};
+
+struct DecoderModel {
+  int64_t n_embd, n_head, n_kv_head, head_dim, n_hidden;
+  float norm_eps;
+  const float *cos, *sin;  // (block_size, head_dim / 2)
+  Linear embedding;        // (vocab_size, n_embd), of which rows are read
+  std::vector<DecoderBlock> blocks;
+  const float* norm;  // (n_embd)
+  Linear head;        // (vocab_size, n_embd)
+};
+
+constexpr int64_t kMaxHeadDim = 128;
+constexpr int64_t kHeadDimStep = 16;  // head_dim must be a multiple
+
+struct Step {
+  const int64_t* tokens;  // (streams)
+  const int64_t* pos;     // one, of all the tokens: the caches hold the positions before, and this one is added
+  int64_t streams;
+  float *keys, *values;  // (n_layer, streams, n_kv_head, length, head_dim)
+  int64_t length;
+  float* logits;  // (streams, vocab_size)
+};
+
+struct Workspace {
+  float *x, *qkv, *mixed, *hidden;  // a row a stream, of n_embd, (n_head + 2 n_kv_head) head_dim, ...
+  Scratch scratch;                  // for the widest row
+};
+
+cudaError_t decode(const DecoderModel& model, const Step& step, const Workspace& workspace, cudaStream_t stream);
+
+}  // namespace owlet::cuda

@@ -1,0 +1,165 @@
+// The CUDA kernels as torch operators, and the decoder as Python sees it.
+#include "../ops.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "decoder.h"
+
+namespace owlet::cuda {
+namespace {
+
+using at::Tensor;
+
+// Contiguous, and where 16 bytes can be loaded at once.
+Tensor aligned(const Tensor& t) {
+  const Tensor same = t.contiguous();
+  return reinterpret_cast<uintptr_t>(same.const_data_ptr()) % 16 ? same.clone() : same;
+}
+
+Tensor aligned(const std::optional<Tensor>& t) { return t ? aligned(*t) : Tensor(); }
+
+const float* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& residual, std::string_view activation) {
+  const Tensor y = new_output(x, packed, scale, bias, residual, activation);
+  if (y.numel() == 0) return y;
+  const c10::cuda::CUDAGuard guard(x.device());
+
+  const int64_t K = x.size(-1), tokens = x.numel() / K;
+  const Tensor x_ = aligned(x), packed_ = aligned(packed), scale_ = scale.contiguous();
+  const Tensor bias_ = bias ? bias->contiguous() : Tensor(), residual_ = aligned(residual);
+  const Tensor q = at::empty({tokens, k_tiles(K) * kTileK}, x.options().dtype(at::kChar));
+  const Tensor x_scale = at::empty({tokens}, x.options().dtype(at::kFloat));
+  const Linear weights{scale.numel(), K, packed_.const_data_ptr<int8_t>(), scale_.const_data_ptr<float>(),
+                       data_or_null(bias_), parse_activation(activation)};
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const void* added = residual_.defined() ? residual_.const_data_ptr() : nullptr;
+    C10_CUDA_CHECK(int8_linear<T>({static_cast<const T*>(x_.const_data_ptr()), tokens}, weights,
+                                  static_cast<const T*>(added), static_cast<T*>(y.mutable_data_ptr()),
+                                  {q.mutable_data_ptr<int8_t>(), x_scale.mutable_data_ptr<float>()},
+                                  c10::cuda::getCurrentCUDAStream()));
+  };
+  if (x.scalar_type() == at::kFloat) run(float{});
+  if (x.scalar_type() == at::kHalf) run(__half{});
+  if (x.scalar_type() == at::kBFloat16) run(__nv_bfloat16{});
+  return y;
+}
+
+using Matrix = std::pair<Tensor, Tensor>;  // packed, scale
+// input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down
+using Block = std::tuple<Tensor, Matrix, std::optional<Tensor>, std::optional<Tensor>, Matrix, Tensor, Matrix, Matrix>;
+
+// Checks the model's tensors and keeps them alive for the decoder.
+class PyDecoder {
+ public:
+  PyDecoder(int64_t n_embd, int64_t n_head, int64_t n_kv_head, int64_t head_dim, int64_t n_hidden, double norm_eps,
+            const Tensor& cos, const Tensor& sin, const Matrix& embedding, const std::vector<Block>& blocks,
+            const Tensor& norm, const Matrix& head)
+      : device_(cos.device()), vocab_size_(head.second.numel()) {
+    TORCH_CHECK(head_dim % kHeadDimStep == 0 && head_dim <= kMaxHeadDim, "head_dim must be a multiple of ",
+                kHeadDimStep, ", at most ", kMaxHeadDim, ", got ", head_dim);
+    const int64_t width = n_head * head_dim;
+    model_ = {n_embd, n_head, n_kv_head, head_dim, n_hidden, static_cast<float>(norm_eps),
+              vector("cos", cos, cos.numel()), vector("sin", sin, cos.numel()),
+              matrix("embedding", embedding, vocab_size_, n_embd), {}, vector("norm", norm, n_embd),
+              matrix("head", head, vocab_size_, n_embd)};
+    for (const auto& [input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down] : blocks)
+      model_.blocks.push_back({vector("input_norm", input_norm, n_embd),
+                               matrix("qkv", qkv, width + 2 * n_kv_head * head_dim, n_embd),
+                               q_norm ? vector("q_norm", *q_norm, head_dim) : nullptr,
+                               k_norm ? vector("k_norm", *k_norm, head_dim) : nullptr,
+                               matrix("o", o, n_embd, width), vector("post_norm", post_norm, n_embd),
+                               matrix("gate_up", gate_up, 2 * n_hidden, n_embd, Activation::swiglu),
+                               matrix("down", down, n_embd, n_hidden)});
+  }
+
+  // tokens (B, 1), pos (1) int64; keys, values (n_layer, B, n_kv_head, length, head_dim) -> logits (B, 1, vocab_size).
+  // Tokens and position are not looked at here, which would mean to wait for the GPU.
+  Tensor forward(const Tensor& tokens, const Tensor& pos, const Tensor& keys, const Tensor& values) const {
+    const int64_t B = tokens.size(0), layers = model_.blocks.size();
+    expect("tokens", tokens, at::kLong, {B, 1});
+    expect("pos", pos, at::kLong, {1});
+    const int64_t length = keys.dim() == 5 ? keys.size(3) : 0;
+    expect("keys", keys, at::kFloat, {layers, B, model_.n_kv_head, length, model_.head_dim});
+    expect("values", values, at::kFloat, keys.sizes());
+    const c10::cuda::CUDAGuard guard(device_);
+    const auto floats = at::TensorOptions().device(device_).dtype(at::kFloat);
+    const int64_t width = model_.n_head * model_.head_dim, qkv_width = width + 2 * model_.n_kv_head * model_.head_dim;
+    const int64_t widest = std::max({model_.n_embd, width, model_.n_hidden});
+    // taken anew each time: the allocator keeps what a recording uses apart from what others do
+    const Tensor logits = at::empty({B, 1, vocab_size_}, floats), x = at::empty({B, model_.n_embd}, floats);
+    const Tensor qkv = at::empty({B, qkv_width}, floats), mixed = at::empty({B, width}, floats);
+    const Tensor hidden = at::empty({B, model_.n_hidden}, floats), scale = at::empty({B}, floats);
+    const Tensor q = at::empty({B, k_tiles(widest) * kTileK}, floats.dtype(at::kChar));
+    C10_CUDA_CHECK(decode(model_,
+                          {tokens.const_data_ptr<int64_t>(), pos.const_data_ptr<int64_t>(), B,
+                           keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>(), length,
+                           logits.mutable_data_ptr<float>()},
+                          {x.mutable_data_ptr<float>(), qkv.mutable_data_ptr<float>(), mixed.mutable_data_ptr<float>(),
+                           hidden.mutable_data_ptr<float>(),
+                           {q.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>()}},
+                          c10::cuda::getCurrentCUDAStream()));
+    return logits;
+  }
+
+ private:
+  void expect(const char* name, const Tensor& t, at::ScalarType dtype, at::IntArrayRef shape) const {
+    TORCH_CHECK(t.scalar_type() == dtype && t.device() == device_ && t.is_contiguous() && t.sizes() == shape, name,
+                " must be contiguous ", dtype, " ", shape, " on ", device_, ", got ", t.scalar_type(), " ", t.sizes(),
+                " on ", t.device());
+    TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 || t.numel() == 1, name,
+                " must start at a multiple of 16 bytes");
+  }
+
+  const float* vector(const char* name, const Tensor& t, int64_t size) {
+    const Tensor flat = aligned(t.flatten());
+    expect(name, flat, at::kFloat, {size});
+    held_.push_back(flat);
+    return flat.const_data_ptr<float>();
+  }
+
+  Linear matrix(const char* name, const Matrix& m, int64_t N, int64_t K, Activation activation = Activation::none) {
+    TORCH_CHECK(K <= kMaxK, name, ": K must be at most ", kMaxK, ", got ", K);
+    const Tensor packed = aligned(m.first);
+    expect(name, packed, at::kChar, {(N + kTileRows - 1) / kTileRows, k_tiles(K), kTileRows, kTileK});
+    held_.push_back(packed);
+    return {N, K, packed.const_data_ptr<int8_t>(), vector(name, m.second, N), nullptr, activation};
+  }
+
+  at::Device device_;
+  int64_t vocab_size_;
+  std::vector<Tensor> held_;
+  DecoderModel model_;
+};
+
+}  // namespace
+
+void define(pybind11::module_& m) {
+  namespace py = pybind11;
+  py::class_<PyDecoder>(m, "CudaDecoder", "One token of each stream through a whole int8 model, without the host.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, double, const Tensor&, const Tensor&, const Matrix&,
+                    const std::vector<Block>&, const Tensor&, const Matrix&>(),
+           py::kw_only(), py::arg("n_embd"), py::arg("n_head"), py::arg("n_kv_head"), py::arg("head_dim"),
+           py::arg("n_hidden"), py::arg("norm_eps"), py::arg("cos"), py::arg("sin"), py::arg("embedding"),
+           py::arg("blocks"), py::arg("norm"), py::arg("head"))
+      .def("forward", &PyDecoder::forward, py::arg("tokens"), py::arg("pos"), py::arg("keys"), py::arg("values"),
+           py::call_guard<py::gil_scoped_release>(),
+           "Logits (B, 1, vocab_size) after tokens (B, 1) int64 at pos (1,) int64; adds them to the caches.");
+}
+
+}  // namespace owlet::cuda
+
+TORCH_LIBRARY_IMPL(owlet, CUDA, m) { m.impl("int8_linear", owlet::cuda::linear); }
