@@ -366,11 +366,3 @@ def test_native_self_test(compiler, flags, runner, tmp_path):
     result = subprocess.run([*runner, tmp_path / "selftest"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "neon" in result.stdout or not runner
-
-
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
-@pytest.mark.parametrize("arch", ["sm_75", "sm_100"])
-def test_cuda_compiles(arch, tmp_path):
-    command = ["nvcc", "-std=c++17", "-fmad=false", "-Werror", "all-warnings", f"-arch={arch}"]
-    source = ROOT / "csrc" / "cuda" / "int8_linear.cu"
-    subprocess.run([*command, "-c", source, "-o", tmp_path / "int8_linear.o"], check=True)

@@ -1,0 +1,212 @@
+"""The CUDA kernels without a GPU: they compile for every target, and equal the reference on tests/cuda_emulator."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from int8 import Int8GPT, int8_linear_reference, pack_tiles, quantize
+from model import GPT, GPTConfig, KVCache
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+EMULATOR = ROOT / "tests" / "cuda_emulator"
+TARGETS = [75, 80, 86, 89, 90, 100]
+ACTIVATIONS = ["none", "silu", "swiglu"]
+# one token to a few quantized by the product itself, one to four groups of 16, whole and broken blocks of 128
+TOKENS = [1, 3, 4, 5, 16, 17, 33, 64, 65, 130]
+
+
+# --- on the emulator ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if not shutil.which("c++"):
+        pytest.skip("c++ is not installed")
+    path = tmp_path_factory.mktemp("cuda_emulator") / "library.so"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra",
+             "-Werror", "-Wno-unknown-pragmas", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    sources = [EMULATOR / "entry_points.cpp", "-x", "c++", *sorted(CUDA.glob("*.cu"))]
+    subprocess.run(["c++", *flags, "-I", EMULATOR, *sources, "-o", path], check=True)
+    return ctypes.CDLL(str(path))
+
+
+def address(t):
+    return None if t is None else ctypes.c_void_p(t.data_ptr())
+
+
+def int8_linear(library, x, w, scale, bias=None, residual=None, activation="none", norm=None, eps=0.0):
+    """x (M, K), w (N, K) int8 -> y (M, N or N / 2), by the launcher that the operator calls."""
+    (M, K), N = x.shape, len(w)
+    y = torch.full((M, N // 2 if activation == "swiglu" else N), torch.nan, dtype=x.dtype)
+    packed, bits = pack_tiles(w), {torch.float32: 32, torch.float16: 16, torch.bfloat16: 8}[x.dtype]
+    library.int8_linear(
+        bits, address(x), ctypes.c_int64(M), ctypes.c_int64(K), address(norm), ctypes.c_float(eps), address(packed),
+        ctypes.c_int64(N), address(scale), address(bias), ACTIVATIONS.index(activation), address(residual), address(y))
+    return y
+
+
+def random_int8(*shape):
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def full_range(*shape):
+    return torch.randint(0, 2, shape).mul(254).sub(127).to(torch.int8)
+
+
+def make_linear(M, N, K, activation="none"):
+    torch.manual_seed(0)
+    columns = N // 2 if activation == "swiglu" else N
+    return torch.randn(M, K), random_int8(N, K), torch.rand(N) * 0.02 / K**0.5, torch.randn(N), torch.randn(M, columns)
+
+
+@pytest.mark.parametrize("N", [1, 66, 264])
+@pytest.mark.parametrize("M", TOKENS)
+def test_sums_are_exact(library, M, N):
+    torch.manual_seed(0)
+    for K in [1, 63, 64, 257, 1408]:
+        for make in [random_int8, full_range]:
+            x, w = make(M, K), make(N, K)
+            x[:, 0] = 127  # the scale is 1
+            x[M // 2] = 0
+            y = int8_linear(library, x.float(), w, torch.ones(N))
+            assert torch.equal(y, (x.double() @ w.double().T).float()), K
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("M", [2, 20, 70])
+@pytest.mark.parametrize("N", [130, 131])
+def test_equals_reference(library, M, N, activation, dtype):
+    N += N % 2 if activation == "swiglu" else 0
+    x, w, scale, bias, residual = make_linear(M, N, 257, activation)
+    x, residual = x.to(dtype), residual.to(dtype)
+    for extras in [(None, None), (bias, None), (None, residual), (bias, residual)]:
+        y = int8_linear(library, x, w, scale, *extras, activation)
+        in_float = [t if t is None else t.float() for t in extras]
+        expected = int8_linear_reference(x.float(), w, scale, *in_float, activation).to(dtype)
+        tolerance = 0 if activation == "none" else 2 * torch.finfo(dtype).eps  # exp differs from torch's
+        torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("M", [1, 6])
+def test_norm_joins_the_quantization(library, M):
+    """RMSNorm's factor is taken into the scale, so that a value at a rounding's edge may go the other way."""
+    x, w, scale, _, residual = make_linear(M, 72, 200)
+    weight = torch.rand(200) + 0.5
+    y = int8_linear(library, x * 3, w, scale, residual=residual, norm=weight, eps=1e-6)
+    normed = torch.nn.functional.rms_norm(x * 3, (200,), weight, 1e-6)
+    expected = int8_linear_reference(normed, w, scale, None, residual)
+    step = scale * 127 * (x * weight).abs().amax() / 127  # what one step of one value changes
+    assert ((y - expected).abs() <= 2 * step).all() and (y - expected).abs().median() < 1e-6
+
+
+@pytest.mark.parametrize("M", [1, 9, 70])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_yields_nan_and_no_other_does(library, M, bad):
+    x, w, scale, bias, _ = make_linear(M, 72, 200)
+    good = int8_linear(library, x, w, scale, bias)
+    x[M // 2, 77] = bad
+    y = int8_linear(library, x, w, scale, bias)
+    assert y[M // 2].isnan().all()
+    y[M // 2] = good[M // 2]
+    assert torch.equal(y, good)
+
+
+@pytest.mark.parametrize("M", [1, 5, 70])
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e-31, 1e-29, 1e34])
+def test_tiny_and_huge_tokens(library, M, value):
+    x, w, scale = torch.full((M, 64), value), random_int8(10, 64), torch.full((10,), 1e-4)
+    assert torch.equal(int8_linear(library, x, w, scale), int8_linear_reference(x, w, scale))
+
+
+def decode(library, model, tokens, pos, cache):
+    """tokens (B,) int64 at pos -> logits (B, V), by the launches that the CUDA decoder makes."""
+    c = model.config
+    logits = torch.full((len(tokens), c.vocab_size), torch.nan)
+
+    def matrix(linear):
+        return [pack_tiles(linear.weight), linear.scale]
+
+    tensors = [model.cos, model.sin, *matrix(model.model.embed_tokens.matrix), model.model.norm.weight,
+               *matrix(model.lm_head)]
+    for block in model.model.layers:
+        attention = block.self_attn
+        norms = [attention.q_norm.weight, attention.k_norm.weight] if c.qk_norm else [None, None]
+        tensors += [block.input_layernorm.weight, *matrix(block.qkv_proj), *norms, *matrix(block.o_proj),
+                    block.post_attention_layernorm.weight, *matrix(block.gate_up_proj), *matrix(block.down_proj)]
+    array = (ctypes.c_void_p * len(tensors))(*[t if t is None else t.data_ptr() for t in tensors])
+    at = torch.tensor([pos])
+    sizes = [c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_hidden, c.vocab_size, c.n_layer]
+    library.decode(*map(ctypes.c_int64, sizes), ctypes.c_float(c.norm_eps), array, address(tokens),
+                   address(at), ctypes.c_int64(len(tokens)), address(cache.keys),
+                   address(cache.values), ctypes.c_int64(cache.keys.size(3)), address(logits))
+    return logits
+
+
+def int8_model(**changes) -> Int8GPT:
+    torch.manual_seed(0)
+    config = GPTConfig(**{"vocab_size": 67, "block_size": 80, "n_layer": 2, "n_head": 2, "n_embd": 32} | changes)
+    model = GPT(config)
+    for parameter in model.parameters():  # zeros and ones at first
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() == 2 else 1.0)
+    return quantize(model, "reference")
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"qk_norm": False}, {"tie_embeddings": False}, {"n_head": 4, "n_kv_head": 2, "head_dim": 32},
+    {"n_head": 1, "n_embd": 128, "n_hidden": 100}], ids=str)
+@pytest.mark.parametrize("B", [1, 6])
+def test_decoder_equals_the_model(library, B, changes):
+    """At positions where the first key, the first of the warps, all, and some for the second time have keys."""
+    model = int8_model(**changes)
+    tokens = torch.randint(67, (B, 76))
+    apart = []
+    for pos in [0, 1, 7, 8, 40, 63, 64, 75]:
+        cache = KVCache(model.config, B, 80, empty=lambda shape, **options: torch.full(shape, torch.nan, **options))
+        if pos:
+            model(tokens[:, :pos], cache=cache)
+        got = decode(library, model, tokens[:, pos].contiguous(), pos, cache)
+        keys, values = cache.keys[..., pos, :].clone(), cache.values[..., pos, :].clone()
+        logits, _ = model(tokens[:, pos:pos + 1], cache=cache)
+        torch.testing.assert_close(keys[0], cache.keys[0, ..., pos, :])
+        torch.testing.assert_close(values[0], cache.values[0, ..., pos, :])
+        apart.append((got - logits[:, 0]).abs().amax(1) / logits.std())
+    # where a rounding goes the other way, and such a step is passed on, the logits see it
+    apart = torch.cat(apart)
+    assert apart.median() < 1e-4 and apart.max() < 0.1
+
+
+# --- compiled -----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+@pytest.mark.parametrize("source", sorted(CUDA.glob("*.cu")), ids=lambda path: path.name)
+def test_compiles_for_every_target(source, tmp_path):
+    targets = [flag for target in TARGETS for flag in ("-gencode", f"arch=compute_{target},code=sm_{target}")]
+    flags = ["-std=c++17", "-fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v", "--threads", "2", *targets]
+    result = subprocess.run(["nvcc", *flags, "-c", source, "-o", tmp_path / "kernels.o"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    spilt = [int(size) for size in re.findall(r"(\d+) bytes spill stores", result.stderr)]
+    assert spilt and max(spilt) <= 32  # registers that did not suffice; none by CUDA 13.0
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+@pytest.mark.parametrize("source", ["ops.cpp", "cuda/ops.cpp"])
+def test_operators_compile_for_cuda(source, tmp_path):
+    """torch's headers for CUDA come with a CPU build too, but for one of macros."""
+    macros = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
+    macros.parent.mkdir(parents=True)
+    macros.touch()
+    toolkit = Path(shutil.which("nvcc")).resolve().parent.parent
+    includes = [tmp_path, *include_paths(), sysconfig.get_paths()["include"], toolkit / "include",
+                *toolkit.glob("cuda*/include")]
+    flags = ["-std=c++20", "-fsyntax-only", "-DOWLET_CUDA", "-DTORCH_EXTENSION_NAME=owlet_kernels"]
+    subprocess.run(["c++", *flags, *(f"-isystem{path}" for path in includes), ROOT / "csrc" / source], check=True)
