@@ -206,9 +206,9 @@ class Int8Block(nn.Module):
         for name in "qkvo":  # self_attn keeps what lies between the products
             delattr(self.self_attn, f"{name}_proj")
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         q, k, v = self.qkv_proj(self.input_layernorm(x)).split(self.widths, dim=-1)
-        x = self.o_proj(self.self_attn.attend(q, k, v, cos, sin, cache), residual=x)
+        x = self.o_proj(self.self_attn.attend(q, k, v, cos, sin, mask, cache), residual=x)
         return self.down_proj(self.gate_up_proj(self.post_attention_layernorm(x)), residual=x)
 
 
@@ -230,10 +230,10 @@ class Int8KVCache(KVCache):
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Round and append; return all keys and values so far, in fp32."""
-        end, so_far = self.pos + k.size(2), []
+        here, end, so_far = self.positions(k.size(2)), self.end(k.size(2)), []
         for q, scale, new in ((self.keys, self.key_scales, k), (self.values, self.value_scales, v)):
-            q[layer, :, :, self.pos:end], new_scale = quantize_tokens(new)
-            scale[layer, :, :, self.pos:end] = new_scale.squeeze(-1)
+            q[layer, :, :, here], new_scale = quantize_tokens(new)
+            scale[layer, :, :, here] = new_scale.squeeze(-1)
             so_far.append(q[layer, :, :, :end] * scale[layer, :, :, :end, None])
         return tuple(so_far)
 
@@ -258,7 +258,7 @@ class Int8GPT(GPT):
             cache = cache or self.new_cache(*idx.shape)
         if self.decoder is None or cache is None or targets is not None:
             return super().forward(idx, targets, cache)
-        self.check_fits(cache.pos + idx.size(1))
+        self.check_fits(cache.end(idx.size(1)))
         scales = (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ()
         logits = self.decoder.forward(idx, cache.pos, cache.keys, cache.values, *scales)
         cache.pos += idx.size(1)

@@ -136,12 +136,54 @@ class KVCache:
         self.keys, self.values = (empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.pos = 0  # tokens held; GPT.forward moves it on
 
+    def end(self, T: int) -> int:
+        """How many tokens attention reads once T more are in."""
+        return self.pos + T
+
+    def positions(self, T: int) -> slice:
+        """Where the next T tokens go."""
+        return slice(self.pos, self.end(T))
+
+    def mask(self, T: int) -> Tensor | None:
+        """Which of all tokens the next T see, (T, end) bool; None: each those before it."""
+        if self.pos and T > 1:  # several new tokens behind a past: the causal mask is not square
+            return torch.ones(T, self.end(T), dtype=torch.bool, device=self.keys.device).tril(self.pos)
+        return None
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, n_kv_head, T, head_dim); return all keys and values so far."""
-        end = self.pos + k.size(2)
-        self.keys[layer, :, :, self.pos:end] = k
-        self.values[layer, :, :, self.pos:end] = v
+        here, end = self.positions(k.size(2)), self.end(k.size(2))
+        self.keys[layer, :, :, here] = k
+        self.values[layer, :, :, here] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class StaticKVCache(KVCache):
+    """A cache's memory with the position on the device, so that one recording of the work (cuda_graph.py) serves
+    every position: a token a stream at a time, of `visible` tokens read those beyond pos masked.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.keys, self.values = cache.keys, cache.values
+        for memory in (self.keys, self.values):
+            memory[:, :, :, cache.pos:] = 0  # a mask does not hide NaN, which memory never written may hold
+        self.pos = torch.tensor([cache.pos], device=cache.keys.device)
+        self.visible = cache.keys.size(3)
+
+    def end(self, T: int) -> int:
+        return self.visible
+
+    def positions(self, T: int) -> Tensor:
+        return self.pos
+
+    def mask(self, T: int) -> Tensor:
+        return (torch.arange(self.visible, device=self.pos.device) <= self.pos)[None]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self.pos, k)
+        values.index_copy_(2, self.pos, v)
+        return keys[:, :, :self.visible], values[:, :, :self.visible]
 
 
 def rope_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
@@ -180,11 +222,12 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.o_proj(self.attend(q, k, v, cos, sin, cache))
+        return self.o_proj(self.attend(q, k, v, cos, sin, mask, cache))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+               cache: KVCache | None) -> Tensor:
         """All between the projections: q, k, v (B, T, heads * hd) -> (B, T, n_head * hd)."""
         B, T, _ = q.shape
         q, k, v = (y.view(B, T, -1, self.config.head_dim) for y in (q, k, v))  # (B, T, nh, hd)
@@ -192,12 +235,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hd)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        past, mask = 0, None
         if cache is not None:
-            past = cache.pos
             k, v = cache.update(self.layer, k, v)  # (B, n_kv_head, past + T, hd)
-            if past and T > 1:  # several new tokens behind a past: the causal mask is not square
-                mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
             dropout_p=self.config.dropout if self.training else 0.0,
@@ -227,8 +266,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -260,12 +299,13 @@ class GPT(nn.Module):
         With a cache, idx continues what the cache holds; without targets, only the last position's
         logits (B, 1, vocab_size) are computed then.
         """
-        T, past = idx.size(1), cache.pos if cache is not None else 0
-        self.check_fits(past + T)
-        cos, sin = self.cos[past:past + T], self.sin[past:past + T]  # (T, hd / 2)
+        T = idx.size(1)
+        self.check_fits(cache.end(T) if cache is not None else T)
+        positions, mask = (cache.positions(T), cache.mask(T)) if cache is not None else (slice(T), None)
+        cos, sin = self.cos[positions], self.sin[positions]  # (T, hd / 2)
         x = self.model.embed_tokens(idx)  # (B, T, C)
         for layer in self.model.layers:
-            x = layer(x, cos, sin, cache)
+            x = layer(x, cos, sin, mask, cache)
         if cache is not None:
             cache.pos += T
             if targets is None:
@@ -276,8 +316,8 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
-        """An empty cache for this many tokens of each stream, where the model is."""
-        return KVCache(self.config, batch_size, length, self.device)
+        """An empty cache for this many tokens of each stream, where the model is and in its weights' type."""
+        return KVCache(self.config, batch_size, length, self.device, self.model.norm.weight.dtype)
 
     def check_fits(self, tokens: int) -> None:
         if tokens > self.config.block_size:

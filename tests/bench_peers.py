@@ -207,11 +207,11 @@ class CTranslate2(Engine):
         return np.array(self.model.forward_batch([ids]))[0, -1]
 
 
-class PastCache:
-    """model.KVCache as tracing sees it: keys and values come in as inputs, grow, and go out."""
+class PastCache(KVCache):
+    """A cache as tracing sees it: keys and values come in as inputs, grow, and go out."""
 
     def __init__(self, past: tuple[Tensor, ...]) -> None:
-        self.past, self.pos = list(past), past[0].size(2)
+        self.past, self.keys, self.pos = list(past), past[0], past[0].size(2)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> list[Tensor]:
         here = slice(2 * layer, 2 * layer + 2)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 from cli import UserError
-from model import GPT, GPTConfig, KVCache, generate, sample_next
+from model import GPT, GPTConfig, KVCache, StaticKVCache, generate, sample_next
 
 VARIANTS = {
     "qwen3": {},
@@ -161,6 +161,27 @@ def test_cached_equals_uncached(fields, pieces):
         position += size
         logits, _ = model(TOKENS[:, position - size:position], cache=cache)
         torch.testing.assert_close(logits[:, 0], whole[:, position - 1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_kv_head": 2}, {"qk_norm": False}], ids=["mha", "gqa", "llama"])
+@pytest.mark.parametrize("visible", [16, 23, 24, 30])
+def test_a_static_cache_gives_the_logits_of_an_ordinary_one(fields, visible):
+    model, caches = random_model(**fields), []
+    for _ in range(2):
+        cache = KVCache(model.config, batch_size=3, length=30)
+        cache.keys.fill_(math.nan)  # as memory never written may be
+        cache.values.fill_(math.nan)
+        model(TOKENS[:, :11], cache=cache)
+        caches.append(cache)
+    ours, theirs = StaticKVCache(caches[0]), caches[1]
+    assert ours.keys is caches[0].keys and ours.values is caches[0].values
+    ours.visible, pos = visible, ours.pos
+    for i in range(11, min(visible, 24)):
+        token = TOKENS[:, i:i + 1]
+        torch.testing.assert_close(model(token, cache=ours)[0], model(token, cache=theirs)[0], atol=1e-5, rtol=1e-5)
+        assert ours.pos is pos and pos.tolist() == [theirs.pos]  # where a recording finds it
+    with pytest.raises(IndexError):
+        model(TOKENS[:, :2], cache=ours)
 
 
 @pytest.mark.parametrize("settings", [
