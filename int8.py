@@ -223,6 +223,8 @@ class Int8KVCache(KVCache):
     key_scales, value_scales: (n_layer, B, n_kv_head, length).
     """
 
+    recordable = False  # StaticKVCache has no scales
+
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs | {"dtype": torch.int8})
         self.key_scales, self.value_scales = (

@@ -136,6 +136,11 @@ class KVCache:
         self.keys, self.values = (empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.pos = 0  # tokens held; GPT.forward moves it on
 
+    @property
+    def recordable(self) -> bool:
+        """Whether generating with this cache makes a token one CUDA graph."""
+        return self.keys.is_cuda
+
     def end(self, T: int) -> int:
         """How many tokens attention reads once T more are in."""
         return self.pos + T
@@ -437,7 +442,9 @@ def sample_next(logits: Tensor, seen: Tensor, temperature: float, top_k: int | N
         ordered, order = logits.softmax(dim=-1).sort(descending=True)
         tail = ordered.cumsum(dim=-1) - ordered >= top_p
         logits = logits.masked_fill(tail.gather(1, order.argsort()), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+    probabilities = logits.softmax(dim=-1)
+    # torch.multinomial, draw for draw, without its checks, for which a GPU would have to wait and not be recorded
+    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(dim=-1)
 
 
 def generate(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
@@ -463,30 +470,45 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float
             raise UserError(f"{name}: expected {expected}, got {got}")
     draw = partial(sample_next, temperature=temperature, top_k=top_k, top_p=top_p,
                    repetition_penalty=repetition_penalty, generator=generator)
-    return _decode(model, idx, max_new_tokens, draw, eos, use_cache)
+    return _decode(model, idx, max_new_tokens, draw, eos, generator, use_cache)
 
 
 @torch.inference_mode()
 def _decode(model: GPT, idx: Tensor, max_new_tokens: int, draw: Callable[[Tensor, Tensor], Tensor],
-            eos: int | list[int] | None, use_cache: bool) -> Iterator[Tensor]:
+            eos: int | list[int] | None, generator: torch.Generator | None, use_cache: bool) -> Iterator[Tensor]:
     (B, T), block = idx.shape, model.config.block_size
     stops = None if eos is None else torch.tensor(eos, device=model.device).view(-1)
     tokens = torch.empty(B, T + max_new_tokens, dtype=torch.long, device=model.device)
     tokens[:, :T] = idx
     done = torch.zeros(B, dtype=torch.bool, device=model.device)
+
+    def choose(logits: Tensor, seen: Tensor) -> Tensor:
+        token = draw(logits[:, -1].float(), seen)
+        if stops is not None:
+            token = torch.where(done, stops[0], token)
+            done.logical_or_((token[:, None] == stops).any(dim=1))
+        return token
+
     cache = model.new_cache(B, min(block, T + max_new_tokens)) if use_cache else None
+    graph = None
+    if cache is not None and cache.recordable:
+        from cuda_graph import TokenGraph
+
+        graph = TokenGraph(model, cache, choose, done, generator)
     start = 0  # of the window
     for end in range(T, T + max_new_tokens):
         if end - start > block:
             start = end - max(1, block // 2)
             if cache is not None:
                 cache.pos = 0
-        known = start + (cache.pos if cache is not None else 0)
-        logits, _ = model(tokens[:, known:end], cache=cache)
-        token = draw(logits[:, -1].float(), tokens[:, start:end])
-        if stops is not None:
-            token = torch.where(done, stops[0], token)
-            done |= torch.isin(token, stops)
+        if graph is not None and cache.pos:
+            token = graph.next()
+        else:
+            known = start + (cache.pos if cache is not None else 0)
+            logits, _ = model(tokens[:, known:end], cache=cache)
+            token = choose(logits, tokens[:, start:end])
+            if graph is not None:
+                graph.begin(tokens[:, start:end], token)
         tokens[:, end] = token
         yield token
         if stops is not None and done.all():
