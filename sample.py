@@ -43,6 +43,8 @@ class SampleConfig:
     """Same seed, same text; default: a new one each time, shown at the end."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and arithmetic (fp32 folders only); auto: bfloat16 on CUDA, else float32."""
     backend: Literal["auto", "owlet", "torch.ao", "reference"] = "auto"
     """Who multiplies in int8; auto takes the fastest there is."""
     int8_cache: bool = False
@@ -51,12 +53,19 @@ class SampleConfig:
     """CPU threads; default: PyTorch's choice."""
 
 
-def load(folder: Path, backend: str, int8_cache: bool, device: torch.device) -> tuple[GPT, str]:
+def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch.device) -> tuple[GPT, str]:
     """The model of an fp32 or int8 folder, on the device, and a word on how it computes."""
     if "quantization_config" not in read_config(folder):
         if int8_cache:
             raise UserError(f"--int8-cache: expected an int8 folder, as quantize.py makes one; {folder} is fp32")
-        return GPT.from_pretrained(folder).to(device), "fp32"
+        model = GPT.from_pretrained(folder).to(device)
+        if dtype == "float32" or (dtype == "auto" and device.type != "cuda"):
+            return model, "fp32"
+        for parameter in model.parameters():  # model.to would round the rotary angles as well
+            parameter.data = parameter.data.bfloat16()
+        return model, "bf16"
+    if dtype == "bfloat16":
+        raise UserError(f"--dtype bfloat16: expected an fp32 folder; {folder} is int8")
     import int8
 
     model = int8.from_pretrained(folder, backend, device)
@@ -111,7 +120,7 @@ def main() -> None:
     folder = config.checkpoint or by_age(Path("out"), "model.safetensors", "python train.py")[0]
     tokenizer = read_tokenizer(folder)
     text = read_prompt(config)
-    model, how = load(folder, config.backend, config.int8_cache, device)
+    model, how = load(folder, config.dtype, config.backend, config.int8_cache, device)
     seed = config.seed if config.seed is not None else torch.seed() % 2**32
     generator = torch.Generator(device).manual_seed(seed)
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import prepare
 import pytest
+import torch
 from conftest import ROOT
 
 import checkpoint
 import quantize
 import sample
 import train
+from model import GPT
 
 TINY = ["--n-layer", 1, "--n-embd", 16, "--n-head", 2, "--block-size", 16, "--batch-size", 4, "--max-steps", 2,
         "--eval-tokens", 500, "--threads", 1, "--device", "cpu"]
@@ -189,6 +191,7 @@ def test_token_files_must_match_their_description(script, data, tmp_path):
     (["--checkpoint", "nowhere"], ["nowhere"]),
     (["--chekpoint", "x"], ["--chekpoint"]),
     (["--backend", "gpu"], ["--backend", "gpu"]),
+    (["--dtype", "float16"], ["--dtype", "float16", "bfloat16"]),
 ], ids=lambda value: " ".join(map(str, value)) if str(value).startswith("['--") else "")
 def test_sample_refuses(script, folder, flags, words):
     Path("latin1").write_bytes("é".encode("latin-1"))
@@ -261,10 +264,29 @@ def test_characters_never_break(folder):
     assert spell.rest() == "\ufffd"
 
 
+@pytest.mark.parametrize(("dtype", "how", "kind"), [
+    ("auto", "fp32", torch.float32), ("float32", "fp32", torch.float32), ("bfloat16", "bf16", torch.bfloat16)])
+def test_weights_and_arithmetic_take_the_dtype_asked_for(script, folder, dtype, how, kind):
+    flags = ["--prompt", "Owl ", "--max-new-tokens", 20, "--seed", 3, "--dtype", dtype]
+    code, out, err = script(sample.main, *flags)
+    assert code == 0 and out.startswith("Owl ") and f", {how};" in err
+    model, said = sample.load(folder, dtype, "auto", False, torch.device("cpu"))
+    assert said == how and {parameter.dtype for parameter in model.parameters()} == {kind}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.cos.dtype == model.sin.dtype == torch.float32
+    cache, tokens = model.new_cache(1, 16), torch.arange(16)[None]
+    logits, _ = model(tokens, cache=cache)
+    assert logits.dtype == cache.keys.dtype == kind
+    exact, _ = GPT.from_pretrained(folder)(tokens)
+    torch.testing.assert_close(logits.float()[:, -1], exact[:, -1], atol=0.05 * exact.std().item(), rtol=0)
+
+
 def test_int8_folders_sample_like_fp32_ones(script, folder):
     assert script(quantize.main, "--no-compare")[0] == 0
     code, out, err = script(sample.main, "--prompt", "Fox ", "--max-new-tokens", 20)
     assert code == 0 and out.startswith("Fox ") and "int8" in err and "wood-int8" in err
+    refused(script(sample.main, "--dtype", "bfloat16"), "--dtype bfloat16", "fp32", "wood-int8")
+    assert script(sample.main, "--dtype", "float32", "--max-new-tokens", 2)[0] == 0
 
 
 # ---------------------------------------------------------------- the process
