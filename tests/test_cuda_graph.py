@@ -56,19 +56,23 @@ def test_the_last_recording_reads_no_more_than_the_cache_holds(recordings):
 
 
 @pytest.mark.parametrize("settings", [SETTINGS["greedy"], SETTINGS["sampled"]], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("count", [1, 12])
-def test_rows_end_at_eos_one_by_one(settings, count, recordings):
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("others", [0, 9])
+def test_rows_end_at_eos_one_by_one(settings, rows, others, recordings):
     model = random_model(vocab_size=40)
     free = text(model, new=30, **settings)
-    eos = [int(free[0, 20])] if count == 1 else free[:, 3].tolist() + list(range(100, 109))
+    eos = [int(free[row, 8 + 3 * row]) for row in range(rows)] + list(range(100, 100 + others))
     ours = text(model, new=30, eos=eos, **settings)
     assert recordings and torch.equal(ours, text(model, new=30, eos=eos, use_cache=False, **settings))
-    assert torch.isin(ours, torch.tensor(eos)).any()
+    ended = torch.isin(free, torch.tensor(eos)).cumsum(dim=1)
+    after = torch.cat((torch.zeros(3, 1), ended[:, :-1]), dim=1) > 0
+    assert torch.equal(ours, free.where(~after, eos[0])[:, :ours.size(1)])
+    assert ours.size(1) == min(30, int((ended == 0).sum(dim=1).max()) + 1)
 
 
 def test_a_rehearsal_leaves_nothing_behind(monkeypatch, recordings):
     model, settings = random_model(vocab_size=40), SETTINGS["everything"]
-    eos = int(text(model, new=30, **settings)[0, 12])
+    eos = text(model, new=30, **settings)[0, [20, 12]].tolist()
     expected, step = text(model, eos=eos, use_cache=False, **settings), TokenGraph.step
 
     def rehearsed(work: TokenGraph) -> None:
