@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from checkpoint import read_config, read_tensors
 from cli import UserError
-from model import GPT, Block, GPTConfig, KVCache, Uninitialised, check_tensors, write_model
+from model import GPT, Block, GPTConfig, KVCache, StaticKVCache, Uninitialised, check_tensors, write_model
 
 try:
     import owlet_kernels  # registers torch.ops.owlet
@@ -242,7 +242,8 @@ class Int8KVCache(KVCache):
 
 class Int8GPT(GPT):
     """A GPT of Int8Linear matrices. On a CPU with the kernels, whatever comes with a cache goes through
-    the C++ decoder (csrc/decoder.cpp): the same arithmetic over the same weights, in one call.
+    the C++ decoder (csrc/decoder.cpp): the same arithmetic over the same weights, in one call. On a GPU with
+    the kernels, a token that is recorded goes through another (csrc/cuda/decoder.cu).
 
     int8_cache: keep keys and values in int8 too; for long contexts, which they would fill the memory's
     bandwidth with.
@@ -251,14 +252,16 @@ class Int8GPT(GPT):
     decoder, int8_cache = None, False
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
-        kind, empty = Int8KVCache if self.int8_cache else KVCache, huge_empty if self.decoder else torch.empty
+        kind = Int8KVCache if self.int8_cache else KVCache
+        empty = huge_empty if self.decoder and self.device.type == "cpu" else torch.empty
         return kind(self.config, batch_size, length, self.device, empty=empty)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         if self.int8_cache and targets is not None:  # the loss is to be that of generating
             cache = cache or self.new_cache(*idx.shape)
-        if self.decoder is None or cache is None or targets is not None:
+        recorded = isinstance(cache, StaticKVCache)
+        if self.decoder is None or cache is None or targets is not None or recorded != (self.device.type == "cuda"):
             return super().forward(idx, targets, cache)
         self.check_fits(cache.end(idx.size(1)))
         scales = (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ()
@@ -266,13 +269,14 @@ class Int8GPT(GPT):
         cache.pos += idx.size(1)
         return logits, None
 
-    def make_decoder(self) -> "owlet_kernels.Decoder":
+    def make_decoder(self) -> "owlet_kernels.Decoder | owlet_kernels.CudaDecoder":
         config, layers = self.config, self.model.layers
 
         def matrix(linear: Int8Linear) -> tuple[Tensor, Tensor]:
             return linear.weight, linear.scale
 
-        return owlet_kernels.Decoder(
+        make = owlet_kernels.CudaDecoder if self.device.type == "cuda" else owlet_kernels.Decoder
+        return make(
             n_embd=config.n_embd, n_head=config.n_head, n_kv_head=config.n_kv_head, head_dim=config.head_dim,
             n_hidden=config.n_hidden, norm_eps=config.norm_eps, cos=self.cos, sin=self.sin,
             embedding=matrix(self.model.embed_tokens.matrix), norm=self.model.norm.weight, head=matrix(self.lm_head),
@@ -326,9 +330,12 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device:
         state[f"{embedding}.weight"], state[f"{embedding}.weight_scale"],
         backend if backend == "owlet" else "reference", memory=memory, tiles=tiles)
     model.model["embed_tokens"] = Int8Embedding(table)
-    model.backend = f"{backend} ({owlet_kernels.isa()})" if backend == "owlet" else backend
+    model.backend = f"{backend} ({'cuda' if tiles else owlet_kernels.isa()})" if backend == "owlet" else backend
     model = model.eval().requires_grad_(False).to(device)
-    if backend == "owlet" and device.type == "cpu":
+    if tiles and (config.head_dim % 16 or config.head_dim > 128):
+        print(f"note: csrc/cuda/decoder.cu takes heads of 16, 32, ... 128, not of {config.head_dim}; "
+              "going on with PyTorch's attention", file=sys.stderr)
+    elif backend == "owlet":
         model.decoder = model.make_decoder()
     return model
 

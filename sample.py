@@ -68,6 +68,9 @@ def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch
         raise UserError(f"--dtype bfloat16: expected an fp32 folder; {folder} is int8")
     import int8
 
+    if device.type == "mps":
+        print("note: int8 models run on CPUs and CUDA; going on with the CPU", file=sys.stderr)
+        device = torch.device("cpu")
     model = int8.from_pretrained(folder, backend, device)
     model.int8_cache = int8_cache
     return model, f"int8 by {model.backend}{', int8 cache' * int8_cache}"
@@ -122,10 +125,10 @@ def main() -> None:
     text = read_prompt(config)
     model, how = load(folder, config.dtype, config.backend, config.int8_cache, device)
     seed = config.seed if config.seed is not None else torch.seed() % 2**32
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
 
     prompt = tokenizer.encode(text).ids
-    idx = torch.tensor([prompt] * config.num_samples, device=device).view(config.num_samples, -1)
+    idx = torch.tensor([prompt] * config.num_samples, device=model.device).view(config.num_samples, -1)
     tokens = generate(model, idx, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
                       top_p=config.top_p, repetition_penalty=config.repetition_penalty,
                       eos=model.config.eos, generator=generator)

@@ -192,7 +192,8 @@ def test_decoder_equals_the_model(library, B, changes):
 def test_compiles_for_every_target(source, tmp_path):
     targets = [flag for target in TARGETS for flag in ("-gencode", f"arch=compute_{target},code=sm_{target}")]
     flags = ["-std=c++17", "-fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v", "--threads", "2", *targets]
-    result = subprocess.run(["nvcc", *flags, "-c", source, "-o", tmp_path / "kernels.o"], capture_output=True, text=True)
+    command = ["nvcc", *flags, "-c", source, "-o", tmp_path / "kernels.o"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     spilt = [int(size) for size in re.findall(r"(\d+) bytes spill stores", result.stderr)]
     assert spilt and max(spilt) <= 32  # registers that did not suffice; none by CUDA 13.0
