@@ -2,9 +2,10 @@
 
     python tests/bench_train.py                        small, on 2 threads
     python tests/bench_train.py --sizes tiny small --threads 1 --rounds 9
+    python tests/bench_train.py --sizes medium         on a GPU, if there is one
 
-plain is PyTorch as it comes: fp32, eager, AdamW for all parameters. plain Muon is the same with
-torch.optim.Muon for the matrices that train.py has Muon for. owlet is the step of a long run of train.py
+plain is PyTorch as it comes: fp32 (on a GPU bf16, by autocast), eager, AdamW for all parameters. plain Muon is the
+same with torch.optim.Muon for the matrices that train.py has Muon for. owlet is the step of a long run of train.py
 (compiled, in the dtype that suits the machine), owlet float32 the same in fp32. They take turns, so that a slow moment
 of the machine is everybody's. The peak is what a large matrix product reaches in that dtype, measured in the same run.
 """
@@ -59,7 +60,7 @@ def owlet_step(config: TrainConfig, ranks: Ranks) -> Step:
     return step
 
 
-def plain_step(config: TrainConfig, ranks: Ranks, muon: bool) -> Step:
+def plain_step(config: TrainConfig, ranks: Ranks, dtype: torch.dtype, muon: bool) -> Step:
     model = new_model(config, ranks)
     optimizers = [torch.optim.AdamW(model.parameters())]
     if muon:
@@ -67,7 +68,7 @@ def plain_step(config: TrainConfig, ranks: Ranks, muon: bool) -> Step:
         optimizers = [torch.optim.Muon(matrices), torch.optim.AdamW(others)]
 
     def step(x: Tensor, y: Tensor) -> None:
-        model(x, y)[1].backward()
+        forward_loss(model, x, y, dtype).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
@@ -83,7 +84,7 @@ def new_model(config: TrainConfig, ranks: Ranks) -> GPT:
 
 @dataclass
 class TrainBenchConfig:
-    sizes: tuple[Literal["tiny", "small", "seed"], ...] = ("small",)
+    sizes: tuple[Literal["tiny", "small", "seed", "medium"], ...] = ("small",)
     threads: int = 2
     rounds: int = 7
     """Steps of each that count; two more warm up."""
@@ -101,8 +102,9 @@ def main() -> None:
     for size in flags.sizes:
         config = replace(SIZES[size], compile="on" if can_compile(device) else "off")
         dtype = pick_dtype("auto", device, config.n_embd)
-        steps = {"plain": (plain_step(config, ranks, muon=False), torch.float32),
-                 "plain Muon": (plain_step(config, ranks, muon=True), torch.float32),
+        plain = dtype if device.type == "cuda" else torch.float32
+        steps = {"plain": (plain_step(config, ranks, plain, muon=False), plain),
+                 "plain Muon": (plain_step(config, ranks, plain, muon=True), plain),
                  "owlet float32": (owlet_step(replace(config, dtype="float32"), ranks), torch.float32),
                  "owlet": (owlet_step(config, ranks), dtype)}
         tokens = torch.randint(VOCABULARY, (2, config.batch_size, config.block_size), device=device)
@@ -120,9 +122,9 @@ def main() -> None:
                          f"{peaks[kind] / 1e9:,.0f}"])
     header = ["size", "step", "dtype", "tokens/s", "over plain", "of matmul peak", "peak, GFLOP/s"]
     print("\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * 3 + ["--:"] * 4, *rows)))
-    print(f"{cpu_name()}, {flags.threads} threads, torch {torch.__version__}; medians of {flags.rounds} steps in turn")
-    write_json(flags.out / "train.json", {"machine": cpu_name(), "threads": flags.threads, "header": header,
-                                          "rows": rows})
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {flags.threads} threads"
+    print(f"{machine}, torch {torch.__version__}; medians of {flags.rounds} steps in turn")
+    write_json(flags.out / "train.json", {"machine": machine, "header": header, "rows": rows})
 
 
 def timed(step: Step, x: Tensor, y: Tensor) -> float:

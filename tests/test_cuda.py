@@ -1,0 +1,253 @@
+"""On a GPU:  CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_cuda.py   (the other tests leave it alone)"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model
+from torch import library
+
+import int8
+import sample
+import train
+from int8 import int8_linear_reference, pack_tiles
+from model import StaticKVCache, generate
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU to be seen; with one, set CUDA_VISIBLE_DEVICES=0", allow_module_level=True)
+if not int8.has_cuda_kernels():
+    pytest.skip("the CUDA kernels are not built: python setup.py build_ext, with nvcc", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = [1, 3, 7, 16, 63, 64, 65, 257, 1408]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DEVICE = torch.device("cuda:0")
+int8_linear = torch.ops.owlet.int8_linear
+
+
+def random_int8(*shape):
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def full_range(*shape):
+    return torch.randint(0, 2, shape).mul(254).sub(127).to(torch.int8)
+
+
+def on_gpu(x, w, scale, bias=None, residual=None, activation="none"):
+    x, w, scale, bias, residual = (t if t is None else t.to(DEVICE) for t in (x, pack_tiles(w), scale, bias, residual))
+    return int8_linear(x, w, scale, bias, residual, activation).cpu()
+
+
+def make_linear(M, N, K, activation="none"):
+    torch.manual_seed(0)
+    columns = N // 2 if activation == "swiglu" else N
+    return torch.randn(M, K), random_int8(N, K), torch.rand(N) * 0.02 / K**0.5, torch.randn(N), torch.randn(M, columns)
+
+
+# --- the operator -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [random_int8, full_range], ids=["random", "full range"])
+@pytest.mark.parametrize("K", SIZES)
+def test_sums_are_exact(K, make):
+    torch.manual_seed(0)
+    x, w = make(max(SIZES), K).float(), make(max(SIZES), K)
+    x[:, 0] = 127  # the scale is 1
+    x[5], w[7] = 0, 0
+    sums = (x.double() @ w.double().T).float()
+    for N in SIZES:
+        for M in SIZES:
+            assert torch.equal(on_gpu(x[:M], w[:N], torch.ones(N)), sums[:M, :N]), (M, N)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("M", [1, 20, 70])
+def test_largest_k_does_not_overflow(M, sign):
+    K = (2**31 - 1) // (128 * 127)
+    y = on_gpu(torch.full((M, K), 127.0 * sign), torch.full((2, K), 127, dtype=torch.int8), torch.ones(2))
+    assert torch.equal(y, torch.full((M, 2), float(sign * 127 * 127 * K)))
+
+
+@pytest.mark.parametrize("activation", ["none", "silu", "swiglu"])
+@pytest.mark.parametrize("M", [1, 4, 13, 64, 200])
+def test_same_bits_as_on_the_cpu(M, activation):
+    x, w, scale, bias, residual = make_linear(M, 1408, 520, activation)
+    cpu = int8_linear(x, torch.ops.owlet.pack_int8(w), scale, bias, residual, activation)
+    assert torch.equal(on_gpu(x, w, scale, bias, residual, activation), cpu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [2, 20, 200])
+def test_other_dtypes_are_rounded_once(M, dtype):
+    x, w, scale, bias, residual = make_linear(M, 131, 257)
+    x, residual = x.to(dtype), residual.to(dtype)
+    expected = int8_linear_reference(x.float(), w, scale, bias, residual.float())
+    assert torch.equal(on_gpu(x, w, scale, bias, residual), expected.to(dtype))
+
+
+@pytest.mark.parametrize("M", [1, 9, 70])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_yields_nan_and_no_other_does(M, bad):
+    x, w, scale, bias, _ = make_linear(M, 72, 200)
+    good = on_gpu(x, w, scale, bias)
+    x[M // 2, 77] = bad
+    y = on_gpu(x, w, scale, bias)
+    assert y[M // 2].isnan().all()
+    y[M // 2] = good[M // 2]
+    assert torch.equal(y, good)
+
+
+def test_strides_odd_addresses_and_empty_batches():
+    x, w, scale, bias, residual = (t.to(DEVICE) for t in make_linear(6, 70, 34))
+    packed = pack_tiles(w)
+    y = int8_linear(x, packed, scale, bias, residual)
+    assert torch.equal(int8_linear(x.t().contiguous().t(), packed, scale, bias, residual.t().contiguous().t()), y)
+    for t in (x, residual):  # 4 bytes past where loads of 16 may begin
+        odd = torch.empty(t.numel() + 1, device=DEVICE)[1:].view_as(t).copy_(t)
+        assert odd.data_ptr() % 8
+        ours = (odd, packed, scale, bias, residual) if t is x else (x, packed, scale, bias, odd)
+        assert torch.equal(int8_linear(*ours), y)
+    assert torch.equal(int8_linear(x.view(2, 3, 34), packed, scale, bias, residual.view(2, 3, 70)).view(6, 70), y)
+    assert int8_linear(x[:0], packed, scale).shape == (0, 70)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"x": torch.randn(2, 8).double()}, "x must be Float, Half or BFloat16, got Double"),
+    ({"packed": torch.ops.owlet.pack_int8(random_int8(6, 8))}, "packed must be Char, got Byte"),
+    ({"packed": pack_tiles(random_int8(6, 80))}, r"packed must have shape \[1, 1, 8, 64\], got \[1, 2, 8, 64\]"),
+    ({"residual": torch.rand(2, 6).half()}, "residual must be Float, got Half")],
+    ids=["float64", "packed for the CPU", "another K", "another dtype"])
+def test_int8_linear_refuses(changes, message):
+    tensors = {"x": torch.randn(2, 8), "packed": pack_tiles(random_int8(6, 8)), "scale": torch.rand(6)} | changes
+    with pytest.raises(RuntimeError, match=message):
+        int8_linear(**{name: t.to(DEVICE) for name, t in tensors.items()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_and_one_graph(dtype):
+    x, w, scale, bias, residual = (t.to(DEVICE) for t in make_linear(3, 66, 20, "swiglu"))
+    arguments = (x.to(dtype), pack_tiles(w), scale, bias, residual.to(dtype), "swiglu")
+    library.opcheck(int8_linear.default, arguments)
+    compiled = torch.compile(int8_linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), int8_linear(*arguments))
+
+
+# --- models -------------------------------------------------------------------------------------
+
+MODELS = {"mha": {"head_dim": 16}, "gqa": {"n_kv_head": 2, "head_dim": 32}, "llama": {"qk_norm": False, "head_dim": 64},
+          "untied": {"tie_embeddings": False, "head_dim": 16}, "torch's attention": {"head_dim": 10}}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
+def fp32(request):
+    return random_model(block_size=600, **request.param)
+
+
+def int8_on_gpu(model, backend="owlet"):
+    return int8.build(model.config, int8.quantize_state(model), backend, DEVICE)
+
+
+def test_int8_logits_are_those_of_the_cpu(fp32):
+    cpu, gpu = int8.quantize(fp32, "owlet"), int8_on_gpu(fp32)
+    idx = torch.randint(fp32.config.vocab_size, (2, 40))
+    expected, got = cpu(idx)[0], gpu(idx.to(DEVICE))[0].cpu()
+    assert (got - expected).norm() < 0.02 * expected.norm()  # a rounding here and there goes another way
+
+
+@pytest.mark.parametrize("B", [1, 3, 6])
+def test_recorded_logits_are_those_of_the_python_path(fp32, B):
+    """Step by step, by the decoder in C++ where it takes the model, without recording."""
+    model = int8_on_gpu(fp32)
+    idx = torch.randint(fp32.config.vocab_size, (B, 90), device=DEVICE)
+    with torch.inference_mode():
+        expected = model(idx)[0]
+        cache = model.new_cache(B, 128)
+        model(idx[:, :2], cache=cache)
+        static = StaticKVCache(cache)
+        got = torch.cat([model(idx[:, i:i + 1], cache=static)[0] for i in range(2, 90)], dim=1)
+    assert (got - expected[:, 2:]).norm() < 0.02 * expected.norm()
+
+
+SETTINGS = {"greedy": {"temperature": 0}, "everything": {"temperature": 0.9, "top_k": 40, "top_p": 0.95,
+                                                         "repetition_penalty": 1.3}}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_generating_records_and_repeats(fp32, kind, settings):
+    """Across two buckets of keys and the end of the context; the text depends on the seed alone."""
+    model = fp32.to(DEVICE) if kind == "fp32" else int8_on_gpu(fp32)
+    idx = torch.randint(fp32.config.vocab_size, (3, 200), device=DEVICE)
+
+    def text(**more):
+        generator = torch.Generator(DEVICE).manual_seed(3)
+        return torch.stack(list(generate(model, idx, 450, generator=generator, **settings, **more)), dim=1)
+
+    first = text()
+    assert torch.equal(first, text())
+    if kind == "fp32" and not settings["temperature"]:
+        same = (first == text(use_cache=False)).float().mean()
+        assert same > 0.9  # fp32 sums in another order may turn a close choice, and all after it
+
+
+def test_eos_ends_a_row(fp32):
+    model = int8_on_gpu(fp32)
+    idx = torch.randint(fp32.config.vocab_size, (2, 5), device=DEVICE)
+    free = torch.stack(list(generate(model, idx, 30, temperature=0)), dim=1)
+    eos = int(free[0, 7])
+    ended = torch.stack(list(generate(model, idx, 30, temperature=0, eos=eos)), dim=1)
+    first = (free[0] == eos).nonzero()[0, 0]
+    assert (ended[0, first:] == eos).all() and torch.equal(ended[0, :first], free[0, :first])
+
+
+# --- scripts ------------------------------------------------------------------------------------
+
+
+def run(*command):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_train_quantize_sample(data, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--data", data, "--out", out, "--max-steps", 60, "--eval-every", 30, "--batch-size", 8]
+    run("train.py", "tiny", *flags)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = [row["val_loss"] for row in log if "val_loss" in row]
+    assert losses[-1] < losses[0] < 5
+    run("quantize.py", "--checkpoint", out)
+    for folder, how in ((out, "bf16"), (out.with_name("run-int8"), "int8 by owlet (cuda)")):
+        done = run("sample.py", "--checkpoint", folder, "--max-new-tokens", 40, "--seed", 1, "--device", "cuda")
+        assert how in done.stderr
+    run("train.py", "--resume", "--out", out, "--max-steps", 70)
+
+
+def test_the_loss_is_that_of_the_cpu(data):
+    """One step's loss and the next one's, in fp32: the same model, batch and optimizers."""
+    losses = {}
+    for device in ("cpu", "cuda:0"):
+        config = train.TrainConfig(dtype="float32", n_embd=64, n_layer=2)
+        torch.manual_seed(0)
+        model = train.build_model(config, 256).to(device)
+        tokens = train.TokenData(data, config.block_size, device)
+        optimizers = train.make_optimizers(model, config)
+        losses[device] = []
+        for step in range(5):
+            x, y = tokens.batch(step * 8, 8, 1)[0]
+            loss = train.forward_loss(model, x, y, torch.float32)
+            loss.backward()
+            train.update(model, optimizers, step, config)
+            losses[device].append(loss.item())
+    torch.testing.assert_close(torch.tensor(losses["cpu"]), torch.tensor(losses["cuda:0"]), rtol=0, atol=1e-3)
+
+
+def test_bf16_folder_is_close_to_fp32(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    idx = torch.randint(100, (1, 20), device=DEVICE)
+    fp32, bf16 = (sample.load(tmp_path, dtype, "auto", False, DEVICE)[0](idx)[0].float()
+                  for dtype in ("float32", "auto"))
+    assert (fp32 - bf16).norm() < 0.05 * fp32.norm()
