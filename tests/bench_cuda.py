@@ -8,6 +8,7 @@ run: bandwidth by copying 2 GB (read and written), arithmetic by a bf16 product 
 see tests/bench_train.py --sizes medium.
 """
 
+import importlib.util
 import math
 import statistics
 import sys
@@ -103,21 +104,24 @@ def seconds_of(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def products(shapes: list[tuple[int, int]], tokens: list[int], rounds: int) -> list[dict]:
-    """A row for each shape, number of tokens and contender."""
-    contenders = {"owlet": owlet, "bf16": bf16, "_int_mm": int_mm}
-    try:
-        import torchao as _  # noqa: F401
-
-        contenders["torchao int8"] = torchao
-    except ImportError:
+def contenders() -> dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]]:
+    """Each makes a function of x (M, K) from w (N, K)."""
+    found = {"owlet": owlet, "bf16": bf16, "_int_mm": int_mm}
+    if importlib.util.find_spec("torchao"):
+        found["torchao int8"] = torchao
+    else:
         print("note: torchao is not installed: left out", file=sys.stderr)
+    return found
+
+
+def products(makers: dict, shapes: list[tuple[int, int]], tokens: list[int], rounds: int) -> list[dict]:
+    """A row for each shape, number of tokens and contender."""
     rows = []
     for (N, K), M in tqdm([(shape, M) for shape in shapes for M in tokens], disable=None, leave=False):
         x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16)
         copies = math.ceil(CACHE / (N * K)) if M < 128 else 4
         calls = {}
-        for name, make in contenders.items():
+        for name, make in makers.items():
             if name in ("_int_mm", "torchao int8") and M <= 16:  # which is what torch._int_mm asks for
                 continue
             linears = [make(torch.randn(N, K, device=DEVICE)) for _ in range(copies)]
@@ -220,7 +224,9 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
         bandwidth, peak = copy_bandwidth(), peak_flops(DEVICE, torch.bfloat16)
-        few, many = products(DECODE, [1, 4, 16], config.rounds), products(PROMPT, [2048], config.rounds)
+        makers = contenders()
+        few = products(makers, DECODE, [1, 4, 16], config.rounds)
+        many = products(makers, PROMPT, [2048], config.rounds)
     models = [row for size in config.sizes for row in decoding(size, config.tokens, config.rounds)]
 
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
