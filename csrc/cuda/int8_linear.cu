@@ -243,18 +243,12 @@ __global__ void __launch_bounds__(kBlockThreads) many_tokens_kernel(Scratch x, i
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int warp_token = warp / 2 * kWarpTokens, warp_row = warp % 2 * kWarpRows;
 
-  const auto copy = [&](int k) {
-    int8_t* stage = stages[k % kStages];
-    for (int i = threadIdx.x; i < kPieces; i += kBlockThreads) {
-      const int64_t token = first_token + i / 4;  // 4 pieces a token
-      const bool inside = token < tokens;
-      copy_async(stage + i * 16, x.q + (inside ? token : 0) * stride + k * kTileK + i % 4 * 16, inside);
-    }
-    for (int i = threadIdx.x; i < kPieces; i += kBlockThreads) {
-      const int64_t tile = first_tile + i / kWarp;  // 32 pieces a tile
-      const bool inside = tile < tiles;
-      copy_async(stage + kStageBytes / 2 + i * 16,
-                 linear.packed + ((inside ? tile : 0) * tiles_k + k) * kTileBytes + i % kWarp * 16, inside);
+  const auto copy = [&](int k) {  // past the last token or tile, the last one again: their sums are not stored
+    int8_t *a = stages[k % kStages], *b = a + kStageBytes / 2;
+    for (int i = threadIdx.x; i < kPieces; i += kBlockThreads) {  // 4 pieces a token, 32 a tile
+      const int64_t token = min(first_token + i / 4, tokens - 1), tile = min(first_tile + i / kWarp, tiles - 1);
+      copy_async(a + i * 16, x.q + token * stride + k * kTileK + i % 4 * 16);
+      copy_async(b + i * 16, linear.packed + (tile * tiles_k + k) * kTileBytes + i % kWarp * 16);
     }
   };
 

@@ -54,20 +54,19 @@ __device__ __forceinline__ int4 load_weights(const int8_t* p) {
   return v;
 }
 
-// 16 bytes from global to shared memory, or zeros; there after the wait for their group. Turing waits at once.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
+// 16 bytes from global to shared memory, there after the wait for their group. Turing waits at once.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global), "r"(inside ? 16 : 0));
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 #else
-  *static_cast<int4*>(shared) = inside ? *static_cast<const int4*>(global) : int4{};
+  *static_cast<int4*>(shared) = *static_cast<const int4*>(global);
 #endif
 }
 
 __device__ __forceinline__ void end_group() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;");
+  asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
@@ -75,7 +74,7 @@ __device__ __forceinline__ void end_group() {
 template <int pending>
 __device__ __forceinline__ void wait_groups() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending));
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 #endif
 }
 

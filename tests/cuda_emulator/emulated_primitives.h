@@ -30,9 +30,7 @@ inline void mma(int (&c)[4], int a0, int a1, int a2, int a3, int b0, int b1) {
 inline int4 load_weights(const int8_t* p) { return *reinterpret_cast<const int4*>(p); }
 
 // Done as late as the waits allow.
-inline void copy_async(void* shared, const void* global, bool inside) {
-  emulator::self().groups.back().push_back({shared, inside ? global : nullptr});
-}
+inline void copy_async(void* shared, const void* global) { emulator::self().groups.back().push_back({shared, global}); }
 
 inline void end_group() { emulator::self().groups.emplace_back(); }
 
@@ -40,10 +38,7 @@ template <int pending>
 void wait_groups() {
   auto& groups = emulator::self().groups;
   while (groups.size() > pending + 1) {  // and the open one
-    for (const auto& [to, from] : groups.front()) {
-      const int4 value = from ? *static_cast<const int4*>(from) : int4{};
-      *static_cast<int4*>(to) = value;
-    }
+    for (const auto& [to, from] : groups.front()) *static_cast<int4*>(to) = *static_cast<const int4*>(from);
     groups.erase(groups.begin());
   }
 }
