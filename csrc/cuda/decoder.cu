@@ -63,12 +63,13 @@ template <int kPieces>
 __global__ void __launch_bounds__(kThreads) attention_kernel(Attention in) {
   constexpr int head_dim = kPieces * 16;
   __shared__ __align__(16) float q[head_dim], key[head_dim], value[head_dim];
-  __shared__ float parts[kWarps][head_dim];
+  __shared__ __align__(16) float parts[kWarps][head_dim];
   __shared__ Softmax of[kWarps];
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t head = blockIdx.x, stream = blockIdx.y, group = in.n_head / in.n_kv_head, kv_head = head / group;
   const int pos = *in.pos;
+  if (pos >= in.length) __trap();  // rather than write past the caches
   const int64_t at = (stream * in.n_kv_head + kv_head) * in.length;
   const float* row = in.qkv + stream * (in.n_head + 2 * in.n_kv_head) * head_dim;
   const float *cos = in.cos + pos * int64_t{head_dim / 2}, *sin = in.sin + pos * int64_t{head_dim / 2};

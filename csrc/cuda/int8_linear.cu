@@ -1,8 +1,9 @@
 // Compile with -fmad=false: a fused multiply-add would round differently from the CPU.
 //
 // Both kernels multiply on the tensor cores, 16 tokens x 8 output channels x 32 k at a time. The order of k is free
-// as long as both operands have the same: lane (g, t) loads the 16 bytes from k = 16t on, in one piece, and hands
-// them on as if they were k = 4t .. 4t+3 and 16+4t .. 19+4t of two products.
+// as long as both operands have the same: lane (g, t) loads a channel's 16 bytes from k = 16t on, in one piece, and
+// hands them on as if they were k = 4t .. 4t+3 and 16+4t .. 19+4t of two products. Tokens are quantized into the
+// order in which the registers of those products want them.
 #include "../kernels/numerics.h"
 #include "int8_linear.h"
 #include "primitives.cuh"
@@ -36,10 +37,10 @@ __device__ __nv_bfloat16 from_float(float x) {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-// Quantizes a token, by a whole block. RMSNorm's factor is the same for all of a token: it cancels out of q, and
-// joins the scale. So one pass finds all that q needs.
-template <typename T>
-__device__ void quantize_token(const Tokens<T>& tokens, int64_t token, int64_t K, int8_t* q, float* scale) {
+// Quantizes a token, by a whole block; store(k, q) takes four at a time, to the end of the last tile. RMSNorm's factor
+// is the same for all of a token: it cancels out of q, and joins the scale. So one pass finds all that q needs.
+template <typename T, typename Store>
+__device__ void quantize_token(const Tokens<T>& tokens, int64_t token, int64_t K, Store store, float* scale) {
   __shared__ int amaxes[kWarps];
   __shared__ float squares[kWarps];
   const T* x = tokens.x + token * K;
@@ -66,15 +67,28 @@ __device__ void quantize_token(const Tokens<T>& tokens, int64_t token, int64_t K
   const TokenScale s = token_scale(amax);
   const float factor = tokens.norm ? 1.0f / sqrtf(square / static_cast<float>(K) + tokens.eps) : 1.0f;
   if (threadIdx.x == 0) *scale = s.scale * factor;
-  const int64_t padded = k_tiles(K) * kTileK;
-  for (int64_t k = threadIdx.x; k < padded; k += kThreads)
-    q[k] = k < K && s.inverse > 0 ? round_to_int(value(k) * s.inverse) : 0;
+  for (int64_t k = 4 * threadIdx.x; k < k_tiles(K) * kTileK; k += 4 * kThreads) {
+    unsigned q = 0;
+    for (int i = 0; i < 4; ++i)
+      if (k + i < K && s.inverse > 0) q |= (round_to_int(value(k + i) * s.inverse) & 0xffu) << (8 * i);
+    store(k, static_cast<int>(q));
+  }
+}
+
+// Where four numbers of a token go in Scratch's q, an array of int: of 16 tokens x 64 k, lane (g, t) has 16 bytes for
+// each of two products, which are token g at 4 k, token g + 8 at the same, and both at the next 4 k.
+__device__ int64_t fragment(int64_t token, int64_t k, int64_t tiles_k) {
+  const int64_t tile = token / 16 * tiles_k + k / kTileK;
+  const int lane = token % 8 * 4 + k % kTileK / 16, product = k % 16 / 8;
+  return ((tile * 2 + product) * kWarp + lane) * 4 + k % 8 / 4 * 2 + token % 16 / 8;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(Tokens<T> tokens, int64_t K, Scratch to) {
-  const int64_t token = blockIdx.x;
-  quantize_token(tokens, token, K, to.q + token * k_tiles(K) * kTileK, to.scale + token);
+  const int64_t token = blockIdx.x, tiles_k = k_tiles(K);
+  auto* q = reinterpret_cast<int*>(to.q);
+  quantize_token(tokens, token, K, [&](int64_t k, int four) { q[fragment(token, k, tiles_k)] = four; },
+                 to.scale + token);
 }
 
 // ---- sums to y
@@ -130,7 +144,6 @@ struct Output {
 // With so few tokens that they fit here, every block quantizes all of x for itself: that is quicker than a launch
 // of its own. While it does, and while sums are added up, the next weights are on their way.
 constexpr int kInFlight = 4;  // loads of a thread
-constexpr int kBlocks = 3;    // on a processor: with more there are too few registers
 constexpr int kOwnTokens = 4;
 constexpr int kOwnBytes = 16384;
 
@@ -138,9 +151,9 @@ inline __host__ __device__ bool quantizes_itself(int64_t tokens, int64_t K) {
   return tokens <= kOwnTokens && tokens * k_tiles(K) * kTileK <= kOwnBytes;
 }
 
-// For 16 * kGroups tokens at a time, of which blockIdx.y says which.
+// For 16 * kGroups tokens at most.
 template <typename T, int kGroups>
-__global__ void __launch_bounds__(kThreads, kGroups == 1 ? kBlocks : 1)
+__global__ void __launch_bounds__(kThreads, kGroups == 1 ? 3 : 1)
     few_tokens_kernel(Tokens<T> x, Scratch quantized, Output<T> output) {
   constexpr bool may_own = kGroups == 1;  // which is where kOwnTokens are
   __shared__ __align__(16) int8_t own_q[may_own ? kOwnBytes : 1];
@@ -160,19 +173,15 @@ __global__ void __launch_bounds__(kThreads, kGroups == 1 ? kBlocks : 1)
   };
   load(blockIdx.x, warp);
 
-  const int64_t first = blockIdx.y * int64_t{16 * kGroups};
-  const int8_t* q = quantized.q;
-  const float* x_scale = quantized.scale;
-  if (may_own && quantizes_itself(x.count, linear.K)) {
+  const bool own = may_own && quantizes_itself(x.count, linear.K);
+  const float* x_scale = own ? own_scale : quantized.scale;
+  if (own) {
     for (int64_t token = 0; token < x.count; ++token)
-      quantize_token(x, token, linear.K, own_q + token * stride, own_scale + token);
+      quantize_token(x, token, linear.K,
+                     [&](int64_t k, int four) { *reinterpret_cast<int*>(own_q + token * stride + k) = four; },
+                     own_scale + token);
     __syncthreads();
-    q = own_q;
-    x_scale = own_scale;
   }
-  const auto activations = [&](int64_t token, int k) {
-    return token < x.count ? *reinterpret_cast<const int4*>(q + token * stride + k * kTileK + t * 16) : int4{};
-  };
 
   int turn = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
@@ -192,10 +201,17 @@ __global__ void __launch_bounds__(kThreads, kGroups == 1 ? kBlocks : 1)
         const int4 b = weights[i];
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
-          const int64_t token = first + 16 * group + g;
-          const int4 low = activations(token, k + i * kWarps), high = activations(token + 8, k + i * kWarps);
-          mma(sum[group], low.x, high.x, low.y, high.y, b.x, b.y);
-          mma(sum[group], low.z, high.z, low.w, high.w, b.z, b.w);
+          if (own) {  // row by row, and no token in the upper half
+            const int8_t* row = own_q + g * stride + (k + i * kWarps) * kTileK + t * 16;
+            const int4 a = g < x.count ? *reinterpret_cast<const int4*>(row) : int4{};
+            mma(sum[group], a.x, 0, a.y, 0, b.x, b.y);
+            mma(sum[group], a.z, 0, a.w, 0, b.z, b.w);
+          } else {  // tokens past the last are whatever lies there: their sums are not stored
+            const auto* a = reinterpret_cast<const int4*>(quantized.q) + (group * tiles_k + k + i * kWarps) * 2 * kWarp;
+            const int4 a0 = a[lane], a1 = a[lane + kWarp];
+            mma(sum[group], a0.x, a0.y, a0.z, a0.w, b.x, b.y);
+            mma(sum[group], a1.x, a1.y, a1.z, a1.w, b.z, b.w);
+          }
         }
       }
     }
@@ -207,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, kGroups == 1 ? kBlocks : 1)
     __syncthreads();  // one is enough: the next tile's sums go to the other half of `partial`
     for (int i = threadIdx.x; i < kGroups * 2 * kWarp; i += kThreads) {
       const int group = i / (2 * kWarp), half = i / kWarp % 2, of = i % kWarp;
-      const int64_t token = first + 16 * group + 8 * half + of / 4;
+      const int token = 16 * group + 8 * half + of / 4;
       if (token >= x.count) continue;
       int2 total = make_int2(0, 0);
       for (int w = 0; w < kWarps; ++w) {
@@ -238,16 +254,21 @@ __global__ void __launch_bounds__(kBlockThreads) many_tokens_kernel(Scratch x, i
 
   const Linear& linear = output.linear;
   const int tiles_k = k_tiles(linear.K);
-  const int64_t tiles = (linear.N + kTileRows - 1) / kTileRows, stride = tiles_k * kTileK;
-  const int64_t first_token = blockIdx.y * int64_t{kBlock}, first_tile = blockIdx.x * int64_t{kBlock / kTileRows};
+  const int64_t tiles = (linear.N + kTileRows - 1) / kTileRows;
+  const int64_t first_token = blockIdx.x * int64_t{kBlock}, first_tile = blockIdx.y * int64_t{kBlock / kTileRows};
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int warp_token = warp / 2 * kWarpTokens, warp_row = warp % 2 * kWarpRows;
 
-  const auto copy = [&](int k) {  // past the last token or tile, the last one again: their sums are not stored
+  // 64 pieces of 16 bytes are a k tile of 16 tokens, 32 of 8 channels. Past the last of them, the last one again:
+  // those sums are not stored.
+  const int64_t groups = (tokens + 15) / 16, first_group = first_token / 16;
+  const auto copy = [&](int k) {
     int8_t *a = stages[k % kStages], *b = a + kStageBytes / 2;
-    for (int i = threadIdx.x; i < kPieces; i += kBlockThreads) {  // 4 pieces a token, 32 a tile
-      const int64_t token = min(first_token + i / 4, tokens - 1), tile = min(first_tile + i / kWarp, tiles - 1);
-      copy_async(a + i * 16, x.q + token * stride + k * kTileK + i % 4 * 16);
+#pragma unroll
+    for (int n = 0; n < kPieces / kBlockThreads; ++n) {
+      const int i = threadIdx.x + n * kBlockThreads;
+      const int64_t group = min(first_group + i / (2 * kWarp), groups - 1), tile = min(first_tile + i / kWarp, tiles - 1);
+      copy_async(a + i * 16, x.q + ((group * tiles_k + k) * 2 * kWarp + i % (2 * kWarp)) * 16);
       copy_async(b + i * 16, linear.packed + (tile * tiles_k + k) * kTileBytes + i % kWarp * 16);
     }
   };
@@ -265,19 +286,16 @@ __global__ void __launch_bounds__(kBlockThreads) many_tokens_kernel(Scratch x, i
 
     const auto* a = reinterpret_cast<const int4*>(stages[k % kStages] + warp_token * kTileK) + lane;
     const auto* b = reinterpret_cast<const int4*>(stages[k % kStages] + kStageBytes / 2 + warp_row * kTileK) + lane;
-    int4 low[kWarpTokens / 16], high[kWarpTokens / 16];
+    int4 w[kWarpRows / kTileRows];
+#pragma unroll
+    for (int j = 0; j < kWarpRows / kTileRows; ++j) w[j] = b[j * kWarp];
 #pragma unroll
     for (int i = 0; i < kWarpTokens / 16; ++i) {
-      low[i] = a[2 * i * kWarp];
-      high[i] = a[(2 * i + 1) * kWarp];
-    }
+      const int4 a0 = a[2 * i * kWarp], a1 = a[(2 * i + 1) * kWarp];
 #pragma unroll
-    for (int j = 0; j < kWarpRows / kTileRows; ++j) {
-      const int4 w = b[j * kWarp];
-#pragma unroll
-      for (int i = 0; i < kWarpTokens / 16; ++i) {
-        mma(sum[i][j], low[i].x, high[i].x, low[i].y, high[i].y, w.x, w.y);
-        mma(sum[i][j], low[i].z, high[i].z, low[i].w, high[i].w, w.z, w.w);
+      for (int j = 0; j < kWarpRows / kTileRows; ++j) {
+        mma(sum[i][j], a0.x, a0.y, a0.z, a0.w, w[j].x, w[j].y);
+        mma(sum[i][j], a1.x, a1.y, a1.z, a1.w, w[j].z, w[j].w);
       }
     }
   }
@@ -305,7 +323,19 @@ __global__ void __launch_bounds__(kBlockThreads) many_tokens_kernel(Scratch x, i
   }
 }
 
-constexpr int kFewTokens = 64;  // at most: beyond, blocks of the second kernel are full enough
+// As many blocks as run at once: more would only quantize x once more.
+template <typename T, int kGroups>
+cudaError_t launch_few_tokens(const Tokens<T>& x, const Scratch& scratch, const Output<T>& output,
+                              cudaStream_t stream) {
+  int device, processors, blocks;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, few_tokens_kernel<T, kGroups>, kThreads, 0);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(min(ceil_div(output.linear.N, kTileRows), int64_t{blocks} * processors));
+  return launch(few_tokens_kernel<T, kGroups>, grid, kThreads, stream, x, scratch, output);
+}
 
 }  // namespace
 
@@ -317,19 +347,11 @@ cudaError_t int8_linear(const Tokens<T>& x, const Linear& linear, const T* resid
     const cudaError_t error = launch(quantize_kernel<T>, x.count, kThreads, stream, x, linear.K, scratch);
     if (error != cudaSuccess) return error;
   }
-  if (x.count > kFewTokens) {
-    const dim3 grid(ceil_div(linear.N, kBlock), ceil_div(x.count, kBlock));
-    return launch(many_tokens_kernel<T>, grid, kBlockThreads, stream, scratch, x.count, output);
-  }
-  int device, processors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  // as many blocks as run at once: more would only quantize x once more
-  const dim3 grid(min(ceil_div(linear.N, kTileRows), int64_t{kBlocks} * processors));
-  if (x.count <= 16) return launch(few_tokens_kernel<T, 1>, grid, kThreads, stream, x, scratch, output);
-  if (x.count <= 32) return launch(few_tokens_kernel<T, 2>, grid, kThreads, stream, x, scratch, output);
-  return launch(few_tokens_kernel<T, 4>, grid, kThreads, stream, x, scratch, output);
+  if (x.count <= 16) return launch_few_tokens<T, 1>(x, scratch, output, stream);
+  if (x.count <= 32) return launch_few_tokens<T, 2>(x, scratch, output, stream);
+  if (x.count <= 64) return launch_few_tokens<T, 4>(x, scratch, output, stream);
+  const dim3 grid(ceil_div(x.count, kBlock), ceil_div(linear.N, kBlock));
+  return launch(many_tokens_kernel<T>, grid, kBlockThreads, stream, scratch, x.count, output);
 }
 
 template cudaError_t int8_linear(const Tokens<float>&, const Linear&, const float*, float*, const Scratch&,

@@ -35,10 +35,13 @@ struct Tokens {
   float eps = 0;
 };
 
+// For quantized tokens, not filled.
 struct Scratch {
-  int8_t* q;     // (tokens, k_tiles(K) * kTileK)
+  int8_t* q;     // scratch_bytes(tokens, K), at a multiple of 16 bytes
   float* scale;  // (tokens)
 };
+
+inline int64_t scratch_bytes(int64_t tokens, int64_t K) { return (tokens + 15) / 16 * 16 * k_tiles(K) * kTileK; }
 
 // y (tokens, columns) of T = activation(x w.T + bias) + residual. residual has y's shape, may be y itself, and may
 // be null. 1 <= K <= kMaxK.

@@ -40,7 +40,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const 
   const int64_t K = x.size(-1), tokens = x.numel() / K;
   const Tensor x_ = aligned(x), packed_ = aligned(packed), scale_ = scale.contiguous();
   const Tensor bias_ = bias ? bias->contiguous() : Tensor(), residual_ = aligned(residual);
-  const Tensor q = at::empty({tokens, k_tiles(K) * kTileK}, x.options().dtype(at::kChar));
+  const Tensor q = at::empty({scratch_bytes(tokens, K)}, x.options().dtype(at::kChar));
   const Tensor x_scale = at::empty({tokens}, x.options().dtype(at::kFloat));
   const Linear weights{scale.numel(), K, packed_.const_data_ptr<int8_t>(), scale_.const_data_ptr<float>(),
                        data_or_null(bias_), parse_activation(activation)};
@@ -103,7 +103,7 @@ class PyDecoder {
     const Tensor logits = at::empty({B, 1, vocab_size_}, floats), x = at::empty({B, model_.n_embd}, floats);
     const Tensor qkv = at::empty({B, qkv_width}, floats), mixed = at::empty({B, width}, floats);
     const Tensor hidden = at::empty({B, model_.n_hidden}, floats), scale = at::empty({B}, floats);
-    const Tensor q = at::empty({B, k_tiles(widest) * kTileK}, floats.dtype(at::kChar));
+    const Tensor q = at::empty({scratch_bytes(B, widest)}, floats.dtype(at::kChar));
     C10_CUDA_CHECK(decode(model_,
                           {tokens.const_data_ptr<int64_t>(), pos.const_data_ptr<int64_t>(), B,
                            keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>(), length,

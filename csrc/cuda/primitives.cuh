@@ -34,7 +34,7 @@ __device__ __forceinline__ void mma(int (&c)[4], int a0, int a1, int a2, int a3,
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#else  // Turing: the same in four, each of 8 rows and 16 k
+#elif __CUDA_ARCH__ >= 750  // the same in four, each of 8 rows and 16 k
   const auto quarter = [](int& c0, int& c1, int a, int b) {
     asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
                  : "+r"(c0), "+r"(c1)
@@ -44,6 +44,8 @@ __device__ __forceinline__ void mma(int (&c)[4], int a0, int a1, int a2, int a3,
   quarter(c[0], c[1], a2, b1);
   quarter(c[2], c[3], a1, b0);
   quarter(c[2], c[3], a3, b1);
+#else  // no int8 tensor cores
+  __trap();
 #endif
 }
 

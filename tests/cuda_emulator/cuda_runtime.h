@@ -52,6 +52,12 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 // few, so that blocks have more than one piece of work
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 2, cudaSuccess; }
 
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  return *blocks = 2, cudaSuccess;
+}
+inline void __trap() { std::abort(); }
+
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {

@@ -9,7 +9,7 @@ namespace {
 template <typename T>
 void linear(const void* x, int64_t tokens, int64_t K, const float* norm, float eps, const int8_t* packed, int64_t N,
             const float* scale, const float* bias, int activation, const void* residual, void* y) {
-  std::vector<int8_t> q(tokens * cuda::k_tiles(K) * cuda::kTileK);
+  std::vector<int8_t> q(cuda::scratch_bytes(tokens, K));
   std::vector<float> x_scale(tokens);
   cuda::int8_linear<T>({static_cast<const T*>(x), tokens, norm, eps},
                        {N, K, packed, scale, bias, static_cast<Activation>(activation)},
@@ -46,7 +46,7 @@ void decode(int64_t n_embd, int64_t n_head, int64_t n_kv_head, int64_t head_dim,
   const int64_t widest = std::max({n_embd, width, n_hidden});
   std::vector<float> x(streams * n_embd), qkv(streams * qkv_width), mixed(streams * width),
       hidden(streams * n_hidden), scale(streams);
-  std::vector<int8_t> q(streams * cuda::k_tiles(widest) * cuda::kTileK);
+  std::vector<int8_t> q(cuda::scratch_bytes(streams, widest));
   if (cuda::decode(model, {tokens, pos, streams, keys, values, length, logits},
                    {x.data(), qkv.data(), mixed.data(), hidden.data(), {q.data(), scale.data()}}, nullptr) != cudaSuccess)
     std::abort();
