@@ -29,7 +29,9 @@ class TokenGraph:
         self.static = StaticKVCache(cache)
         self.token = torch.zeros(B, 1, dtype=torch.long, device=model.device)  # the last one, not in the cache yet
         self.seen = torch.zeros(B, length, dtype=torch.long, device=model.device)
+        self.bucket = length if getattr(model, "decoder", None) else BUCKET  # int8's own decoder reads up to pos alone
         self.replays: dict[int, Callable[[], None]] = {}
+        self.record = recorder(model.device, self.generator)
 
     def begin(self, window: Tensor, token: Tensor) -> None:
         """Go on behind the window (B, T), which is in the cache, and the token (B,) drawn after it."""
@@ -40,9 +42,9 @@ class TokenGraph:
 
     def next(self) -> Tensor:
         self.cache.pos += 1
-        self.static.visible = min(math.ceil(self.cache.pos / BUCKET) * BUCKET, self.seen.size(1))
+        self.static.visible = min(math.ceil(self.cache.pos / self.bucket) * self.bucket, self.seen.size(1))
         if self.static.visible not in self.replays:
-            self.replays[self.static.visible] = capture(self)
+            self.replays[self.static.visible] = self.record(self.rehearse, self.step)
         self.replays[self.static.visible]()
         return self.token[:, 0].clone()
 
@@ -62,16 +64,23 @@ class TokenGraph:
         self.generator.set_state(drawn)
 
 
-def capture(work: TokenGraph) -> Callable[[], None]:
-    """Record work.step; the replay. Rehearsals come first: libraries make workspaces when first called."""
-    stream, main = torch.cuda.Stream(work.model.device), torch.cuda.current_stream(work.model.device)
-    stream.wait_stream(main)
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work.rehearse()
-    main.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(work.generator)  # each replay draws on from where the generator is
-    with torch.cuda.graph(graph, stream=stream):
-        work.step()
-    return graph.replay
+def recorder(device: torch.device, generator: torch.Generator) -> Callable[..., Callable[[], None]]:
+    """record(rehearse, step) -> replay. Its recordings share a stream, and memory for what lies between the first and
+    the last operation of each: they are never replayed side by side.
+    """
+    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def record(rehearse: Callable[[], None], step: Callable[[], None]) -> Callable[[], None]:
+        main, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # libraries make workspaces when first called
+                    rehearse()
+                graph.register_generator_state(generator)  # each replay draws on from where the generator is
+            main.wait_stream(stream)
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                step()
+        return graph.replay
+
+    return record

@@ -89,11 +89,25 @@ def has_cuda_kernels() -> bool:
     return hasattr(owlet_kernels, "CudaDecoder")
 
 
+def why_no_owlet(device: torch.device) -> str | None:
+    """Why owlet's kernels cannot run on this device; None: they can."""
+    if owlet_kernels is None:
+        return why_no_kernels
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or not has_cuda_kernels():
+        return f"owlet's int8 kernels are not built for {device.type}"
+    try:  # they may be built for other GPUs
+        one = torch.ones(1, 1, device=device)
+        torch.ops.owlet.int8_linear(one, pack_tiles(one.to(torch.int8)), one[0])
+    except RuntimeError as error:
+        return f"owlet's int8 kernels do not run on {torch.cuda.get_device_name(device)} ({str(error).splitlines()[0]})"
+    return None
+
+
 def pick_backend(name: str, device: torch.device) -> Backend:
     """auto: the fastest that is here. A missing extension is said, with the cure."""
-    why_not = why_no_kernels if owlet_kernels is None else None
-    if why_not is None and device.type != "cpu" and not (device.type == "cuda" and has_cuda_kernels()):
-        why_not = f"owlet's int8 kernels are not built for {device.type}"
+    why_not = why_no_owlet(device)
     if name == "owlet" and why_not:
         raise UserError(f"--backend owlet: {why_not}")
     if name == "torch.ao" and not (has_torch_ao() and device.type == "cpu"):

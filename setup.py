@@ -3,11 +3,13 @@
     python setup.py build_ext
 
 One build runs on any CPU of its architecture: instruction sets are chosen at run time. The CUDA
-kernels join when torch is a CUDA build and nvcc is found.
+kernels join when torch is a CUDA build and there is an nvcc of the same CUDA.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,15 +30,30 @@ if sys.platform == "linux":
     # -fopenmp, so that the calls resolve to the runtime torch brought, not to a second one.
     cxx_flags.append("-fopenmp")
 
-if torch.version.cuda and CUDA_HOME and (Path(CUDA_HOME) / "bin/nvcc").exists():
+
+def why_no_cuda() -> str | None:
+    """Why the CUDA kernels cannot be built here; None: they can."""
+    if not torch.version.cuda:
+        return "this torch is built without CUDA"
+    nvcc = Path(CUDA_HOME or "") / "bin/nvcc"
+    if not nvcc.exists():
+        return "no nvcc found"
+    version = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if version is None or version[1] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is of CUDA {version and version[1]}, torch of {torch.version.cuda}"
+    return None
+
+
+if why_not := why_no_cuda():
+    print(f"setup.py: no CUDA kernels: {why_not}")
+    extension = CppExtension
+else:
     extension = CUDAExtension
     sources |= {*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/*.cpp")}
     cxx_flags.append("-DOWLET_CUDA")
     if not torch.cuda.is_available():  # else torch compiles for the GPUs that are here
-        newest = "9.0;10.0+PTX" if torch.version.cuda >= "12.8" else "9.0+PTX"
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"7.5;8.0;8.6;8.9;{newest}")
-else:
-    extension = CppExtension
+        newest = ";10.0+PTX" if int(torch.version.cuda.split(".")[0]) >= 13 else "+PTX"
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"7.5;8.0;8.6;8.9;9.0{newest}")
 
 setup(
     name="owlet_kernels",

@@ -24,13 +24,13 @@ def recordings(monkeypatch) -> list[int]:
     """Generating on the CPU as on CUDA, each replay being the step itself; the keys that each recording reads."""
     made = []
 
-    def capture(work: TokenGraph):
-        made.append(work.static.visible)
-        work.rehearse()
-        return work.step
+    def record(rehearse, step):
+        made.append(rehearse.__self__.static.visible)
+        rehearse()
+        return step
 
     monkeypatch.setattr(KVCache, "recordable", True)
-    monkeypatch.setattr(cuda_graph, "capture", capture)
+    monkeypatch.setattr(cuda_graph, "recorder", lambda device, generator: record)
     monkeypatch.setattr(cuda_graph, "BUCKET", 8)
     return made
 
@@ -96,5 +96,5 @@ def test_int8_models_too_but_for_an_int8_cache(recordings):
 
 
 def test_without_recording_nothing_changes(monkeypatch):
-    monkeypatch.setattr(cuda_graph, "capture", None)
+    monkeypatch.setattr(cuda_graph, "recorder", None)
     text(random_model())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.cpp_extension import include_paths
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 from int8 import Int8GPT, int8_linear_reference, pack_tiles, quantize
 from model import GPT, GPTConfig, KVCache
@@ -191,7 +191,8 @@ def test_decoder_equals_the_model(library, B, changes):
 @pytest.mark.parametrize("source", sorted(CUDA.glob("*.cu")), ids=lambda path: path.name)
 def test_compiles_for_every_target(source, tmp_path):
     targets = [flag for target in TARGETS for flag in ("-gencode", f"arch=compute_{target},code=sm_{target}")]
-    flags = ["-std=c++17", "-fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v", "--threads", "2", *targets]
+    flags = ["-std=c++17", "-fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v", "--threads", "2",
+             *COMMON_NVCC_FLAGS, *targets]
     command = ["nvcc", *flags, "-c", source, "-o", tmp_path / "kernels.o"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
