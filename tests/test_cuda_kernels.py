@@ -1,9 +1,11 @@
 """The CUDA kernels without a GPU: they compile for every target, and equal the reference on tests/cuda_emulator."""
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -32,7 +34,8 @@ def library(tmp_path_factory):
         pytest.skip("c++ is not installed")
     path = tmp_path_factory.mktemp("cuda_emulator") / "library.so"
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra",
-             "-Werror", "-Wno-unknown-pragmas", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+             "-Werror", "-Wno-unknown-pragmas", f"-fsanitize={os.environ.get('OWLET_SANITIZER', 'undefined')}",
+             "-fno-sanitize-recover=all"]
     sources = [EMULATOR / "entry_points.cpp", "-x", "c++", *sorted(CUDA.glob("*.cu"))]
     subprocess.run(["c++", *flags, "-I", EMULATOR, *sources, "-o", path], check=True)
     return ctypes.CDLL(str(path))
@@ -182,6 +185,19 @@ def test_decoder_equals_the_model(library, B, changes):
     # where a rounding goes the other way, and such a step is passed on, the logits see it
     apart = torch.cat(apart)
     assert apart.median() < 1e-4 and apart.max() < 0.1
+
+
+def test_reads_and_writes_within_bounds():
+    """Some of the above once more, where every access is checked: the sanitizer must be there when Python starts."""
+    found = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(found).is_absolute():
+        pytest.skip("c++ has no address sanitizer here")
+    environment = os.environ | {"LD_PRELOAD": found, "OWLET_SANITIZER": "address", "OMP_NUM_THREADS": "1",
+                                "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    chosen = "(sums and 66) or (decoder and n_kv_head and 6)"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 # --- compiled -----------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, kGroups == 1 ? 3 : 1)
             const int4 a = g < x.count ? *reinterpret_cast<const int4*>(row) : int4{};
             mma(sum[group], a.x, 0, a.y, 0, b.x, b.y);
             mma(sum[group], a.z, 0, a.w, 0, b.z, b.w);
-          } else {  // tokens past the last are whatever lies there: their sums are not stored
+          } else if (16 * group < x.count) {  // tokens past the last are whatever lies there: their sums are not stored
             const auto* a = reinterpret_cast<const int4*>(quantized.q) + (group * tiles_k + k + i * kWarps) * 2 * kWarp;
             const int4 a0 = a[lane], a1 = a[lane + kWarp];
             mma(sum[group], a0.x, a0.y, a0.z, a0.w, b.x, b.y);
