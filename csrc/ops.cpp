@@ -4,9 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -195,10 +192,6 @@ Tensor huge_pages(int64_t bytes) {
 
 // ---- the decoder, as Python sees it
 
-using Matrix = std::pair<Tensor, Tensor>;  // packed, scale
-// input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down
-using Block = std::tuple<Tensor, Matrix, std::optional<Tensor>, std::optional<Tensor>, Matrix, Tensor, Matrix, Matrix>;
-
 // Checks the model's tensors and keeps them alive for the decoder.
 class PyDecoder {
  public:
@@ -312,12 +305,7 @@ PYBIND11_MODULE(owlet_kernels, m) {
   m.def("isas", owlet::kernel_names, "The instruction sets this CPU supports, best first.");
   namespace py = pybind11;
   using owlet::PyDecoder;
-  py::class_<PyDecoder>(m, "Decoder", "A whole int8 model, in one parallel region.")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, double, const at::Tensor&, const at::Tensor&,
-                    const owlet::Matrix&, const std::vector<owlet::Block>&, const at::Tensor&, const owlet::Matrix&>(),
-           py::kw_only(), py::arg("n_embd"), py::arg("n_head"), py::arg("n_kv_head"), py::arg("head_dim"),
-           py::arg("n_hidden"), py::arg("norm_eps"), py::arg("cos"), py::arg("sin"), py::arg("embedding"),
-           py::arg("blocks"), py::arg("norm"), py::arg("head"))
+  owlet::define_decoder<PyDecoder>(m, "Decoder", "A whole int8 model, in one parallel region.")
       .def("forward", &PyDecoder::forward, py::arg("tokens"), py::arg("pos"), py::arg("keys"), py::arg("values"),
            py::arg("key_scales") = py::none(), py::arg("value_scales") = py::none(),
            py::call_guard<py::gil_scoped_release>(),

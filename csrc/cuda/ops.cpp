@@ -5,14 +5,9 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <tuple>
-#include <utility>
-#include <vector>
 
 #include "decoder.h"
 
@@ -57,10 +52,6 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const 
   if (x.scalar_type() == at::kBFloat16) run(__nv_bfloat16{});
   return y;
 }
-
-using Matrix = std::pair<Tensor, Tensor>;  // packed, scale
-// input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down
-using Block = std::tuple<Tensor, Matrix, std::optional<Tensor>, std::optional<Tensor>, Matrix, Tensor, Matrix, Matrix>;
 
 // Checks the model's tensors and keeps them alive for the decoder.
 class PyDecoder {
@@ -149,12 +140,7 @@ class PyDecoder {
 
 void define(pybind11::module_& m) {
   namespace py = pybind11;
-  py::class_<PyDecoder>(m, "CudaDecoder", "One token of each stream through a whole int8 model, without the host.")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, double, const Tensor&, const Tensor&, const Matrix&,
-                    const std::vector<Block>&, const Tensor&, const Matrix&>(),
-           py::kw_only(), py::arg("n_embd"), py::arg("n_head"), py::arg("n_kv_head"), py::arg("head_dim"),
-           py::arg("n_hidden"), py::arg("norm_eps"), py::arg("cos"), py::arg("sin"), py::arg("embedding"),
-           py::arg("blocks"), py::arg("norm"), py::arg("head"))
+  define_decoder<PyDecoder>(m, "CudaDecoder", "One token of each stream through a whole int8 model, without the host.")
       .def("forward", &PyDecoder::forward, py::arg("tokens"), py::arg("pos"), py::arg("keys"), py::arg("values"),
            py::call_guard<py::gil_scoped_release>(),
            "Logits (B, 1, vocab_size) after tokens (B, 1) int64 at pos (1,) int64; adds them to the caches.");
