@@ -44,7 +44,7 @@ class SampleConfig:
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and arithmetic (fp32 folders only); auto: bfloat16 on CUDA, else float32."""
+    """Of weights and arithmetic (fp32 folders only); auto: bfloat16 on GPUs that have it, else float32."""
     backend: Literal["auto", "owlet", "torch.ao", "reference"] = "auto"
     """Who multiplies in int8; auto takes the fastest there is."""
     int8_cache: bool = False
@@ -59,7 +59,8 @@ def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch
         if int8_cache:
             raise UserError(f"--int8-cache: expected an int8 folder, as quantize.py makes one; {folder} is fp32")
         model = GPT.from_pretrained(folder).to(device)
-        if dtype == "float32" or (dtype == "auto" and device.type != "cuda"):
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if dtype == "float32" or (dtype == "auto" and not fast):
             return model, "fp32"
         for parameter in model.parameters():  # model.to would round the rotary angles as well
             parameter.data = parameter.data.bfloat16()

@@ -106,7 +106,8 @@ class TrainConfig:
 
 SIZES = {
     "tiny": TrainConfig(),
-    "small": TrainConfig(size="small", n_layer=6, n_head=6, n_embd=384, block_size=256, max_steps=3000),
+    "small": TrainConfig(size="small", n_layer=6, n_head=6, n_embd=384, block_size=256, max_steps=3000,
+                         muon_lr=0.01, adam_lr=1.5e-3),
     "seed": TrainConfig(size="seed", n_layer=8, n_head=8, n_embd=512, block_size=512, max_steps=5000),
     "medium": TrainConfig(size="medium", n_layer=12, n_head=12, n_embd=768, block_size=1024, max_steps=10_000),
 }
@@ -332,7 +333,7 @@ def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     # On a CPU bf16 pays with AMX tiles only (AVX512-BF16 alone runs at half the speed of fp32), and, where
     # fp32 has to be converted for each product, only if that is wide enough to outweigh the conversions.
     amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
