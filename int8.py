@@ -107,15 +107,15 @@ def why_no_owlet(device: torch.device) -> str | None:
 
 def pick_backend(name: str, device: torch.device) -> Backend:
     """auto: the fastest that is here. A missing extension is said, with the cure."""
-    why_not = why_no_owlet(device)
-    if name == "owlet" and why_not:
-        raise UserError(f"--backend owlet: {why_not}")
     if name == "torch.ao" and not (has_torch_ao() and device.type == "cpu"):
         raise UserError("--backend torch.ao: needs a CPU and a torch that still has torch.ao.quantization")
-    if name != "auto":
+    if name in ("torch.ao", "reference"):
         return name
+    why_not = why_no_owlet(device)
     if not why_not:
         return "owlet"
+    if name == "owlet":
+        raise UserError(f"--backend owlet: {why_not}")
     fallback = "torch.ao" if has_torch_ao() and device.type == "cpu" else "reference"
     print(f"note: {why_not}; going on with {fallback}", file=sys.stderr)
     return fallback

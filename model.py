@@ -403,6 +403,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def gpu_has_bf16(device: torch.device) -> bool:
+    """Whether this is a CUDA GPU that computes in bfloat16, rather than imitate it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class Uninitialised(TorchFunctionMode):
     """Modules made in this context do not fill their weights, which are about to be replaced."""
 

@@ -17,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 
 from checkpoint import by_age, read_config, read_tokenizer
 from cli import UserError, parse, run
-from model import GPT, generate, pick_device
+from model import GPT, generate, gpu_has_bf16, pick_device
 
 
 @dataclass
@@ -59,8 +59,7 @@ def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch
         if int8_cache:
             raise UserError(f"--int8-cache: expected an int8 folder, as quantize.py makes one; {folder} is fp32")
         model = GPT.from_pretrained(folder).to(device)
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        if dtype == "float32" or (dtype == "auto" and not fast):
+        if dtype == "float32" or (dtype == "auto" and not gpu_has_bf16(device)):
             return model, "fp32"
         for parameter in model.parameters():  # model.to would round the rotary angles as well
             parameter.data = parameter.data.bfloat16()

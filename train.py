@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from checkpoint import Background, atomic_path, by_age, copy_tokenizer, lock, read_json, read_last_state, write_state
 from cli import UserError, parse, run
-from model import GPT, GPTConfig, pick_device, write_pretrained
+from model import GPT, GPTConfig, gpu_has_bf16, pick_device, write_pretrained
 from muon import Muon, whole
 
 Size = Literal["tiny", "small", "seed", "medium"]
@@ -333,7 +333,7 @@ def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return torch.bfloat16 if gpu_has_bf16(device) else torch.float32
     # On a CPU bf16 pays with AMX tiles only (AVX512-BF16 alone runs at half the speed of fp32), and, where
     # fp32 has to be converted for each product, only if that is wide enough to outweigh the conversions.
     amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()

@@ -6,31 +6,13 @@
 #include <memory>
 #include <vector>
 
+#include "decoder_model.h"
 #include "kernels/kernels.h"
 
 namespace owlet {
 
-// Pointers into tensors that somebody else keeps alive. Norm weights and tables are float.
-struct DecoderBlock {
-  const float* input_norm;  // (n_embd)
-  Int8Linear qkv;           // (n_head + 2 n_kv_head) * head_dim rows: q, k, v
-  const float* q_norm;      // (head_dim), or null: no QK-norm
-  const float* k_norm;
-  Int8Linear o;
-  const float* post_norm;  // (n_embd)
-  Int8Linear gate_up;      // swiglu: 2 n_hidden rows
-  Int8Linear down;
-};
-
-struct DecoderModel {
-  int64_t n_embd, n_head, n_kv_head, head_dim, n_hidden;
-  float norm_eps;
-  const float *cos, *sin;  // (block_size, head_dim / 2)
-  Int8Linear embedding;    // (vocab_size, n_embd), of which rows are read
-  std::vector<DecoderBlock> blocks;
-  const float* norm;  // (n_embd)
-  Int8Linear head;    // (vocab_size, n_embd)
-};
+using DecoderBlock = DecoderBlockOf<Int8Linear>;
+using DecoderModel = DecoderModelOf<Int8Linear>;
 
 // Keys or values of all layers and streams: (n_layer, streams, n_kv_head, length, head_dim), either
 // float, or int8 with a float scale for each row of head_dim.

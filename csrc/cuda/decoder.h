@@ -6,33 +6,14 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <vector>
 
+#include "../decoder_model.h"
 #include "int8_linear.h"
 
 namespace owlet::cuda {
 
-// Device pointers into tensors that somebody else keeps alive. Norm weights and tables are float.
-struct DecoderBlock {
-  const float* input_norm;  // (n_embd)
-  Linear qkv;               // (n_head + 2 n_kv_head) * head_dim channels: q, k, v
-  const float* q_norm;      // (head_dim), or null: no QK-norm
-  const float* k_norm;
-  Linear o;
-  const float* post_norm;  // (n_embd)
-  Linear gate_up;          // swiglu: 2 n_hidden channels
-  Linear down;
-};
-
-struct DecoderModel {
-  int64_t n_embd, n_head, n_kv_head, head_dim, n_hidden;
-  float norm_eps;
-  const float *cos, *sin;  // (block_size, head_dim / 2)
-  Linear embedding;        // (vocab_size, n_embd), of which rows are read
-  std::vector<DecoderBlock> blocks;
-  const float* norm;  // (n_embd)
-  Linear head;        // (vocab_size, n_embd)
-};
+using DecoderBlock = DecoderBlockOf<Linear>;
+using DecoderModel = DecoderModelOf<Linear>;
 
 constexpr int64_t kMaxHeadDim = 128;
 constexpr int64_t kHeadDimStep = 16;  // head_dim must be a multiple
