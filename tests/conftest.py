@@ -68,6 +68,23 @@ def random_model(seed: int = 0, std: float = 0.08, **fields: object) -> GPT:
     return model
 
 
+def random_int8(*shape: int) -> torch.Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def full_range(*shape: int) -> torch.Tensor:
+    """int8, each -127 or 127."""
+    return torch.randint(0, 2, shape).mul(254).sub(127).to(torch.int8)
+
+
+def make_linear(M: int, N: int, K: int, activation: str = "none") -> tuple[torch.Tensor, ...]:
+    """x, w, scale, bias and residual of a plausible layer."""
+    torch.manual_seed(0)
+    columns = N // 2 if activation == "swiglu" else N
+    scale = torch.rand(N) * 0.02 / K**0.5
+    return torch.randn(M, K), random_int8(N, K), scale, torch.randn(N), torch.randn(M, columns)
+
+
 def assert_same_choice(a: torch.Tensor, b: torch.Tensor) -> None:
     """Two ways to the same logits (T, V) choose the same tokens, but where a choice hangs by a hair:
     sums in another order differ in the last bit, and int8 can turn that into a whole step.

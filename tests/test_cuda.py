@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import full_range, make_linear, random_int8, random_model
 from torch import library
 
 import int8
@@ -28,23 +28,9 @@ DEVICE = torch.device("cuda:0")
 int8_linear = torch.ops.owlet.int8_linear
 
 
-def random_int8(*shape):
-    return torch.randint(-127, 128, shape, dtype=torch.int8)
-
-
-def full_range(*shape):
-    return torch.randint(0, 2, shape).mul(254).sub(127).to(torch.int8)
-
-
 def on_gpu(x, w, scale, bias=None, residual=None, activation="none"):
     x, w, scale, bias, residual = (t if t is None else t.to(DEVICE) for t in (x, pack_tiles(w), scale, bias, residual))
     return int8_linear(x, w, scale, bias, residual, activation).cpu()
-
-
-def make_linear(M, N, K, activation="none"):
-    torch.manual_seed(0)
-    columns = N // 2 if activation == "swiglu" else N
-    return torch.randn(M, K), random_int8(N, K), torch.rand(N) * 0.02 / K**0.5, torch.randn(N), torch.randn(M, columns)
 
 
 # --- the operator -------------------------------------------------------------------------------

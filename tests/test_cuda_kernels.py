@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import full_range, make_linear, random_int8
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 from int8 import Int8GPT, int8_linear_reference, pack_tiles, quantize
@@ -54,20 +55,6 @@ def int8_linear(library, x, w, scale, bias=None, residual=None, activation="none
         bits, address(x), ctypes.c_int64(M), ctypes.c_int64(K), address(norm), ctypes.c_float(eps), address(packed),
         ctypes.c_int64(N), address(scale), address(bias), ACTIVATIONS.index(activation), address(residual), address(y))
     return y
-
-
-def random_int8(*shape):
-    return torch.randint(-127, 128, shape, dtype=torch.int8)
-
-
-def full_range(*shape):
-    return torch.randint(0, 2, shape).mul(254).sub(127).to(torch.int8)
-
-
-def make_linear(M, N, K, activation="none"):
-    torch.manual_seed(0)
-    columns = N // 2 if activation == "swiglu" else N
-    return torch.randn(M, K), random_int8(N, K), torch.rand(N) * 0.02 / K**0.5, torch.randn(N), torch.randn(M, columns)
 
 
 @pytest.mark.parametrize("N", [1, 66, 264])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import full_range, make_linear, random_int8
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
@@ -34,23 +35,7 @@ def restore_settings():
     torch.set_num_threads(threads)
 
 
-def random_int8(*shape):
-    return torch.randint(-127, 128, shape, dtype=torch.int8)
-
-
-def make_linear(M, N, K, activation="none", seed=0):
-    """x, w, scale, bias and residual of a plausible layer."""
-    torch.manual_seed(seed)
-    columns = N // 2 if activation == "swiglu" else N
-    scale = torch.rand(N) * 0.02 / K**0.5
-    return torch.randn(M, K), random_int8(N, K), scale, torch.randn(N), torch.randn(M, columns)
-
-
 # --- exact sums ---------------------------------------------------------------------------------
-
-
-def full_range(*shape):
-    return torch.randint(0, 2, shape) * 254 - 127
 
 
 @functools.cache
