@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import cli
+from int8 import int8_linear_reference
 from model import GPT, GPTConfig
 
 # A test run started in the background ignores Ctrl-C, and the processes it starts would inherit that.
@@ -83,6 +84,27 @@ def make_linear(M: int, N: int, K: int, activation: str = "none") -> tuple[torch
     columns = N // 2 if activation == "swiglu" else N
     scale = torch.rand(N) * 0.02 / K**0.5
     return torch.randn(M, K), random_int8(N, K), scale, torch.randn(N), torch.randn(M, columns)
+
+
+def assert_equals_reference(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor,
+                            bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+                            activation: str = "none") -> None:
+    """y = int8_linear(x, w, scale, ...): to the last bit; with an exp in it, within what its last bits come to."""
+    x, in_float = x.float(), residual if residual is None else residual.float()
+    expected = int8_linear_reference(x, w, scale, bias, in_float, activation).to(y.dtype)
+    if activation == "none":
+        assert torch.equal(y, expected)
+        return
+    # ours and torch's, which differs from machine to machine, before a residual that may cancel most of it
+    terms = int8_linear_reference(x, w, scale, bias, None, activation).abs()
+    if in_float is not None:
+        terms = terms + in_float.abs()
+    bound = 8 * torch.finfo(torch.float32).eps * terms
+    if y.dtype != torch.float32:
+        narrow = torch.finfo(y.dtype)
+        bound = bound + narrow.eps * expected.float().abs().clamp(min=narrow.tiny)  # rounded the other way
+    difference = (y.float() - expected.float()).abs()
+    assert (difference <= bound).all(), f"{(difference / bound).nan_to_num().max():.1f} times the bound"
 
 
 def assert_same_choice(a: torch.Tensor, b: torch.Tensor) -> None:

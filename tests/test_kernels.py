@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import full_range, make_linear, random_int8
+from conftest import assert_equals_reference, full_range, make_linear, random_int8
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
@@ -94,11 +94,7 @@ def test_equals_reference(activation, extras):
         "activation": activation,
     }
     y = int8_linear(x, pack_int8(w), scale, **kwargs)
-    expected = int8_linear_reference(x, w, scale, **kwargs)
-    if activation == "none":
-        assert torch.equal(y, expected)
-    else:  # exp differs from torch's in the last bits
-        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+    assert_equals_reference(y, x, w, scale, **kwargs)
 
 
 @settings(deadline=None, max_examples=200)
@@ -116,9 +112,7 @@ def test_equals_reference_for_any_shape(M, N, K, activation, isa, threads):
     torch.set_num_threads(threads)
     x, w, scale, bias, residual = make_linear(M, N, K, activation)
     y = int8_linear(x, pack_int8(w), scale, bias, residual, activation)
-    expected = int8_linear_reference(x, w, scale, bias, residual, activation)
-    tolerance = 0 if activation == "none" else 1e-6
-    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    assert_equals_reference(y, x, w, scale, bias, residual, activation)
 
 
 @pytest.mark.parametrize("activation", ["none", "silu", "swiglu"])
