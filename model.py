@@ -446,7 +446,7 @@ def sample_next(logits: Tensor, seen: Tensor, temperature: float, top_k: int | N
     if top_p is not None and top_p < 1:  # nucleus (Holtzman et al., 2019): the likeliest always stays
         ordered, order = logits.softmax(dim=-1).sort(descending=True)
         tail = ordered.cumsum(dim=-1) - ordered >= top_p
-        logits = logits.masked_fill(tail.gather(1, order.argsort()), -math.inf)
+        logits = logits.masked_fill(tail.scatter(1, order, tail), -math.inf)
     probabilities = logits.softmax(dim=-1)
     # torch.multinomial, draw for draw, without its checks, for which a GPU would have to wait and not be recorded
     return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(dim=-1)
