@@ -206,7 +206,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """Zhang and Sennrich, 2019. The weight follows x into bf16 under autocast: one fused operation."""
+    """Zhang and Sennrich, 2019. Under a CPU's autocast the weight follows x into bf16: one fused operation."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -388,7 +388,7 @@ def write_model(folder: Path, state: dict[str, Tensor], hf: dict) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's GPU, else the CPU. Refuses a device that is not there."""
+    """auto: CUDA, else Apple's GPU, else the CPU. Of several GPUs one: the first. Refuses what is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -400,7 +400,7 @@ def pick_device(name: str) -> torch.device:
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
     if (device.index or 0) >= here:
         raise UserError(f"--device {name}: this machine has {here or 'none'} of them")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def gpu_has_bf16(device: torch.device) -> bool:

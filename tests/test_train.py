@@ -279,3 +279,13 @@ def test_ranks_use_no_cuda_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda *_: pytest.fail("cuda was touched"))
     ranks = Ranks("cpu", threads=1)
     assert ranks.device == torch.device("cpu") and ranks.world == 1 and ranks.sum(2.0, 3.0) == [2.0, 3.0]
+
+
+def test_a_gpu_alone_is_the_first(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    for name in ("auto", "cuda", "cuda:1"):
+        Ranks(name, threads=torch.get_num_threads())
+    assert chosen == [0, 0, 1]
