@@ -41,6 +41,8 @@ def why_no_cuda() -> str | None:
     version = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     if version is None or version[1] != torch.version.cuda.split(".")[0]:
         return f"{nvcc} is of CUDA {version and version[1]}, torch of {torch.version.cuda}"
+    if any(torch.cuda.get_device_capability(i) < (7, 5) for i in range(torch.cuda.device_count())):
+        return "there is a GPU older than Turing"  # without the instructions that multiply int8
     return None
 
 

@@ -80,8 +80,9 @@ class PyDecoder {
   // tokens (B, 1), pos (1) int64; keys, values (n_layer, B, n_kv_head, length, head_dim) -> logits (B, 1, vocab_size).
   // Tokens and position are not looked at here, which would mean to wait for the GPU.
   Tensor forward(const Tensor& tokens, const Tensor& pos, const Tensor& keys, const Tensor& values) const {
-    const int64_t B = tokens.size(0), layers = model_.blocks.size();
-    expect("tokens", tokens, at::kLong, {B, 1});
+    const Tensor tokens_ = aligned(tokens);
+    const int64_t B = tokens_.size(0), layers = model_.blocks.size();
+    expect("tokens", tokens_, at::kLong, {B, 1});
     expect("pos", pos, at::kLong, {1});
     const int64_t length = keys.dim() == 5 ? keys.size(3) : 0;
     expect("keys", keys, at::kFloat, {layers, B, model_.n_kv_head, length, model_.head_dim});
@@ -96,7 +97,7 @@ class PyDecoder {
     const Tensor hidden = at::empty({B, model_.n_hidden}, floats), scale = at::empty({B}, floats);
     const Tensor q = at::empty({scratch_bytes(B, widest)}, floats.dtype(at::kChar));
     C10_CUDA_CHECK(decode(model_,
-                          {tokens.const_data_ptr<int64_t>(), pos.const_data_ptr<int64_t>(), B,
+                          {tokens_.const_data_ptr<int64_t>(), pos.const_data_ptr<int64_t>(), B,
                            keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>(), length,
                            logits.mutable_data_ptr<float>()},
                           {x.mutable_data_ptr<float>(), qkv.mutable_data_ptr<float>(), mixed.mutable_data_ptr<float>(),
