@@ -2,8 +2,9 @@
 
     python tests/bench_cuda.py                     some 3 minutes; tables, also in out/cuda/cuda.md and .json
 
-Products are recorded in one CUDA graph that goes through as many copies of the matrix as overflow the second level
-cache, so that neither launches nor the cache count; contenders take turns, medians. Limits are measured in the same
+Products are recorded in one CUDA graph that goes, again and again, through as many copies of the matrix as overflow
+the second level cache (for prompts, where weights are a small part of the work: four), so that neither launches nor
+the cache count; contenders take turns, medians. Limits are measured in the same
 run: bandwidth by copying 2 GB (read and written), arithmetic by a bf16 product of 8192 x 8192 matrices. For training
 see tests/bench_train.py --sizes medium.
 """
@@ -28,6 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import int8
 from checkpoint import atomic_path, write_json
 from cli import UserError, parse, run
+from cuda_graph import BUCKET
 from int8 import pack_tiles, quantize_rows, quantize_tokens
 from model import GPT, KVCache, generate
 from train import SIZES, build_model, peak_flops
@@ -36,6 +38,8 @@ DEVICE = torch.device("cuda:0")
 CACHE = 256 << 20  # bytes, more than any GPU's second level cache
 DECODE = [(2304, 768), (768, 768), (4096, 768), (768, 2048), (8192, 8192), (16384, 4096)]  # (N, K): medium's, large
 PROMPT = [(2304, 768), (768, 768), (4096, 768), (768, 2048), (4096, 4096), (8192, 8192)]
+PROMPT_TOKENS, UNTIMED = 32, 8  # of a generation
+MOST_TOKENS = BUCKET - PROMPT_TOKENS - UNTIMED  # behind which there would be a new recording, in the time that counts
 
 
 # ---------------------------------------------------------------- products
@@ -119,18 +123,20 @@ def products(makers: dict, shapes: list[tuple[int, int]], tokens: list[int], rou
     rows = []
     for (N, K), M in tqdm([(shape, M) for shape in shapes for M in tokens], disable=None, leave=False):
         x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16)
-        copies = math.ceil(CACHE / (N * K)) if M < 128 else 4
+        # weights or arithmetic for a millisecond or so, of which a graph's start is no part to speak of
+        copies, repeats = (math.ceil(CACHE / (N * K)), 8) if M < 128 else (4, math.ceil(2**26 / (N * K)))
+        torch.compiler.reset()  # its limit of recompilations holds for all shapes together
         calls = {}
         for name, make in makers.items():
             if name in ("_int_mm", "torchao int8") and M <= 16:  # which is what torch._int_mm asks for
                 continue
             linears = [make(torch.randn(N, K, device=DEVICE)) for _ in range(copies)]
-            calls[name] = partial(each, linears, x)
+            calls[name] = partial(each, linears * repeats, x)
         for name, seconds in seconds_of(calls, rounds).items():
-            width = 2 if name == "bf16" else 1
-            rows.append({"N": N, "K": K, "tokens": M, "by": name, "microseconds": seconds / copies * 1e6,
-                         "gigabytes_per_second": copies * N * K * width / seconds / 1e9,
-                         "teraops_per_second": 2 * copies * M * N * K / seconds / 1e12})
+            width, seconds = 2 if name == "bf16" else 1, seconds / (copies * repeats)
+            rows.append({"N": N, "K": K, "tokens": M, "by": name, "microseconds": seconds * 1e6,
+                         "gigabytes_per_second": N * K * width / seconds / 1e9,
+                         "teraops_per_second": 2 * M * N * K / seconds / 1e12})
     return rows
 
 
@@ -141,7 +147,7 @@ class Unrecorded(KVCache):
 
 
 def decoding(size: str, new: int, rounds: int) -> list[dict]:
-    """Tokens a second at batch 1, behind a prompt of 32; the weights are random, and read whole for each token."""
+    """Tokens a second at batch 1, behind a short prompt; the weights are random, and read whole for each token."""
     torch.manual_seed(0)
     fp32 = build_model(SIZES[size], 256).eval().requires_grad_(False)
     for parameter in fp32.parameters():  # speed does not depend on their values, but for zeros
@@ -154,7 +160,7 @@ def decoding(size: str, new: int, rounds: int) -> list[dict]:
     weights = sum(p.numel() for p in fp32.parameters() if p.dim() == 2)
     contenders = [("int8", True), ("bf16", True), ("bf16", False), ("fp32", True)]
     speeds = {contender: [] for contender in contenders}
-    idx = torch.randint(256, (1, 32), device=DEVICE)
+    idx = torch.randint(256, (1, PROMPT_TOKENS), device=DEVICE)
     for turn in tqdm(range(rounds + 1), desc=size, disable=None, leave=False):
         for name, graph in contenders:
             speed = pace(models[name], idx, new, graph)
@@ -175,8 +181,8 @@ def pace(model: GPT, idx: Tensor, new: int, graph: bool) -> float:
     kind = KVCache if graph else Unrecorded
     dtype = model.model.norm.weight.dtype
     model.new_cache = lambda streams, length: kind(model.config, streams, length, DEVICE, dtype)
-    stream = generate(model, idx, new + 8, temperature=0)
-    for _ in range(8):
+    stream = generate(model, idx, UNTIMED + new, temperature=0)
+    for _ in range(UNTIMED):
         next(stream)
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -202,7 +208,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 class CudaBenchConfig:
     sizes: tuple[str, ...] = ("small", "medium")
     """Models to decode with."""
-    tokens: int = 400
+    tokens: int = MOST_TOKENS
     """New tokens of a generation."""
     rounds: int = 7
     out: Path = Path("out/cuda")
@@ -211,9 +217,10 @@ class CudaBenchConfig:
 
 def main() -> None:
     config = parse(CudaBenchConfig, "int8 on a GPU beside what else there is, and beside what the hardware allows.")
-    for flag, value in (("tokens", config.tokens), ("rounds", config.rounds)):
-        if value < 1:
-            raise UserError(f"--{flag}: expected 1 or more, got {value}")
+    if not 1 <= config.tokens <= MOST_TOKENS:
+        raise UserError(f"--tokens: expected 1 to {MOST_TOKENS}, got {config.tokens}")
+    if config.rounds < 1:
+        raise UserError(f"--rounds: expected 1 or more, got {config.rounds}")
     for size in config.sizes:
         if size not in SIZES:
             raise UserError(f"--sizes: expected some of {' '.join(SIZES)}, got {size}")
