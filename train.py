@@ -7,7 +7,7 @@
     python train.py --resume                         go on where the newest run stopped
 
 What happens at a step depends only on (seed, step), never on what ran before in this process:
-a resumed run repeats the uninterrupted one bit for bit, and every world size sees the same batches.
+a resumed run repeats the uninterrupted one (on a CPU bit for bit), and every world size sees the same batches.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class TrainConfig:
     out: Path | None = None
     """Folder to write; default: a new out/DATA-SIZE. With --resume default: the newest under out/."""
     resume: bool = False
-    """Continue the run in --out, bit for bit; flags given here replace its own."""
+    """Continue the run in --out; flags given here replace its own."""
     init_from: Path | None = None
     """Fine-tune this checkpoint folder (owlet's, or a Qwen3 or Llama one); sets the architecture."""
 
