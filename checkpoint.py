@@ -162,14 +162,16 @@ def previous_state(path: Path) -> Path:
 
 
 def read_state(path: Path, mmap: bool = False) -> dict:
-    """Read what `write_state` wrote. Tensors and plain types only: nothing is unpickled into code.
+    """Read what `write_state` wrote, and its checksum as "sha256". Tensors and plain types only: nothing is
+    unpickled into code.
 
     mmap: leave tensors in the file until they are looked at.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # on foreign pickles, which the error below names
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            expected, found = state.pop("sha256", None), checksum(state)
+            expected = state.get("sha256")
+            found = checksum({name: value for name, value in state.items() if name != "sha256"})
     except FileNotFoundError:
         raise UserError(f"{path}: no training state to resume from") from None
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file

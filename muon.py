@@ -7,6 +7,7 @@ share of the batch and sends the others what came of it.
 
 import math
 from collections.abc import Iterable
+from itertools import chain, pairwise
 
 import torch
 import torch.distributed as dist
@@ -57,11 +58,8 @@ class Muon(torch.optim.Optimizer):
             if group["weight_decay"]:
                 torch._foreach_mul_([local(p) for p in params], 1 - group["lr"] * group["weight_decay"])
 
-            shapes: dict[torch.Size, list[Tensor]] = {}
-            for p in params:
-                shapes.setdefault(p.shape, []).append(p)
-            # while one shape's steps travel, the next one's are computed
-            for same, (steps, work) in zip(shapes.values(), list(map(self.shared_steps, shapes.values())), strict=True):
+            sent = ((same, *self.shared_steps(same)) for same in batches_of_a_shape(params))
+            for (same, steps, work), _ in pairwise(chain(sent, [None])):  # while some travel, the next are computed
                 if work is not None:
                     work.wait()
                 rows, columns = same[0].shape
@@ -79,6 +77,15 @@ class Muon(torch.optim.Optimizer):
         sent, steps = x.new_zeros(world, share, *x.shape[1:]), x.new_empty(world * share, *x.shape[1:])
         sent[:, :len(mine)] = orthogonalize(mine, self.dtype)  # the same to each: gloo gathers at half this speed
         return steps, dist.all_to_all_single(steps, sent.flatten(0, 1), async_op=True)
+
+
+def batches_of_a_shape(params: list[Tensor]) -> list[list[Tensor]]:
+    """All matrices of a shape; of sharded ones, which no rank is to hold all of, one for each rank at a time."""
+    shapes: dict[torch.Size, list[Tensor]] = {}
+    for p in params:
+        shapes.setdefault(p.shape, []).append(p)
+    most = dist.get_world_size() if isinstance(params[0], DTensor) else len(params)
+    return [same[i:i + most] for same in shapes.values() for i in range(0, len(same), most)]
 
 
 def local(x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ a resumed run repeats the uninterrupted one (on a CPU bit for bit), and every wo
 """
 
 import contextlib
-import copy
 import dataclasses
 import importlib.util
 import json
@@ -31,7 +30,8 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -122,10 +122,11 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
     description = "Train a GPT on prepared tokens, in one process or under torchrun."
     first = parse(TrainConfig, description, [a for a in args if a not in ("-h", "--help")])
     out = folder_before_restart(first.out)
+    if out is not None and os.environ.get("RANK", "0") == "0":
+        print(f"note: going on in {out}, where this launch of torchrun ({launch()}) trained before", file=sys.stderr)
     if out is None and not first.resume:
         return parse(TrainConfig, description, args, SIZES[first.size]), None
     if out is not None and not (out / "train_state.pt").exists():
-        (out / "model.safetensors").unlink(missing_ok=True)  # of a first save that was cut short
         return dataclasses.replace(parse(TrainConfig, description, args, SIZES[first.size]), out=out), None
     out = out or first.out or by_age(Path("out"), "train_state.pt", "python train.py")[0]
     state, damage = read_last_state(out)
@@ -153,7 +154,10 @@ def folder_before_restart(out: Path | None) -> Path | None:
 
 
 def launch() -> str:
-    """torchrun's name for this launch, the same on every rank and after every restart; empty without torchrun."""
+    """A name for this launch of torchrun, the same on every rank and after every restart; empty without torchrun."""
+    if os.environ.get("GROUP_WORLD_SIZE") == "1" and os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # RUN/attempt_N/RANK/error.json, where RUN is a new directory for each launch, even of a name given anew
+        return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[2].name
     return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
@@ -202,6 +206,13 @@ class Ranks:
         if self.world > 1:
             dist.broadcast_object_list(box, device=self.device)
         return box[0]
+
+    def all_values(self, value: object) -> list:
+        """Every rank's value, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def close(self) -> None:
         if self.world > 1:
@@ -416,39 +427,51 @@ def snapshot(model: GPT, optimizers: list[torch.optim.Optimizer], ranks: Ranks) 
         if not isinstance(x, Tensor):
             return x
         x = whole(x)
-        return x.cpu() if ranks.is_main else None
+        return x.to("cpu", copy=True) if ranks.is_main else None  # so that training may go on while this is saved
 
-    state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    return copy.deepcopy(tree_map(take, state))  # so that training may go on while this is saved; tied weights stay one
+    weights = model.state_dict()
+    if model.config.tie_embeddings:  # one matrix, copied once
+        del weights["lm_head.weight"]
+    state = tree_map(take, {"model": dict(weights), "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+    if model.config.tie_embeddings:
+        state["model"]["lm_head.weight"] = state["model"]["model.embed_tokens.weight"]
+    return state
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """optimizer.load_state_dict, of which each rank takes its part where parameters are sharded."""
-    optimizer.load_state_dict(saved)
-    for p, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(p, DTensor) and value.shape == p.shape:
-                state[name] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def part(x: Tensor, p: Tensor) -> Tensor:
+        sharded = isinstance(p, DTensor) and x.shape == p.shape
+        return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if sharded else x
+
+    state = {i: {name: part(x, params[i]) for name, x in tensors.items()} for i, tensors in saved["state"].items()}
+    optimizer.load_state_dict(saved | {"state": state})
 
 
 def save_checkpoint(out: Path, trained: dict, better: bool, step: int, best: float, config: TrainConfig,
                     model_config: GPTConfig, data: TokenData, log: RunLog) -> None:
     """train_state.pt holds all a resume needs in one atomic file: it can never be half of two steps.
 
-    model.safetensors goes first: after a kill between the two, a resume comes by the same model again. Runs of
-    the same settings leave the same bytes, so the state does not hold where it lies, or how often it was resumed.
+    model.safetensors goes before it: after a kill between the two, a resume comes by the same model again. But for
+    the first: a resume then has it from the state, while a model alone could not be resumed. Runs of the same
+    settings leave the same bytes, so the state does not hold where it lies, or how often it was resumed.
     """
     # by NumPy: a second thread that had torch compute in parallel would have OpenMP threads of its own, and with more
     # of them than cores every wait of the training's becomes three times as long, to the end of the run
     if not all(np.isfinite(weight.numpy()).all() for weight in trained["model"].values()):
         raise diverged(config, step, "a weight is not finite")
-    if better or not (out / "model.safetensors").exists():
+    first = not (out / "model.safetensors").exists()
+    if better and not first:
         write_pretrained(out, trained["model"], model_config)  # the best model so far, not the latest
     plain = {name: str(value.resolve()) if isinstance(value, Path) else value
              for name, value in vars(config).items() if name not in ("out", "resume")}
     write_state(out / "train_state.pt", {
         "step": step, "best": best, "config": plain, "model_config": dataclasses.asdict(model_config),
         "data_sha256": data.meta["train"]["sha256"], **trained})
+    if first:
+        write_pretrained(out, trained["model"], model_config)
     log.draw()
 
 
@@ -485,17 +508,22 @@ def build_model(config: TrainConfig, vocab_size: int) -> GPT:
     return model
 
 
-def spread(model: GPT, config: TrainConfig, ranks: Ranks) -> nn.Module:
-    """The model as this rank is to call it. With fsdp its parameters become this rank's parts of them."""
+def spread(model: GPT, config: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> nn.Module:
+    """The model, on its device, as this rank is to call it. With fsdp its parameters become this rank's parts of them.
+    """
     if config.compile == "on":
         for block in model.model.layers:  # all have the same code, which is compiled once
             block.forward = torch.compile(block.forward)
     if ranks.world == 1:
-        return model
-    if config.parallel == "fsdp":  # Zhao et al., 2023
+        return model.to(ranks.device)
+    if config.parallel == "fsdp":  # Zhao et al., 2023; one block at a time is whole on the device
+        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        # gathered in dtype; autocast alone would keep its copy of every block from forward to backward
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         for block in model.model.layers:
-            fully_shard(block)
-        return fully_shard(model)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh)
+    model.to(ranks.device)
     device_ids = [ranks.device] if ranks.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, forward_sync_buffers=False,
                                    gradient_as_bucket_view=True)
@@ -532,6 +560,13 @@ def _train(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: conte
     """`train`, which puts into at_exit what must be done however it ends."""
     # where from, where to
     check(config, ranks.world)
+    found = ranks.all_values((f"step {state['step']} of {config.out}", state["sha256"]) if state else ("nothing", ""))
+    if len(set(found)) > 1:
+        raise UserError("the ranks found different states to go on from, rank by rank: "
+                        f"{', '.join(name for name, _ in found)}; expected the same on every machine")
+    if state is not None and ranks.is_main and not (config.out / "model.safetensors").exists():
+        with lock(config.out, launch()):  # killed in its first save
+            write_pretrained(config.out, state["model"], GPTConfig(**state["model_config"]))
     if state is not None and state["step"] >= config.max_steps:
         if ranks.is_main:
             print(f"{config.out} is trained for {state['step']} steps already; raise --max-steps to go on")
@@ -551,17 +586,17 @@ def _train(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: conte
     if state is not None and state["data_sha256"] != data.meta["train"]["sha256"]:
         raise UserError(f"--resume: {out} was trained on other data than {config.data} now holds")
     share = config.batch_size // ranks.world  # of each step's sequences
-    model.to(ranks.device).train()
     if config.compile == "auto":  # settled here for resumed runs too: they are to have the same arithmetic
         config.compile = "on" if config.max_steps >= 1000 and can_compile(ranks.device) else "off"
-    wrapped = spread(model, config, ranks)
     dtype = pick_dtype(config.dtype, ranks.device, model.config.n_embd)
+    wrapped = spread(model, config, ranks, dtype).train()
     optimizers = make_optimizers(model, config)
     first, best = 0, math.inf
     if state is not None:
         first, best = state["step"], state["best"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, saved)
+        state.clear()  # all of it has its place now
 
     # log
     peak = peak_flops(ranks.device, dtype) * ranks.world
@@ -569,7 +604,6 @@ def _train(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: conte
     saves = Background()
     if ranks.is_main:
         at_exit.enter_context(lock(out, launch()))
-        at_exit.callback(saves.wait)
         copy_tokenizer(config.data, out)
     title = f"{out.name}: {model.num_params() / 1e6:.1f}M parameters on {config.data.name}"
     log = RunLog(out, first, data.bits_per_nat, title) if ranks.is_main else None
@@ -592,6 +626,7 @@ def _train(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: conte
 
     for number in (signal.SIGINT, signal.SIGTERM):
         at_exit.callback(signal.signal, number, signal.signal(number, ask))
+    at_exit.callback(saves.wait)  # before signals kill again: torchrun sends one as soon as another rank has died
 
     bar = tqdm(total=config.max_steps, initial=first, unit="step", dynamic_ncols=True,
                disable=None if ranks.is_main else True)

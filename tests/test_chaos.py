@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -107,14 +108,14 @@ def saving(out: Path) -> bool:
 
 def kept_step(out: Path) -> int | None:
     """The step to resume from, if any, of a folder in which all is whole."""
-    model = out / "model.safetensors"
+    model, before = out / "model.safetensors", previous_state(out / "train_state.pt")
     if not (out / "train_state.pt").exists():
-        model.unlink(missing_ok=True)  # of a first save: train.py would not overwrite a model
+        assert not model.exists()
         return None
     state, damage = read_last_state(out)
     assert damage is None
-    assert read_safetensors(model)
-    before = previous_state(out / "train_state.pt")
+    assert not before.exists() or model.exists()  # which the first save ends with
+    assert not model.exists() or read_safetensors(model)
     assert not before.exists() or read_state(before)["step"] < state["step"]
     return state["step"]
 
@@ -164,37 +165,99 @@ def killer(n: int) -> Callable:
     return hook
 
 
-# ---------------------------------------------------------------- under torchrun
-
-# rank 1 dies before the first checkpoint; of the ranks that follow, rank 0 dies after the second
-MORTAL = f"""
-import os, signal, sys
+def train_script(path: Path, changes: str) -> Path:
+    """A script that is train.py, with changes to it."""
+    path.write_text(f"""
+import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import cli, train
 
-update, steps, attempt = train.update, [], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+rank, attempt = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
-def mortal(*args):
-    update(*args)
-    steps.append(1)
-    if attempt < 2 and int(os.environ["RANK"]) == 1 - attempt and len(steps) == [5, 25][attempt]:
-        os.kill(os.getpid(), signal.SIGKILL)
+def after(function, action):
+    def both(*args):
+        result = function(*args)
+        both.calls += 1
+        action(both.calls)
+        return result
+    both.calls = 0
+    return both
 
-train.update = mortal
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+{changes}
 sys.argv[0] = "train.py"
 cli.run(train.main)
+""")
+    return path
+
+
+@pytest.mark.parametrize("part, kept", [("write_state", None), ("write_pretrained", 10)])
+def test_a_kill_inside_the_first_save_loses_nothing_that_was_saved(script, undisturbed, data, tmp_path, part, kept):
+    mortal, out = train_script(tmp_path / "mortal.py", f"train.{part} = die"), tmp_path / "run"
+    assert start([sys.executable, mortal, "--data", data, "--out", out, *TRAIN[2:]]).wait() == -signal.SIGKILL
+    assert kept_step(out) == kept and not (out / "model.safetensors").exists()
+    if kept:  # even where it was the last one
+        code, said, err = script(train.main, "--resume", "--out", out, "--max-steps", kept)
+        assert code == 0 and "trained for 10 steps already" in said and (out / "model.safetensors").exists(), err
+        (out / "model.safetensors").unlink()
+    code, _, err = script(train.main, "--data", data, "--out", out, *TRAIN[2:], *(["--resume"] if kept else []))
+    assert code == 0, err
+    assert_same_bytes(out, undisturbed[0])
+
+
+# ---------------------------------------------------------------- under torchrun
+
+# rank 1 dies before the first checkpoint; of the ranks that follow, rank 0 dies after the second
+MORTAL = """
+train.update = after(train.update, lambda n: attempt < 2 and (rank, n) == [(1, 5), (0, 25)][attempt] and die())
+"""
+
+# rank 1 dies while rank 0 is still saving
+SLOW_TO_SAVE = """
+write_state = train.write_state
+train.write_state = lambda *args: (time.sleep(3), write_state(*args))
+train.update = after(train.update, lambda n: attempt == 0 and (rank, n) == (1, 15) and die())
 """
 
 
 def test_torchrun_restarts_killed_ranks_in_their_own_folder(data, tmp_path):
     command = [*SMALL, "--max-steps", "60", "--data", data]
     finish(start([*TORCHRUN, ROOT / "train.py", *command], cwd=tmp_path))
-    (tmp_path / "mortal.py").write_text(MORTAL)
-    out, err = finish(start([*TORCHRUN, "--max-restarts=2", "mortal.py", *command], cwd=tmp_path))
+    mortal = train_script(tmp_path / "mortal.py", MORTAL)
+    out, err = finish(start([*TORCHRUN, "--max-restarts=2", mortal, *command], cwd=tmp_path))
     assert "wood-tiny-2: tiny" in out and re.search("steps [12]0 to 60", out), out  # 10: the second was being written
     assert "Traceback" not in err, err
     assert_same_bytes(tmp_path / "out" / "wood-tiny-2", tmp_path / "out" / "wood-tiny")
     assert not (tmp_path / "out" / "wood-tiny-3").exists()
+
+
+def test_a_save_goes_on_when_another_rank_dies(data, tmp_path):
+    """And the restart finds its folder where torchrun was started without a name of its own for the launch."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [train_script(tmp_path / "mortal.py", SLOW_TO_SAVE), *SMALL, "--max-steps", "20", "--data", data]
+    out, _ = finish(start([*TORCHRUN, f"--master-port={port}", "--max-restarts=1", *command], cwd=tmp_path))
+    assert "steps 10 to 20" in out, out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["wood-tiny"]
+
+
+def test_another_launch_of_the_same_name_is_another_run(data, tmp_path):
+    named = [*TORCHRUN, "--rdzv-id=book", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", ROOT / "train.py"]
+    for _ in range(2):
+        finish(start([*named, *SMALL, "--max-steps", "10", "--data", data], cwd=tmp_path))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"wood-tiny", "wood-tiny-2"}
+
+
+def test_ranks_that_found_different_states_do_not_begin(trained, tmp_path):
+    changes = "train.read_last_state = lambda out: (train.checkpoint.read_state(out / name), None)"
+    changes = "name = ('train_state.pt', 'train_state.previous.pt')[rank]\n" + changes
+    changed = train_script(tmp_path / "changed.py", "import checkpoint; train.checkpoint = checkpoint\n" + changes)
+    process = start([*TORCHRUN, changed, "--resume", "--out", trained, "--max-steps", "70"])
+    _, err = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert f"different states to go on from, rank by rank: step 60 of {trained}, step 50 of {trained}" in err, err
 
 
 # ---------------------------------------------------------------- damage
