@@ -86,7 +86,7 @@ class Rank:
         self.model = build_model(self.config, VOCABULARY).to(self.device).train()
         self.dtype = pick_dtype("auto", self.device, self.config.n_embd)
         self.optimizers = make_optimizers(self.model, self.config)
-        self.wrapped = spread(self.model, self.config, ranks)  # not compiled: turns differ in shape
+        self.wrapped = spread(self.model, self.config, ranks, self.dtype)  # not compiled: turns differ in shape
         self.tokens = torch.randint(VOCABULARY, (2, self.config.batch_size, self.config.block_size), device=self.device)
         self.matrices = [torch.randn(count, *shape, device=self.device)
                          for shape, count in matrix_shapes(self.model).items()]

@@ -50,8 +50,8 @@ Step = Callable[[Tensor, Tensor], None]  # trains a model by a batch
 
 def owlet_step(config: TrainConfig, ranks: Ranks) -> Step:
     model = new_model(config, ranks)
-    wrapped, optimizers = spread(model, config, ranks), make_optimizers(model, config)
     dtype = pick_dtype(config.dtype, ranks.device, config.n_embd)
+    wrapped, optimizers = spread(model, config, ranks, dtype), make_optimizers(model, config)
 
     def step(x: Tensor, y: Tensor) -> None:
         forward_loss(wrapped, x, y, dtype).backward()
