@@ -95,6 +95,19 @@ def test_unsupported_features_are_refused_by_name(feature, tiny, tmp_path):
         GPT.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"model.norm.weight": torch.full((32,), math.nan)}, "model.norm.weight: expected numbers"),
+    ({"model.norm.weight": torch.tensor([math.inf, -math.inf] * 16)}, "model.norm.weight: expected numbers"),
+    ({"model.norm.weight": torch.ones(31)}, r"model.norm.weight: expected torch.float32 \(32,\), got .*31"),
+    ({"model.extra.weight": torch.ones(1)}, "model.extra.weight in model.safetensors has no place")],
+    ids=["NaN", "infinite", "shape", "one too many"])
+def test_wrong_tensors_are_refused_by_name(change, message, tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / "model.safetensors") | change, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_loss_at_initialisation_is_that_of_a_guess():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**TINY))
