@@ -44,6 +44,8 @@ def parse(config_class: type[Config], description: str, args: Sequence[str] | No
 def run(main: Callable[[], None]) -> None:
     """Run a script: a UserError is one line and exit code 2, Ctrl-C is 130 without a traceback."""
     name = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may lack letters that a book has
     try:
         main()
         sys.stdout.flush()
@@ -51,9 +53,9 @@ def run(main: Callable[[], None]) -> None:
         tqdm.write(f"{name}: {error}", file=sys.stderr)  # below a progress bar, not into it
         sys.exit(2)
     except OSError as error:  # the machine's answer, not a bug: a full disk, a missing right
-        if isinstance(error, BrokenPipeError):  # `python sample.py | head`: the reader has seen enough
+        if isinstance(error, BrokenPipeError):  # `| head`: the reader has seen enough, as SIGPIPE says elsewhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return
+            sys.exit(128 + 13)
         print(f"{name}: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -94,6 +94,10 @@ def why_no_owlet(device: torch.device) -> str | None:
     if owlet_kernels is None:
         return why_no_kernels
     if device.type == "cpu":
+        try:
+            owlet_kernels.isa()
+        except ValueError as error:  # a wrong OWLET_ISA
+            raise UserError(str(error)) from None
         return None
     if device.type != "cuda" or not has_cuda_kernels():
         return f"owlet's int8 kernels are not built for {device.type}"

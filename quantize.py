@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import atomic_path, by_age, copy_tokenizer, read_config, read_state, weight_files, write_json
+from checkpoint import atomic_path, by_age, copy_tokenizer, read_config, read_last_state, weight_files, write_json
 from cli import UserError, parse, run
 from int8 import Backend, Int8GPT, from_pretrained, has_torch_ao, pick_backend, quantize, save_quantized
 from model import GPT, GPTConfig, generate
@@ -210,10 +210,11 @@ def newest_fp32(root: Path) -> Path:
 
 
 def validation_data(config: QuantizeConfig, folder: Path, model: GPTConfig) -> TokenData | None:
-    source = config.data
+    source, trained_on = config.data, None
     if source is None:
-        state = folder / "train_state.pt"
-        source = Path(read_state(state, mmap=True)["config"]["data"]) if state.exists() else None
+        if (folder / "train_state.pt").exists():
+            state, _ = read_last_state(folder)
+            source, trained_on = Path(state["config"]["data"]), state["data_sha256"]
         if source is None or not (source / "meta.json").exists():
             print("note: the data this model was trained on is not here, so the table has no losses; "
                   "name prepared data with --data")
@@ -222,17 +223,22 @@ def validation_data(config: QuantizeConfig, folder: Path, model: GPTConfig) -> T
     if data.meta["vocab_size"] > model.vocab_size:
         raise UserError(f"--data {source}: has {data.meta['vocab_size']} different tokens, "
                         f"the model knows {model.vocab_size}")
+    if trained_on not in (None, data.meta["train"]["sha256"]):
+        print(f"note: {source} holds other data than the model was trained on; the losses are of what it holds now")
     return data
 
 
 def main() -> None:
     config = parse(QuantizeConfig, "Shrink a checkpoint to int8, and show what that costs and brings.")
-    for flag, value in (("threads", config.threads), ("eval-tokens", config.eval_tokens)):
-        if value is not None and value < 1:
-            raise UserError(f"--{flag}: expected 1 or more, got {value}")
+    for flag, value, most in (("threads", config.threads, 4096), ("eval-tokens", config.eval_tokens, 10**9)):
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"--{flag}: expected 1 to {most}, got {value}")
     torch.set_num_threads(config.threads or torch.get_num_threads())
     folder = config.checkpoint or newest_fp32(Path("out"))
     model, out = GPT.from_pretrained(folder), int8_folder(folder)
+    if (out / "train_state.pt").exists():
+        raise UserError(f"{out}: holds a training run, whose model this would replace; rename one of the two folders")
+    data = validation_data(config, folder, model.config) if config.compare else None
     save_quantized(model, out)
     copy_tokenizer(folder, out)
     before, after = file_size(folder), file_size(out)
@@ -245,7 +251,6 @@ def main() -> None:
         size = path.stat().st_size
         print(f"{folder} -> {path}: {size / 1e6:.2f} MB ({size / before:.1%})")
     if config.compare:
-        data = validation_data(config, folder, model.config)
         del model
         result = compare(folder, data, pick_backend(config.backend, torch.device("cpu")), config.eval_tokens)
         write_json(out / "comparison.json", result)

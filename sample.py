@@ -121,6 +121,8 @@ def main() -> None:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     device = pick_device(config.device)
     folder = config.checkpoint or by_age(Path("out"), "model.safetensors", "python train.py")[0]
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a checkpoint folder, found none")
     tokenizer = read_tokenizer(folder)
     text = read_prompt(config)
     model, how = load(folder, config.dtype, config.backend, config.int8_cache, device)

@@ -134,7 +134,7 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
         print(f"note: {damage}", file=sys.stderr)
     saved = TrainConfig(**state["config"] | {"out": out, "data": Path(state["config"]["data"]), "resume": False})
     config = parse(TrainConfig, description, args, saved)
-    for name in ("size", *ARCHITECTURE):
+    for name in ("size", "eval_tokens", *ARCHITECTURE):  # losses of other tokens could not be compared
         if getattr(config, name) != getattr(saved, name):
             raise UserError(f"--resume: {name} is {getattr(saved, name)} in {out}, expected the same, "
                             f"got {getattr(config, name)}")
@@ -221,13 +221,19 @@ class Ranks:
 
 # ---------------------------------------------------------------- data
 
+def read_meta(folder: Path) -> dict:
+    if not (folder / "meta.json").exists():
+        raise UserError(f"{folder}: expected a folder made by data/prepare.py, found no meta.json in it")
+    return read_json(folder / "meta.json")
+
+
 class TokenData:
     """train.bin and val.bin of a prepared folder, of which no more is read than is asked for. (Nor mapped into
     memory: pages once touched would stay, until a long run holds all of the file.)
     """
 
     def __init__(self, folder: Path, block_size: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
-        self.folder, self.meta = folder, read_json(folder / "meta.json")
+        self.folder, self.meta = folder, read_meta(folder)
         self.block_size, self.device, self.seed = block_size, torch.device(device), seed
         self.files, self.tokens, self.dtype = {}, {}, np.dtype(self.meta["dtype"])
         for split in ("train", "val"):
@@ -462,7 +468,7 @@ def save_checkpoint(out: Path, trained: dict, better: bool, step: int, best: flo
     # of them than cores every wait of the training's becomes three times as long, to the end of the run
     if not all(np.isfinite(weight.numpy()).all() for weight in trained["model"].values()):
         raise diverged(config, step, "a weight is not finite")
-    first = not (out / "model.safetensors").exists()
+    first = not holds_model(out)
     if better and not first:
         write_pretrained(out, trained["model"], model_config)  # the best model so far, not the latest
     plain = {name: str(value.resolve()) if isinstance(value, Path) else value
@@ -475,8 +481,13 @@ def save_checkpoint(out: Path, trained: dict, better: bool, step: int, best: flo
     log.draw()
 
 
+def holds_model(out: Path) -> bool:
+    return (out / "config.json").exists()  # which is written last
+
+
 def diverged(config: TrainConfig, step: int, what: str) -> UserError:
-    return UserError(f"step {step}: {what}; {config.out} keeps its last checkpoint. Try lower --muon-lr and "
+    left = "keeps its last checkpoint" if holds_model(config.out) else "has no checkpoint yet"
+    return UserError(f"step {step}: {what}; {config.out} {left}. Try lower --muon-lr and "
                      f"--adam-lr (now {config.muon_lr:g} and {config.adam_lr:g})")
 
 
@@ -538,6 +549,8 @@ def check(config: TrainConfig, world: int) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')}: expected {low} or more, got {value}")
+    if config.threads is not None and config.threads > 4096:
+        raise UserError(f"--threads: expected 4096 or less, got {config.threads}")
     if config.batch_size % parts:
         raise UserError(f"--batch-size: expected a multiple of ranks x grad-accum = {parts}, got {config.batch_size}")
 
@@ -564,7 +577,7 @@ def _train(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: conte
     if len(set(found)) > 1:
         raise UserError("the ranks found different states to go on from, rank by rank: "
                         f"{', '.join(name for name, _ in found)}; expected the same on every machine")
-    if state is not None and ranks.is_main and not (config.out / "model.safetensors").exists():
+    if state is not None and ranks.is_main and not holds_model(config.out):
         with lock(config.out, launch()):  # killed in its first save
             write_pretrained(config.out, state["model"], GPTConfig(**state["model_config"]))
     if state is not None and state["step"] >= config.max_steps:
@@ -578,7 +591,7 @@ def _train(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: conte
     # model and data
     torch.manual_seed(config.seed)
     if state is None:
-        model = build_model(config, read_json(config.data / "meta.json")["vocab_size"])
+        model = build_model(config, read_meta(config.data)["vocab_size"])
     else:
         model = GPT(GPTConfig(**state["model_config"]))
         model.load_state_dict(state["model"])

@@ -26,6 +26,7 @@ import sample
 import train
 from checkpoint import previous_state, read_last_state, read_safetensors, read_state, write_state, write_tensors
 from cli import UserError
+from model import GPT
 
 TRAIN = [sys.executable, ROOT / "train.py", *SMALL, "--max-steps", "60"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -114,7 +115,7 @@ def kept_step(out: Path) -> int | None:
         return None
     state, damage = read_last_state(out)
     assert damage is None
-    assert not before.exists() or model.exists()  # which the first save ends with
+    assert not before.exists() or (out / "config.json").exists()  # which the first save ends with
     assert not model.exists() or read_safetensors(model)
     assert not before.exists() or read_state(before)["step"] < state["step"]
     return state["step"]
@@ -193,15 +194,16 @@ cli.run(train.main)
     return path
 
 
-@pytest.mark.parametrize("part, kept", [("write_state", None), ("write_pretrained", 10)])
+@pytest.mark.parametrize("part, kept", [
+    ("train.write_state", None), ("train.write_pretrained", 10), ("model.write_json", 10)])
 def test_a_kill_inside_the_first_save_loses_nothing_that_was_saved(script, undisturbed, data, tmp_path, part, kept):
-    mortal, out = train_script(tmp_path / "mortal.py", f"train.{part} = die"), tmp_path / "run"
+    mortal, out = train_script(tmp_path / "mortal.py", f"import model\n{part} = die"), tmp_path / "run"
     assert start([sys.executable, mortal, "--data", data, "--out", out, *TRAIN[2:]]).wait() == -signal.SIGKILL
-    assert kept_step(out) == kept and not (out / "model.safetensors").exists()
+    assert kept_step(out) == kept and not (out / "config.json").exists()
     if kept:  # even where it was the last one
         code, said, err = script(train.main, "--resume", "--out", out, "--max-steps", kept)
-        assert code == 0 and "trained for 10 steps already" in said and (out / "model.safetensors").exists(), err
-        (out / "model.safetensors").unlink()
+        assert code == 0 and "trained for 10 steps already" in said and GPT.from_pretrained(out), err
+        (out / "config.json").unlink()
     code, _, err = script(train.main, "--data", data, "--out", out, *TRAIN[2:], *(["--resume"] if kept else []))
     assert code == 0, err
     assert_same_bytes(out, undisturbed[0])

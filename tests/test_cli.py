@@ -100,6 +100,7 @@ def test_prepare_refuses(script, tmp_path, monkeypatch, flags, words):
     (["--dropout", 1], ["dropout"]),
     (["--adam-lr", "nan"], ["--adam-lr", "nan"]),
     (["--seed", -1], ["--seed", "-1"]),
+    (["--threads", 100_000], ["--threads", "4096"]),
     (["--threads", 0], ["--threads"]),
     (["--resume", "--out", "nowhere"], ["nowhere", "train_state.pt"]),
     (["--init-from", "nowhere"], ["nowhere", "config.json"]),
@@ -330,8 +331,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(data, tmp_path, megabytes):
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr and "could not be written" in done.stderr.splitlines()[-1]
-        assert not (disk / "run" / "train_state.pt").exists()  # 7 MB; the model alone, 3.5 MB, fits on 8
-        assert (disk / "run" / "config.json").exists() == (megabytes == 8)
+        assert (disk / "run" / "train_state.pt").exists() == (megabytes == 8)  # 7 MB, and behind it the model, 3.5 MB
+        assert not (disk / "run" / "config.json").exists()
         assert not list(disk.rglob(".*.tmp"))
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -351,3 +352,11 @@ def test_a_reader_that_leaves_early_is_no_error(folder):
     done = subprocess.run(f"{sys.executable} {ROOT / 'sample.py'} --max-new-tokens 20000 | head -c 10",
                           shell=True, capture_output=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     assert b"Traceback" not in done.stderr and b"Error" not in done.stderr
+
+
+def test_a_training_run_is_not_overwritten_by_an_int8_folder(folder, script):
+    run = folder.with_name(f"{folder.name}-int8")
+    run.mkdir()
+    (run / "train_state.pt").touch()
+    code, _, err = script(quantize.main, "--checkpoint", folder)
+    assert code == 2 and f"{run}: holds a training run" in err and len(list(run.iterdir())) == 1
