@@ -40,7 +40,7 @@ PHASES = {  # phase -> the functions it consists of, none of which calls another
     "evaluation": ["train.py:evaluate"],
     "checkpoint and log": ["train.py:snapshot", "checkpoint.py:Background.wait", "model.py:GPT.save_pretrained",
                            "train.py:RunLog.__init__", "train.py:RunLog.add"],  # the rest is done beside
-    "waiting for other ranks": ["train.py:Ranks.sum", "train.py:Ranks.from_main"],
+    "waiting for other ranks": ["train.py:Ranks.sum", "train.py:Ranks.all_values"],
     "set-up": ["train.py:Ranks.__init__", "train.py:build_model", "train.py:make_optimizers", "train.py:peak_flops"],
     "load": ["model.py:GPT.from_pretrained", "int8.py:from_pretrained"],
     "quantize": ["int8.py:save_quantized", "quantize.py:torch_ao", "to_gguf.py:write_gguf"],

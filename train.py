@@ -121,17 +121,22 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
     """Flags over the size's defaults; or (--resume) over the run's own settings, and its saved state."""
     description = "Train a GPT on prepared tokens, in one process or under torchrun."
     first = parse(TrainConfig, description, [a for a in args if a not in ("-h", "--help")])
+
+    def note(text: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"note: {text}", file=sys.stderr)
+
     out = folder_before_restart(first.out)
-    if out is not None and os.environ.get("RANK", "0") == "0":
-        print(f"note: going on in {out}, where this launch of torchrun ({launch()}) trained before", file=sys.stderr)
+    if out is not None:
+        note(f"going on in {out}, where this launch of torchrun ({launch()}) trained before")
     if out is None and not first.resume:
         return parse(TrainConfig, description, args, SIZES[first.size]), None
     if out is not None and not (out / "train_state.pt").exists():
         return dataclasses.replace(parse(TrainConfig, description, args, SIZES[first.size]), out=out), None
     out = out or first.out or by_age(Path("out"), "train_state.pt", "python train.py")[0]
     state, damage = read_last_state(out)
-    if damage and os.environ.get("RANK", "0") == "0":
-        print(f"note: {damage}", file=sys.stderr)
+    if damage:
+        note(damage)
     saved = TrainConfig(**state["config"] | {"out": out, "data": Path(state["config"]["data"]), "resume": False})
     config = parse(TrainConfig, description, args, saved)
     for name in ("size", "eval_tokens", *ARCHITECTURE):  # losses of other tokens could not be compared
@@ -199,13 +204,6 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
-
-    def from_main(self, value: object) -> object:
-        """Rank 0's value, on every rank."""
-        box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box, device=self.device)
-        return box[0]
 
     def all_values(self, value: object) -> list:
         """Every rank's value, on every rank."""
@@ -585,7 +583,7 @@ def _train(config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: conte
             print(f"{config.out} is trained for {state['step']} steps already; raise --max-steps to go on")
         return 0
     config.data = config.data or by_age(Path("data"), "meta.json", "python data/prepare.py")[0]
-    out = config.out = Path(ranks.from_main(config.out if state else new_folder(config, config.data)))
+    out = config.out = ranks.all_values(config.out if state else new_folder(config, config.data))[0]
     say = tqdm.write if ranks.is_main else lambda text: None
 
     # model and data

@@ -253,9 +253,11 @@ def test_another_launch_of_the_same_name_is_another_run(data, tmp_path):
 
 
 def test_ranks_that_found_different_states_do_not_begin(trained, tmp_path):
-    changes = "train.read_last_state = lambda out: (train.checkpoint.read_state(out / name), None)"
-    changes = "name = ('train_state.pt', 'train_state.previous.pt')[rank]\n" + changes
-    changed = train_script(tmp_path / "changed.py", "import checkpoint; train.checkpoint = checkpoint\n" + changes)
+    changed = train_script(tmp_path / "changed.py", """
+import checkpoint
+name = ("train_state.pt", "train_state.previous.pt")[rank]
+train.read_last_state = lambda out: (checkpoint.read_state(out / name), None)
+""")
     process = start([*TORCHRUN, changed, "--resume", "--out", trained, "--max-steps", "70"])
     _, err = process.communicate(timeout=240)
     assert process.returncode != 0

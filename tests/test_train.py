@@ -86,8 +86,10 @@ def test_resumed_equals_uninterrupted(run, script, tmp_path, flags):
         log.write('{"step": 3')  # as a killed process leaves it
     code, out, err = script(train.main, *SMALL, "--resume", "--out", tmp_path / "parts", "--max-steps", 40, *flags)
     assert code == 0 and "steps 25 to 40" in out, err
-    assert {10, 15, 20, 25, 30, 40} <= set(losses(tmp_path / "parts"))  # and, compiling, the slow first steps
-    assert {10, 20, 30, 40} <= set(losses(whole))
+    # compiling, each of the slow first steps has a line as well
+    ours, theirs = ({step for step in losses(out) if "--compile" not in flags or step % 5 == 0}
+                    for out in (tmp_path / "parts", whole))
+    assert {15, 25} <= ours and ours - {15, 25} == theirs  # the interruptions' own lines
     assert losses(whole, "val_loss") == losses(tmp_path / "parts", "val_loss")
     first, second = weights(whole), weights(tmp_path / "parts")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -189,7 +191,7 @@ def test_a_stop_under_torchrun_saves_and_resumes(run, data, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=25)  # torchrun kills after 30 seconds
     step = read_state(out / "train_state.pt")["step"]
-    assert step % 10 == 0 and step < 1_000_000
+    assert step % 10 == 0 and 10 <= step < 1_000_000
     last = str(step + 10)
     subprocess.run([*TORCHRUN, "--resume", "--out", out, "--max-steps", last], check=True, capture_output=True,
                    timeout=300)
