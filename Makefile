@@ -22,7 +22,7 @@ CXX ?= c++
 
 kernels: build/kernels
 
-build/kernels: .venv/requirements setup.py setup.cfg $(wildcard csrc/*.* csrc/*/*.*)
+build/kernels: .venv/requirements setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	@mkdir -p build
 	@if command -v $(CXX) > /dev/null; then \
 	    echo "building the int8 kernels ..." && \

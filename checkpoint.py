@@ -1,27 +1,18 @@
-"""Files that are whole or not there at all: atomic writes, and reads that name what is wrong.
+"""Checkpoints: a Hugging Face model folder <-> model.GPT, and the training state that a resume needs.
 
-Weights and training state carry a checksum of all they hold: of two readers of a file with a flipped bit,
-safetensors and torch.load, neither would notice.
-
-A checkpoint is a Hugging Face model folder, so that everything which reads those reads ours.
+A checkpoint is a Hugging Face folder, so that everything that reads those reads ours. Weights and state carry a
+checksum of all they hold: neither safetensors nor torch.load notices a flipped bit.
 """
 
 import contextlib
 import hashlib
 import json
-import os
-import shutil
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,45 +21,90 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cli import UserError
+from files import atomic_path, copy_file, newest, one_line, read_json, write_json
+from model import GPT, GPTConfig, rope_table
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
+# torch.load warns of foreign pickles, which read_state's own error names. Filtered here, once: catch_warnings around
+# the call would change the filters of all threads, and states are read back in a thread that saves.
+warnings.filterwarnings("ignore", "Detected pickle protocol")
 
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename it to `path` once it is written and on disk.
 
-    Whatever goes wrong in between (full disk, kill -9), an earlier `path` stays as it was. What a
-    killed process leaves under the temporary name, the next one overwrites.
+# ---------------------------------------------------------------- config.json
+
+def config_to_hf(config: GPTConfig) -> dict:
+    """config.json, readable by transformers 4 (rope_theta) and 5 (rope_parameters)."""
+    return {
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.block_size,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.head_dim,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_hidden,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_bias": False,
+        "attention_dropout": config.dropout,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": config.bos,
+        "eos_token_id": config.eos,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+
+
+def config_from_hf(hf: dict) -> GPTConfig:
+    """From config.json's fields. Raises UserError that names whatever this decoder does not compute.
+
+    Dropout belongs to training, not to the model: it is 0 here.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    hf = {name: value for name, value in hf.items() if value is not None}
+
+    def refuse(feature: str, value: object) -> None:
+        raise UserError(f"config.json: {feature} = {value!r} is not supported")
+
+    if hf.get("model_type") not in ("qwen3", "llama"):
+        refuse("model_type", hf.get("model_type"))
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = hf.get(name, {})
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            refuse("rope scaling", rope)
+    qwen = hf["model_type"] == "qwen3"
+    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+            "use_sliding_window": False, "partial_rotary_factor": 1.0}
+    for feature, expected in only.items():
+        if hf.get(feature, expected) != expected:
+            refuse(feature, hf[feature])
+    if set(hf.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        refuse("layer_types", hf["layer_types"])
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _fsync(temporary)
-        temporary.replace(path)
-        _fsync(path.parent)  # the rename itself must survive a power cut
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: could not be written: {_one_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def write_json(path: Path, value: Any) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected a JSON file: {_one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+        return GPTConfig(
+            vocab_size=hf["vocab_size"],
+            block_size=hf["max_position_embeddings"],
+            n_layer=hf["num_hidden_layers"],
+            n_head=hf["num_attention_heads"],
+            n_kv_head=hf.get("num_key_value_heads"),
+            head_dim=hf.get("head_dim", 128 if qwen else None),  # transformers' defaults
+            n_embd=hf["hidden_size"],
+            n_hidden=hf["intermediate_size"],
+            qk_norm=qwen,
+            tie_embeddings=hf.get("tie_word_embeddings", False),
+            rope_theta=hf.get("rope_parameters", {}).get("rope_theta", hf.get("rope_theta", 10_000.0)),
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            bos=hf.get("bos_token_id"),
+            eos=hf.get("eos_token_id"),
+        )
+    except KeyError as error:
+        raise UserError(f"config.json: {error} is missing") from None
+    except ValueError as error:
+        raise UserError(f"config.json: {error}") from None
 
 
 def read_config(folder: Path) -> dict:
@@ -81,6 +117,107 @@ def read_config(folder: Path) -> dict:
     return config if eos is None else config | {"eos_token_id": eos}
 
 
+def is_quantized(folder: Path) -> bool:
+    return "quantization_config" in read_config(folder)
+
+
+# ---------------------------------------------------------------- a model's folder
+
+def load_model(folder: Path | str, dropout: float = 0.0) -> GPT:
+    """Load a folder written by owlet or transformers (Qwen3, Llama), as fp32, in eval mode."""
+    folder = Path(folder)
+    if is_quantized(folder):
+        raise UserError(f"{folder}: a quantized folder; expected an fp32 one")
+    config = replace(config_from_hf(read_config(folder)), dropout=dropout)
+    state = {name: tensor.float() for name, tensor in read_tensors(folder).items()
+             if not name.endswith("rotary_emb.inv_freq")}  # older Llamas store what is computed anyway
+    if config.tie_embeddings:
+        state["lm_head.weight"] = state.get("model.embed_tokens.weight", torch.empty(0))
+    model = empty_model(config)
+    check_tensors(folder, model.state_dict(), state)
+    model.load_state_dict(state, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval()
+
+
+def empty_model(config: GPTConfig, kind: type[GPT] = GPT) -> GPT:
+    """A model whose parameters are on the meta device: shapes without memory, to be replaced by loaded ones."""
+    with torch.device("meta"):
+        model = kind(config)
+    model.cos, model.sin = rope_table(config)
+    return model
+
+
+def save_model(model: GPT, folder: Path | str) -> None:
+    """Write config.json, generation_config.json and model.safetensors (fp32), each atomically."""
+    save_weights(model.state_dict(), model.config, Path(folder))
+
+
+def save_weights(state: dict[str, Tensor], config: GPTConfig, folder: Path) -> None:
+    """save_model from the model's state_dict."""
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    if config.tie_embeddings:
+        del state["lm_head.weight"]
+    write_model(folder, state, config_to_hf(config))
+
+
+def write_model(folder: Path, state: dict[str, Tensor], hf: dict) -> None:
+    """The weights first and config.json last: a folder with a config.json has its weights."""
+    write_tensors(folder / "model.safetensors", state)
+    generation = {"do_sample": True, "temperature": 0.8, "top_k": 50,
+                  "bos_token_id": hf["bos_token_id"], "eos_token_id": hf["eos_token_id"]}
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "config.json", hf)
+
+
+def holds_model(folder: Path) -> bool:
+    return (folder / "config.json").exists()  # which is written last
+
+
+def newest_model(root: Path, quantized: bool = True) -> Path:
+    """The newest folder with a model under root; quantized=False: that is not an int8 one."""
+    for folder in newest(root, "model.safetensors", "python train.py"):
+        if quantized or not is_quantized(folder):
+            return folder
+    raise UserError(f"{root}/: only int8 folders there; make an fp32 one with `python train.py`")
+
+
+def check_tensors(folder: Path, expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
+    """Raises UserError unless all expected tensors are there, in their shape and dtype, finite, and no others."""
+    for name, like in expected.items():
+        if name not in got:
+            raise UserError(f"{folder}: tensor {name} is missing from model.safetensors")
+        if (got[name].shape, got[name].dtype) != (like.shape, like.dtype):
+            raise UserError(f"{folder}: tensor {name}: expected {like.dtype} {tuple(like.shape)}, "
+                            f"got {got[name].dtype} {tuple(got[name].shape)}")
+        if got[name].is_floating_point() and not got[name].sum().isfinite():  # 30 times as fast as asking each value
+            raise UserError(f"{folder}: tensor {name}: expected numbers, got some that are NaN or infinite")
+    for name in got:
+        if name not in expected:
+            raise UserError(f"{folder}: tensor {name} in model.safetensors has no place in this model")
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    path = Path(folder) / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path}: expected a Hugging Face tokenizer, found no such file")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path}: not a Hugging Face tokenizer: {one_line(error)}") from error
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).exists():
+            copy_file(Path(source) / name, Path(folder) / name)
+
+
+# ---------------------------------------------------------------- tensors
+
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards its index names."""
     folder = Path(folder)
@@ -90,45 +227,9 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
 
 
-def checksum(value: dict) -> str:
-    """sha256 of plain values and tensors: names, values, dtypes, shapes, and the tensors' bytes, in place."""
-    tensors: list[Tensor] = []
-
-    def describe(tensor: Tensor) -> list:
-        tensors.append(tensor)
-        return [str(tensor.dtype), *tensor.shape]
-
-    total = hashlib.sha256(json.dumps(value, sort_keys=True, default=describe).encode())
-    with ThreadPoolExecutor() as pool:  # hashing leaves Python to the other threads
-        for part in pool.map(lambda x: hashlib.sha256(x.reshape(-1).view(torch.uint8).numpy()).digest(), tensors):
-            total.update(part)
-    return total.hexdigest()
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "owlet_sha256": checksum(tensors)})
-        with temporary.open("r+b") as file:  # the library puts the two in any order; ours is always the same
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-            file.seek(8)
-            file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
-        temporary.chmod(0o644)  # the library makes its files for the owner's eyes only
-        read_safetensors(temporary)  # raises if it is not whole
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, checked where it is owlet's own."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-            expected = (file.metadata() or {}).get("owlet_sha256")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file: {_one_line(error)}") from error
-    if expected not in (None, checksum(tensors)):
-        raise UserError(f"{path}: damaged: its checksum is not that of what it holds")
-    return tensors
+def weights_size(folder: Path) -> int:
+    """Bytes of a folder's weights."""
+    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -141,19 +242,55 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, checked where the file has owlet's checksum."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            expected = (file.metadata() or {}).get("owlet_sha256")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a whole safetensors file: {one_line(error)}") from error
+    if expected is not None and expected != checksum(tensors):
+        raise UserError(f"{path}: damaged: its checksum is not that of what it holds")
+    return tensors
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "owlet_sha256": checksum(tensors)})
+        read_safetensors(temporary)  # raises if it is not whole
+
+
+def checksum(value: dict) -> str:
+    """sha256 of plain values and tensors: names, values, dtypes, shapes, and the bytes of the tensors in memory."""
+    tensors: list[Tensor] = []
+
+    def describe(tensor: Tensor) -> list:
+        tensors.append(tensor)
+        return [str(tensor.dtype), *tensor.shape]
+
+    total = hashlib.sha256(json.dumps(value, sort_keys=True, default=describe).encode())
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        for part in pool.map(lambda x: hashlib.sha256(x.reshape(-1).view(torch.uint8).numpy()).digest(), tensors):
+            total.update(part)
+    return total.hexdigest()
+
+
+# ---------------------------------------------------------------- the training state
+
 def write_state(path: Path, state: dict) -> None:
-    """Tensors and plain types, the same bytes for the same values. What was there before becomes X.previous.pt."""
-    state, kept = _canonical(state), path.with_name(f".{path.name}.kept.tmp")
+    """Tensors and plain types. The state that was there before becomes X.previous.pt."""
+    kept = path.with_name(f".{path.name}.kept")
     with atomic_path(path) as temporary:
         try:
             torch.save(state | {"sha256": checksum(state)}, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"is the disk full? {_one_line(error)}") from error
+            raise OSError(f"is the disk full? {one_line(error)}") from error
         read_state(temporary, mmap=True)  # raises if it is not whole
         kept.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # the first state, or a file system without links: none is kept
             kept.hardlink_to(path)
-    if kept.exists():  # only now, when the new one has its name: at every moment one of the two is whole
+    if kept.exists():  # only now that the new state has its name: at every moment one of the two is whole
         kept.replace(previous_state(path))
 
 
@@ -162,21 +299,19 @@ def previous_state(path: Path) -> Path:
 
 
 def read_state(path: Path, mmap: bool = False) -> dict:
-    """Read what `write_state` wrote, and its checksum as "sha256". Tensors and plain types only: nothing is
-    unpickled into code.
+    """Read what `write_state` wrote, with its checksum as "sha256". Tensors and plain types only: no code is unpickled.
 
     mmap: leave tensors in the file until they are looked at.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # on foreign pickles, which the error below names
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            expected = state.get("sha256")
-            found = checksum({name: value for name, value in state.items() if name != "sha256"})
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        expected = state.get("sha256")
+        found = checksum({name: value for name, value in state.items() if name != "sha256"})
     except FileNotFoundError:
         raise UserError(f"{path}: no training state to resume from") from None
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
         raise UserError(f"{path}: not a training state (damaged, or a pickle, which owlet never "
-                        f"runs): {_one_line(error)}") from error
+                        f"runs): {one_line(error)}") from error
     if expected != found:
         raise UserError(f"{path}: not a training state (damaged, or not owlet's): its checksum is not that of "
                         "what it holds")
@@ -199,8 +334,28 @@ def read_last_state(folder: Path) -> tuple[dict, str | None]:
     return state, f"{damage}; going on from step {state['step']}, {before}"
 
 
+# ---------------------------------------------------------------- a run's settings
+
+def write_run(folder: Path, settings: dict, data_sha256: str) -> None:
+    """run.json: train.py's flags as a run used them, and the hash of the tokens it was trained on."""
+    write_json(folder / "run.json", {"settings": settings, "data_sha256": data_sha256})
+
+
+def read_run(folder: Path) -> tuple[dict, str]:
+    """What write_run wrote, in today's names. Older runs have it in their state."""
+    if (folder / "run.json").exists():
+        run = read_json(folder / "run.json")
+        missing = {"settings", "data_sha256"} - run.keys()
+        if missing:
+            raise UserError(f"{folder}/run.json: {', '.join(sorted(missing))} is missing")
+        return run["settings"], run["data_sha256"]
+    state, _ = read_last_state(folder)
+    settings = {"warmdown" if name == "decay_share" else name: value for name, value in state["config"].items()}
+    return settings | ({"size": "base"} if settings["size"] == "seed" else {}), state["data_sha256"]
+
+
 class Background:
-    """A thread that does one job at a time. What a job raises, the next `start` or `wait` raises."""
+    """A thread that does one job at a time. The next `start` or `wait` raises what a job raised."""
 
     def __init__(self) -> None:
         self.thread, self.job = ThreadPoolExecutor(1), None
@@ -213,70 +368,3 @@ class Background:
         job, self.job = self.job, None
         if job is not None:
             job.result()
-
-
-@contextlib.contextmanager
-def lock(folder: Path, owner: str) -> Iterator[None]:
-    """Keep other processes out of a folder, until the end of this context or process, however it ends.
-
-    folder/.lock is left holding `owner`. Raises UserError where another process is inside.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another process trains here; wait for it, or name another --out") from None
-            except OSError:  # a file system without locks
-                pass
-        file.truncate(0)
-        file.write(owner)
-        file.flush()
-        yield
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    path = Path(folder) / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"{path}: expected a Hugging Face tokenizer, found no such file")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: not a Hugging Face tokenizer: {_one_line(error)}") from error
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).exists():
-            with atomic_path(Path(folder) / name) as temporary:
-                shutil.copyfile(Path(source) / name, temporary)
-
-
-def by_age(root: Path, marker: str, make: str) -> list[Path]:
-    """The folders under `root` with a file `marker`, newest first; `make` says how to get one."""
-    found = sorted(Path(root).glob(f"*/{marker}"), key=lambda path: -path.stat().st_mtime)
-    if not found:
-        raise UserError(f"{root}/: no folder with {marker} yet; make one with `{make}`")
-    return [path.parent for path in found]
-
-
-def _canonical(value: Any) -> Any:
-    """Equal strings made one object: of a string that it has met, pickle writes only where that was."""
-    if isinstance(value, dict):
-        return {_canonical(key): _canonical(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_canonical, value))
-    return sys.intern(value) if isinstance(value, str) else value
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

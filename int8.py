@@ -1,9 +1,11 @@
 """The int8 model: weights and activations in int8, everything between the products in fp32.
 
-Weights: symmetric int8, one fp32 scale for each output channel. Activations: symmetric int8, one
-scale for each token, found as the model runs ("dynamic"). Products are summed exactly in int32.
+Weights: symmetric int8, one fp32 scale for each output channel. Activations: symmetric int8, one scale for each token,
+found as the model runs ("dynamic"). Products are summed exactly in int32.
 """
 
+import copy
+import io
 import math
 import sys
 import warnings
@@ -16,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import read_config, read_tensors
+from checkpoint import check_tensors, config_from_hf, config_to_hf, empty_model, read_config, read_tensors, write_model
 from cli import UserError
-from model import GPT, Block, GPTConfig, KVCache, StaticKVCache, Uninitialised, check_tensors, write_model
+from generate import StaticKVCache
+from model import GPT, Block, GPTConfig, KVCache
 
 try:
     import owlet_kernels  # registers torch.ops.owlet
@@ -26,11 +29,10 @@ except ImportError as error:
     owlet_kernels = None
     why_no_kernels = f"owlet's int8 kernels are not built ({error}); build them with: python setup.py build_ext"
 
-Backend = Literal["owlet", "torch.ao", "reference"]
-
 # ---------------------------------------------------------------- primitives
 
-FORMAT = {"quant_method": "owlet", "bits": 8, "weights": "symmetric, one scale an output channel",
+FORMAT = {  # in config.json, so that nobody takes the folder for another format
+    "quant_method": "owlet", "bits": 8, "weights": "symmetric, one scale an output channel",
           "activations": "symmetric, dynamic, one scale a token"}
 
 
@@ -47,7 +49,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     A token with NaN or infinity gets a scale that is not finite, so that its results are NaN.
     """
     amax = x.abs().amax(dim=-1, keepdim=True)
-    # not 127 / amax, which torch takes for amax's reciprocal times 127: rounded twice
+    # not 127 / amax: torch computes that as the reciprocal times 127, which rounds twice
     inverse = torch.where(amax >= 1e-30, torch.full_like(amax, 127) / amax, 0.0)
     q = torch.round(x * inverse).nan_to_num(0.0).clamp(-127, 127).to(torch.int8)
     return q, torch.where(amax.isfinite(), amax / 127, torch.nan)
@@ -55,14 +57,14 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None,
                           residual: Tensor | None = None, activation: str = "none") -> Tensor:
-    """What every fast path must equal: x (..., K) fp32, weight (N, K) int8, scale (N,) -> (..., N).
+    """The product that every fast path must equal: x (..., K) fp32, weight (N, K) int8, scale (N,) -> (..., N) fp32.
 
-    activation: none, silu, or swiglu: rows 2i and 2i + 1 of the weight are gate and up of output i,
-    so that y is (..., N / 2). The residual (shaped like y) is added last.
+    activation: none, silu or swiglu. With swiglu, rows 2i and 2i + 1 of the weight are gate and up of output i, and y
+    is (..., N / 2). The residual (in y's shape) is added last.
     """
     q, x_scale = quantize_tokens(x)
-    total = q.double() @ weight.double().T  # float64 holds integers to 2^53: exact, and fast
-    y = total.float() * x_scale * scale
+    total = q.double() @ weight.double().T  # float64 is exact for integers up to 2^53
+    y = total.float() * x_scale * scale  # here the int8 sums become floats
     if bias is not None:
         y = y + bias
     y = activate(y, activation)
@@ -77,10 +79,95 @@ def activate(y: Tensor, activation: str) -> Tensor:
     return y
 
 
-# ---------------------------------------------------------------- the int8 model
+# ---------------------------------------------------------------- one class a backend
+
+class Int8Linear(nn.Module):
+    """y = activation(x W^T) + residual with W in int8.
+
+    weight (N, K) int8 and scale (N,) fp32 from quantize_rows; x (..., K) fp32 -> (..., N) fp32.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, activation: str = "none") -> None:
+        super().__init__()
+        self.in_features, self.activation = weight.size(1), activation
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+
+class ReferenceLinear(Int8Linear):
+    """In plain PyTorch, on any device."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, activation: str = "none") -> None:
+        super().__init__(weight, scale, activation)
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return int8_linear_reference(x, self.weight, self.scale, None, residual, self.activation)
+
+    def rows(self, idx: Tensor) -> Tensor:
+        """Rows idx (...) of the matrix, in fp32 (..., K): the embedding of a tied head."""
+        return self.weight[idx] * self.scale[idx].unsqueeze(-1)
+
+
+class TorchAOLinear(Int8Linear):
+    """By PyTorch's own dynamic quantization, which is deprecated: one scale for all tokens of a call. CPU only."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, activation: str = "none") -> None:
+        super().__init__(weight, scale, activation)
+        N, K = weight.shape
+        with warnings.catch_warnings(action="ignore"):  # of the deprecation
+            per_row = torch._make_per_channel_quantized_tensor(weight, scale.double(), torch.zeros(N).long(), 0)
+            self.dynamic = torch.ao.nn.quantized.dynamic.Linear(K, N, bias_=False)
+            self.dynamic.set_weight_bias(per_row, None)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = activate(self.dynamic(x), self.activation)
+        return y if residual is None else y + residual
+
+
+class KernelLinear(Int8Linear):
+    """By owlet's kernels (csrc/), where the weight is: on a CPU or a GPU. pack: the weight in the kernels' layout."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, activation: str = "none",
+                 pack: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__(weight, scale, activation)
+        self.register_buffer("weight", (pack or torch.ops.owlet.pack_int8)(weight))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return torch.ops.owlet.int8_linear(x, self.weight, self.scale, None, residual, self.activation)
+
+    def rows(self, idx: Tensor) -> Tensor:
+        return torch.ops.owlet.int8_rows(self.weight, self.scale, idx, self.in_features)
+
+
+Backend = Literal["owlet", "torch.ao", "reference"]
+LINEARS: dict[Backend, type[Int8Linear]] = {
+    "owlet": KernelLinear, "torch.ao": TorchAOLinear, "reference": ReferenceLinear}
+
+
+def pick_backend(name: str, device: torch.device) -> Backend:
+    """auto: the fastest that is here. Where the kernels are missing, a note says why, once, and what takes their place.
+
+    Raises UserError where the backend asked for cannot run on this device.
+    """
+    if name == "torch.ao" and not (has_torch_ao() and device.type == "cpu"):
+        raise UserError("--backend torch.ao: needs a CPU and a torch that still has torch.ao.quantization")
+    if name in ("torch.ao", "reference"):
+        return name
+    why_not = why_no_owlet(device)
+    if not why_not:
+        return "owlet"
+    if name == "owlet":
+        raise UserError(f"--backend owlet: {why_not}")
+    fallback = "torch.ao" if has_torch_ao() and device.type == "cpu" else "reference"
+    print(f"note: {why_not}; going on with {fallback}", file=sys.stderr)
+    return fallback
+
 
 def has_torch_ao() -> bool:
-    """torch.ao's dynamic quantization is deprecated: it may be gone from a later torch."""
+    """torch.ao's dynamic quantization is deprecated: a later torch may lack it."""
     return hasattr(torch, "ao") and hasattr(torch.ao.quantization, "quantize_dynamic")
 
 
@@ -101,105 +188,30 @@ def why_no_owlet(device: torch.device) -> str | None:
         return None
     if device.type != "cuda" or not has_cuda_kernels():
         return f"owlet's int8 kernels are not built for {device.type}"
-    try:  # they may be built for other GPUs
-        one = torch.ones(1, 1, device=device)
-        torch.ops.owlet.int8_linear(one, pack_tiles(one.to(torch.int8)), one[0])
+    gpu = torch.cuda.get_device_name(device)
+    try:  # the kernels may be built for other GPUs, and may never have run on this one
+        right = product_is_exact(device)
     except RuntimeError as error:
-        return f"owlet's int8 kernels do not run on {torch.cuda.get_device_name(device)} ({str(error).splitlines()[0]})"
-    return None
+        return f"owlet's int8 kernels do not run on {gpu} ({str(error).splitlines()[0]})"
+    return None if right else f"owlet's int8 kernels compute wrong sums on {gpu}; please report this"
 
 
-def pick_backend(name: str, device: torch.device) -> Backend:
-    """auto: the fastest that is here. A missing extension is said, with the cure."""
-    if name == "torch.ao" and not (has_torch_ao() and device.type == "cpu"):
-        raise UserError("--backend torch.ao: needs a CPU and a torch that still has torch.ao.quantization")
-    if name in ("torch.ao", "reference"):
-        return name
-    why_not = why_no_owlet(device)
-    if not why_not:
-        return "owlet"
-    if name == "owlet":
-        raise UserError(f"--backend owlet: {why_not}")
-    fallback = "torch.ao" if has_torch_ao() and device.type == "cpu" else "reference"
-    print(f"note: {why_not}; going on with {fallback}", file=sys.stderr)
-    return fallback
+def product_is_exact(device: torch.device) -> bool:
+    """Whether a small product of KernelLinear equals the reference on this device."""
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = quantize_rows(torch.randn(130, 257, generator=generator))
+    x = torch.randn(70, 257, generator=generator)
+    linear = KernelLinear(weight.to(device), scale.to(device))
+    return all(torch.equal(linear(x[:tokens].to(device)).cpu(), int8_linear_reference(x[:tokens], weight, scale))
+               for tokens in (1, 20, 70))
 
 
-def pack_tiles(weight: Tensor) -> Tensor:
-    """For the CUDA kernels: (N, K) int8 -> (ceil(N / 8), ceil(K / 64), 8, 64), zero past N and K."""
-    N, K = weight.shape
-    padded = F.pad(weight, (0, -K % 64, 0, -N % 8))
-    return padded.unflatten(1, (-1, 64)).unflatten(0, (-1, 8)).transpose(1, 2).contiguous()
-
-
-class Int8Linear(nn.Module):
-    """y = activation(x W^T) + residual with W in int8, by one of three backends.
-
-    weight (N, K) int8 and scale (N,) fp32 from quantize_rows; x (..., K) fp32 -> (..., N) fp32.
-    """
-
-    def __init__(self, weight: Tensor, scale: Tensor, backend: Backend, activation: str = "none",
-                 memory: "PackedMemory | None" = None, tiles: bool = False) -> None:
-        """memory: to pack the weight into; tiles: pack it for CUDA, where the module is to be moved."""
-        super().__init__()
-        self.backend, self.activation, self.in_features, self.tiles = backend, activation, weight.size(1), tiles
-        self.register_buffer("scale", scale)
-        if tiles:
-            weight = pack_tiles(weight)
-        elif backend == "owlet":
-            weight = memory.pack(weight) if memory else torch.ops.owlet.pack_int8(weight)
-        self.register_buffer("weight", weight)
-        if backend == "torch.ao":
-            N, K = weight.shape
-            with warnings.catch_warnings(action="ignore"):  # deprecated, as said above
-                per_row = torch._make_per_channel_quantized_tensor(weight, scale.double(), torch.zeros(N).long(), 0)
-                self.dynamic = torch.ao.nn.quantized.dynamic.Linear(K, N, bias_=False)
-                self.dynamic.set_weight_bias(per_row, None)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.backend == "owlet":
-            return torch.ops.owlet.int8_linear(x, self.weight, self.scale, None, residual, self.activation)
-        if self.backend == "reference":
-            return int8_linear_reference(x, self.weight, self.scale, None, residual, self.activation)
-        y = activate(self.dynamic(x), self.activation)
-        return y if residual is None else y + residual
-
-    def rows(self, idx: Tensor) -> Tensor:
-        """Rows idx (...) of the matrix, in fp32 (..., K): the embedding of a tied head."""
-        if self.tiles:
-            row = self.weight[idx // 8, :, idx % 8].flatten(-2)[..., :self.in_features]
-        elif self.backend == "owlet":  # packed (N / 64, K / 4, 64, 4), each value + 128
-            row = self.weight[idx // 64, :, idx % 64].flatten(-2)[..., :self.in_features].to(torch.int16) - 128
-        else:
-            row = self.weight[idx]
-        return row * self.scale[idx].unsqueeze(-1)
-
-
-class PackedMemory:
-    """One block for all matrices of a model, in the order of use: the processor reads ahead from one into
-    the next, and large pages save it from looking up addresses.
-    """
-
-    def __init__(self, weights: list[Tensor]) -> None:
-        self.rest = owlet_kernels.huge_pages(sum(math.prod(self.shape(weight)) for weight in weights))
-
-    @staticmethod
-    def shape(weight: Tensor) -> tuple[int, ...]:
-        N, K = weight.shape
-        return math.ceil(N / 64), math.ceil(K / 4), 64, 4
-
-    def pack(self, weight: Tensor) -> Tensor:
-        shape = self.shape(weight)
-        packed, self.rest = self.rest.tensor_split([math.prod(shape)])
-        packed = packed.view(shape)
-        owlet_kernels.pack_into(weight, packed)
-        return packed
-
+# ---------------------------------------------------------------- the int8 model
 
 class Int8Embedding(nn.Module):
-    """Rows of an int8 matrix; of the head's own, where the two are tied."""
+    """Rows of an int8 matrix: of the head's, where the two are tied."""
 
-    def __init__(self, matrix: Int8Linear) -> None:
+    def __init__(self, matrix: ReferenceLinear | KernelLinear) -> None:
         super().__init__()
         self.matrix = matrix
 
@@ -208,8 +220,10 @@ class Int8Embedding(nn.Module):
 
 
 class Int8Block(nn.Module):
-    """model.Block with four int8 products. q, k and v share one product, and so one quantization
-    of x; gate and up share one that hands on silu(gate) * up; both residuals are added in passing.
+    """model.Block with four int8 products.
+
+    q, k and v share one product, and so one quantization of x. gate and up share one, which returns silu(gate) * up.
+    Both residuals are added in the product before them.
     """
 
     def __init__(self, block: Block, linear: Callable[..., Int8Linear]) -> None:
@@ -230,18 +244,11 @@ class Int8Block(nn.Module):
         return self.down_proj(self.gate_up_proj(self.post_attention_layernorm(x)), residual=x)
 
 
-def huge_empty(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """torch.empty on the CPU, in memory that is quick to read through."""
-    return owlet_kernels.huge_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
-
-
 class Int8KVCache(KVCache):
     """A quarter of the memory: int8 keys and values, one fp32 scale for each token and head.
 
     key_scales, value_scales: (n_layer, B, n_kv_head, length).
     """
-
-    recordable = False  # StaticKVCache has no scales
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs | {"dtype": torch.int8})
@@ -259,33 +266,41 @@ class Int8KVCache(KVCache):
 
 
 class Int8GPT(GPT):
-    """A GPT of Int8Linear matrices. On a CPU with the kernels, whatever comes with a cache goes through
-    the C++ decoder (csrc/decoder.cpp): the same arithmetic over the same weights, in one call. On a GPU with
-    the kernels, a token that is recorded goes through another (csrc/cuda/decoder.cu).
+    """A GPT of Int8Linear matrices.
 
-    int8_cache: keep keys and values in int8 too; for long contexts, which they would fill the memory's
-    bandwidth with.
+    With owlet's kernels it has a decoder in C++, which does a whole call's work with the same arithmetic over the same
+    weights: csrc/decoder.cpp on a CPU, csrc/cuda/decoder.cu for a captured token on a GPU.
+    int8_cache: keep keys and values in int8 too. Halves the bytes read per token at long contexts.
     """
 
-    decoder, int8_cache = None, False
+    decoder, int8_cache, backend = None, False, ""
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         kind = Int8KVCache if self.int8_cache else KVCache
-        empty = huge_empty if self.decoder and self.device.type == "cpu" else torch.empty
+        empty = self.huge_empty if self.decoder and self.device.type == "cpu" else torch.empty
         return kind(self.config, batch_size, length, self.device, empty=empty)
+
+    def huge_empty(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """torch.empty on the CPU, on huge pages, which the model keeps for its next cache."""
+        return self.pages.empty(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
-        if self.int8_cache and targets is not None:  # the loss is to be that of generating
+        if self.int8_cache and targets is not None:  # the loss of what generating computes
             cache = cache or self.new_cache(*idx.shape)
-        recorded = isinstance(cache, StaticKVCache)
-        if self.decoder is None or cache is None or targets is not None or recorded != (self.device.type == "cuda"):
+        if targets is not None or not self.decoder_takes(cache):
             return super().forward(idx, targets, cache)
         self.check_fits(cache.end(idx.size(1)))
         scales = (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ()
         logits = self.decoder.forward(idx, cache.pos, cache.keys, cache.values, *scales)
         cache.pos += idx.size(1)
         return logits, None
+
+    def decoder_takes(self, cache: KVCache | None) -> bool:
+        """The CPU's decoder takes every call with a cache of its own, the GPU's only what is captured as a graph."""
+        if self.decoder is None or cache is None:
+            return False
+        return isinstance(cache, StaticKVCache) == (self.device.type == "cuda")
 
     def make_decoder(self) -> "owlet_kernels.Decoder | owlet_kernels.CudaDecoder":
         config, layers = self.config, self.model.layers
@@ -304,6 +319,16 @@ class Int8GPT(GPT):
                      matrix(block.o_proj), block.post_attention_layernorm.weight,
                      matrix(block.gate_up_proj), matrix(block.down_proj)) for block in layers])
 
+    @torch.inference_mode()
+    def decoder_agrees(self) -> bool:
+        """Whether the decoder gives one token the logits that PyTorch gives it over the same weights."""
+        token, caches = torch.zeros(1, 1, dtype=torch.long, device=self.device), [self.new_cache(1, 1) for _ in "12"]
+        ours = self(token, cache=StaticKVCache(caches[0]) if self.device.type == "cuda" else caches[0])[0]
+        theirs = GPT.forward(self, token, cache=caches[1])[0]
+        return ((ours - theirs).norm() <= 0.05 * theirs.norm()).item()
+
+
+# ---------------------------------------------------------------- quantizing, building
 
 def quantize_state(model: GPT) -> dict[str, Tensor]:
     """The int8 folder's tensors: X.weight int8 and X.weight_scale; norms stay fp32; a tied head is left out."""
@@ -321,10 +346,9 @@ def quantize_state(model: GPT) -> dict[str, Tensor]:
 
 def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device: torch.device) -> Int8GPT:
     """The int8 model from quantize_state's tensors, on the device."""
-
-    memory, tiles = None, backend == "owlet" and device.type == "cuda"
-    if backend == "owlet" and not tiles:  # split or joined, no matrix takes more
-        memory = PackedMemory([tensor for tensor in state.values() if tensor.dtype == torch.int8])
+    make, table_kind = LINEARS[backend], LINEARS[backend] if backend == "owlet" else ReferenceLinear
+    if backend == "owlet" and device.type == "cpu":
+        make = table_kind = partial(KernelLinear, pack=owlet_kernels.Panels(matrix_shapes(config)).pack)
 
     def linear(prefix: str, *names: str, activation: str = "none") -> Int8Linear:
         weights = [state[f"{prefix}{name}.weight"] for name in names]
@@ -333,10 +357,9 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device:
             weight, scale = (torch.stack(parts, dim=1).flatten(0, 1) for parts in (weights, scales))
         else:
             weight, scale = torch.cat(weights), torch.cat(scales)
-        return Int8Linear(weight, scale, backend, activation, memory, tiles)
+        return make(weight.to(device), scale.to(device), activation)
 
-    with Uninitialised():
-        model = Int8GPT(config)
+    model = empty_model(config, Int8GPT)
     # cloned: a tensor read from a file keeps the whole file in memory
     norms = {name: state[name].clone() for name, like in model.state_dict().items() if like.dim() == 1}
     model.load_state_dict(norms, strict=False, assign=True)
@@ -344,18 +367,39 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device:
         model.model.layers[i] = Int8Block(block, partial(linear, f"model.layers.{i}."))
     embedding = "model.embed_tokens"
     model.lm_head = linear("", embedding if config.tie_embeddings else "lm_head")
-    table = model.lm_head if config.tie_embeddings else Int8Linear(
-        state[f"{embedding}.weight"], state[f"{embedding}.weight_scale"],
-        backend if backend == "owlet" else "reference", memory=memory, tiles=tiles)
-    model.model["embed_tokens"] = Int8Embedding(table)
-    model.backend = f"{backend} ({'cuda' if tiles else owlet_kernels.isa()})" if backend == "owlet" else backend
+    tied = config.tie_embeddings and backend != "torch.ao"  # whose layout has no rows to read
+    model.model["embed_tokens"] = Int8Embedding(model.lm_head if tied else table_kind(
+        state[f"{embedding}.weight"].to(device), state[f"{embedding}.weight_scale"].to(device)))
     model = model.eval().requires_grad_(False).to(device)
-    if tiles and (config.head_dim % 16 or config.head_dim > 128):
-        print(f"note: csrc/cuda/decoder.cu takes heads of 16, 32, ... 128, not of {config.head_dim}; "
-              "going on with PyTorch's attention", file=sys.stderr)
-    elif backend == "owlet":
-        model.decoder = model.make_decoder()
+    model.backend = backend
+    if backend == "owlet":
+        model.backend += f" ({owlet_kernels.isa() if device.type == 'cpu' else device.type})"
+        add_decoder(model)
     return model
+
+
+def matrix_shapes(config: GPTConfig) -> list[tuple[int, int]]:
+    """(N, K) of the model's matrices in the order of use."""
+    C, width, H = config.n_embd, config.n_head * config.head_dim, config.n_hidden
+    block = [(width + 2 * config.n_kv_head * config.head_dim, C), (C, width), (2 * H, C), (C, H)]
+    return block * config.n_layer + [(config.vocab_size, C)] * (1 if config.tie_embeddings else 2)
+
+
+def add_decoder(model: Int8GPT) -> None:
+    """On a GPU, where it may never have run, the decoder is compared with PyTorch first: wrong text is worse than slow.
+    """
+    head_dim = model.config.head_dim
+    if model.device.type == "cpu":
+        model.pages, model.decoder = owlet_kernels.HugePages(), model.make_decoder()
+    elif head_dim % 16 or head_dim > 128:
+        print(f"note: csrc/cuda/decoder.cu takes heads of 16, 32, ... 128, not of {head_dim}; "
+              "going on with PyTorch's attention", file=sys.stderr)
+    else:
+        model.decoder = model.make_decoder()
+        if not model.decoder_agrees():
+            print("note: the decoder of csrc/cuda differs from PyTorch on this GPU (please report this); "
+                  "going on without it", file=sys.stderr)
+            model.decoder = None
 
 
 def quantize(model: GPT, backend: str = "auto") -> Int8GPT:
@@ -364,20 +408,34 @@ def quantize(model: GPT, backend: str = "auto") -> Int8GPT:
     return build(model.config, quantize_state(model), pick_backend(backend, cpu), cpu)
 
 
+def torch_ao(model: GPT) -> GPT:
+    """PyTorch's own dynamic int8 of an fp32 model, to compare with: linear layers only, the embedding stays fp32."""
+    with warnings.catch_warnings(action="ignore"):  # of the deprecation
+        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+
+
+def stored_size(model: GPT) -> int:
+    """Bytes of the file that torch.save makes of the weights."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.tell()
+
+
+# ---------------------------------------------------------------- the int8 folder
+
 def save_quantized(model: GPT, folder: Path) -> None:
-    """Write an fp32 model's int8 folder: row-major int8, as every machine can pack it for itself."""
-    write_model(folder, quantize_state(model), model.config.to_hf() | {"quantization_config": FORMAT})
+    """Write an fp32 model's int8 folder: row-major int8, which every machine packs for itself."""
+    write_model(folder, quantize_state(model), config_to_hf(model.config) | {"quantization_config": FORMAT})
 
 
-def from_pretrained(folder: Path, backend: str = "auto", device: torch.device | str = "cpu") -> Int8GPT:
+def load_quantized(folder: Path, backend: str = "auto", device: torch.device | str = "cpu") -> Int8GPT:
     """Load an int8 folder written by save_quantized."""
     hf = read_config(folder)
     found = hf.get("quantization_config")
     if found != FORMAT:
         raise UserError(f"{folder}/config.json: expected quantization_config {FORMAT}, got {found}")
-    config, state = GPTConfig.from_hf(hf), read_tensors(folder)
-    with Uninitialised():
-        expected = GPT(config).state_dict()
+    config, state = config_from_hf(hf), read_tensors(folder)
+    expected = empty_model(config).state_dict()
     if config.tie_embeddings:
         del expected["lm_head.weight"]
     for name, tensor in list(expected.items()):

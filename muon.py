@@ -1,8 +1,8 @@
-"""Muon (Jordan et al., 2024): steps of momentum, made orthogonal, for a network's hidden matrices.
+"""The optimizers: Muon for the blocks' matrices, AdamW for embedding, head and norms.
 
-Of a gradient's singular values a few are large and most are small; Muon takes the step whose are all
-about 1. Matrices of a shape go through the iteration as one batch; of several ranks, each takes its
-share of the batch and sends the others what came of it.
+Muon (Jordan et al., 2024) replaces the gradient with the nearest orthogonal matrix, so that all its singular values are
+about 1. Matrices of one shape are worked on as one batch. Several ranks divide the batch and send each other the
+results.
 """
 
 import math
@@ -11,16 +11,19 @@ from itertools import chain, pairwise
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-# An odd quintic that, five times over, takes singular values of 0.01 to 1 to between 0.7 and 1.2 (ibid.).
+from distributed import local, shard_like, whole
+from model import GPT
+
+# An odd polynomial: five iterations take singular values of 0.01 to 1 to between 0.7 and 1.2 (ibid.).
 COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 5
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Newton-Schulz, in dtype: x (n, rows, columns) = U S V^T -> about U V^T, as x was."""
-    y = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # so that no singular value is over 1
+    """Newton-Schulz iteration, in dtype: x (n, rows, columns) = U S V^T -> about U V^T, in x's shape and dtype."""
+    y = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value exceeds 1
     y = (y.mT if x.size(-2) > x.size(-1) else y).to(dtype)
     for a, b, c in COEFFICIENTS:  # each singular value s becomes a s + b s^3 + c s^5
         gram = y @ y.mT
@@ -29,10 +32,10 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices: replicated over the ranks, or sharded (DTensor). Raises ValueError for anything else.
+    """For matrices, the same on all ranks or sharded (DTensor). Raises ValueError for anything else.
 
     Nesterov momentum; decoupled weight decay; steps of tall matrices are larger by sqrt(rows / columns).
-    dtype: of the iteration's matrix products.
+    dtype: of the matrix products in the Newton-Schulz iteration.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
@@ -59,28 +62,28 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_([local(p) for p in params], 1 - group["lr"] * group["weight_decay"])
 
             sent = ((same, *self.shared_steps(same)) for same in batches_of_a_shape(params))
-            for (same, steps, work), _ in pairwise(chain(sent, [None])):  # while some travel, the next are computed
+            for (same, steps, work), _ in pairwise(chain(sent, [None])):  # the next batch is computed while one travels
                 if work is not None:
                     work.wait()
                 rows, columns = same[0].shape
                 torch._foreach_add_([local(p) for p in same],
-                                    [local_part(step, p) for step, p in zip(steps, same, strict=False)],
+                                    [local(shard_like(step, p)) for step, p in zip(steps, same, strict=False)],
                                     alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
     def shared_steps(self, params: list[Tensor]) -> tuple[Tensor, dist.Work | None]:
-        """Steps (n or more, rows, columns) for n matrices of a shape; not there before the work is done."""
+        """Steps (n or more, rows, columns) for n matrices of a shape, valid once the work is done."""
         x = torch.stack([whole(p.grad) for p in params])
         if not dist.is_initialized():
             return orthogonalize(x, self.dtype), None
         world, share = dist.get_world_size(), math.ceil(len(x) / dist.get_world_size())
         mine = x[dist.get_rank() * share:][:share]
         sent, steps = x.new_zeros(world, share, *x.shape[1:]), x.new_empty(world * share, *x.shape[1:])
-        sent[:, :len(mine)] = orthogonalize(mine, self.dtype)  # the same to each: gloo gathers at half this speed
+        sent[:, :len(mine)] = orthogonalize(mine, self.dtype)  # all to all: gloo's all_gather has half the speed
         return steps, dist.all_to_all_single(steps, sent.flatten(0, 1), async_op=True)
 
 
 def batches_of_a_shape(params: list[Tensor]) -> list[list[Tensor]]:
-    """All matrices of a shape; of sharded ones, which no rank is to hold all of, one for each rank at a time."""
+    """Matrices grouped by shape; sharded ones as many at a time as there are ranks, so that no rank holds all whole."""
     shapes: dict[torch.Size, list[Tensor]] = {}
     for p in params:
         shapes.setdefault(p.shape, []).append(p)
@@ -88,18 +91,25 @@ def batches_of_a_shape(params: list[Tensor]) -> list[list[Tensor]]:
     return [same[i:i + most] for same in shapes.values() for i in range(0, len(same), most)]
 
 
-def local(x: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other as it is."""
-    return x.to_local() if isinstance(x, DTensor) else x
+def make_optimizers(model: GPT, muon_lr: float, adam_lr: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, with its products in dtype, and AdamW for everything else."""
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    in_muon = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in in_muon]
+    return [Muon(matrices, lr=muon_lr, momentum=0.85, dtype=dtype),
+            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
-def whole(x: Tensor) -> Tensor:
-    """All of a sharded tensor; any other as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def local_part(x: Tensor, like: Tensor) -> Tensor:
-    """The part of x, which every rank holds, that this rank has of the sharded `like`."""
-    if not isinstance(like, DTensor):
-        return x
-    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).to_local()
+def update(model: GPT, optimizers: list[torch.optim.Optimizer], rates: tuple[float, float], weight_decay: float = 0.0,
+           grad_clip: float = 1.0) -> None:
+    """Clip the gradients, take a step of each optimizer at its rate, clear the gradients. grad_clip 0: no clipping."""
+    if grad_clip:
+        nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    muon, _ = optimizers
+    for group in muon.param_groups:
+        group["weight_decay"] = weight_decay
+    for optimizer, rate in zip(optimizers, rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)

@@ -22,32 +22,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
-from cli import UserError, parse, run
+from cli import UserError, flag, parse, run
 
-# checkpoint, matplotlib and torch are imported where they are used, after the script has run: what this
-# process imports before, "Python import" would leave out (as it does torch under --torch, which needs it first).
+# files, matplotlib and torch are imported where they are used, after the script has run: what is imported before it is
+# missing from the phase "Python import" (as torch is under --torch, which needs it first).
 
 Func = tuple[str, int, str]  # file, line, name; pstats' key
 Call = tuple[int, int, float, float]  # calls that are not recursive, all calls, own seconds, cumulative seconds
 Stats = dict[Func, tuple[int, int, float, float, dict[Func, Call]]]  # the same four, then by caller; pstats' value
 
 IMPORT, REST = "Python import", "everything else"
-PHASES = {  # phase -> the functions it consists of, none of which calls another of the same phase
-    "data": ["train.py:TokenData.batch"],
-    "forward": ["train.py:forward_loss"],
+PHASES = {  # phase -> its functions, as readable() writes them; none of them calls another of the same phase
+    "data": ["dataloader.py:TokenData.batch"],
+    "forward": ["dataloader.py:forward_loss"],
     "backward": ["torch/_tensor.py:Tensor.backward"],
-    "optimizer": ["train.py:update"],
-    "evaluation": ["train.py:evaluate"],
-    "checkpoint and log": ["train.py:snapshot", "checkpoint.py:Background.wait", "model.py:GPT.save_pretrained",
-                           "train.py:RunLog.__init__", "train.py:RunLog.add"],  # the rest is done beside
-    "waiting for other ranks": ["train.py:Ranks.sum", "train.py:Ranks.all_values"],
-    "set-up": ["train.py:Ranks.__init__", "train.py:build_model", "train.py:make_optimizers", "train.py:peak_flops"],
-    "load": ["model.py:GPT.from_pretrained", "int8.py:from_pretrained"],
-    "quantize": ["int8.py:save_quantized", "quantize.py:torch_ao", "to_gguf.py:write_gguf"],
-    "generation": ["model.py:_decode"],
+    "optimizer": ["muon.py:update"],
+    "evaluation": ["dataloader.py:evaluate"],
+    "checkpoint and log": ["train.py:snapshot", "checkpoint.py:Background.wait",  # files are written in a thread
+                           "runlog.py:RunLog.__init__", "runlog.py:RunLog.add"],
+    "waiting for other ranks": ["distributed.py:Ranks.sum", "distributed.py:Ranks.all_values"],
+    "set-up": ["distributed.py:Ranks.__init__", "train.py:build_model", "muon.py:make_optimizers",
+               "machine.py:peak_flops"],
+    "load": ["checkpoint.py:load_model", "int8.py:load_quantized"],
+    "quantize": ["int8.py:save_quantized", "int8.py:torch_ao", "to_gguf.py:write_gguf"],
+    "generation": ["generate.py:_decode"],
     "memory, in a fresh process": ["multiprocessing/pool.py:Pool.apply"],
-    "tokenizer": ["checkpoint.py:read_tokenizer", "tokenizers.Tokenizer.encode", "sample.py:Speller.__init__",
-                  "sample.py:Speller.__call__", "prepare.py:train_tokenizer", "prepare.py:encode"],
+    "tokenizer": ["checkpoint.py:read_tokenizer", "tokenizers.Tokenizer.encode", "sample.py:Detokenizer.__init__",
+                  "sample.py:Detokenizer.__call__", "prepare.py:train_tokenizer", "prepare.py:encode"],
     "text": ["prepare.py:read_text", "prepare.py:clean_plain", "prepare.py:plain_markdown"],
     IMPORT: ["<frozen importlib._bootstrap>:_find_and_load"],
 }
@@ -56,14 +57,11 @@ PHASE_OF = {function: phase for phase, functions in PHASES.items() for function 
 
 @dataclass
 class ProfileConfig:
-    out: Path | None = None
-    """Stem of the files to write; default: profile-SCRIPT in the current folder."""
-    top: int = 15
-    """Functions in each table."""
-    torch: bool = False
-    """Profile PyTorch's operators too. Some 30 MB of memory a training step: keep the run short (--max-steps 20)."""
-    compare: tuple[Path, ...] = ()
-    """Two .prof files, before and after, to compare. Takes no script."""
+    out: Path | None = flag(None, "Stem of the files to write; default: profile-SCRIPT in the current folder.")
+    top: int = flag(15, "Functions in each table.", 1)
+    torch: bool = flag(
+        False, "Profile PyTorch's operators too. Takes some 30 MB of memory a training step: use --max-steps 20.")
+    compare: tuple[Path, ...] = flag((), "Two .prof files, before and after, to compare. Takes no script.")
 
 
 def read_args(args: list[str]) -> tuple[ProfileConfig, list[str]]:
@@ -74,8 +72,6 @@ def read_args(args: list[str]) -> tuple[ProfileConfig, list[str]]:
         end += 1 + values.get(args[end], 0)
     description = "cProfile around any script: profile_run.py [OPTIONS] SCRIPT [ARGUMENTS OF THE SCRIPT]"
     config, command = parse(ProfileConfig, description, args[:end]), args[end:]
-    if config.top < 1:
-        raise UserError(f"--top: expected 1 or more, got {config.top}")
     if config.compare and (len(config.compare) != 2 or command):
         raise UserError(f"--compare: expected two .prof files and no script, got {' '.join(args)}")
     if not config.compare and not command:
@@ -268,11 +264,11 @@ def report(stats: Stats, command: str, top: int, cost: float) -> str:
         "processes are none, and CUDA's work counts where the program waits for it (.item(), .cpu())."])
 
 
-def draw(stats: Stats, command: str, top: int, path: Path) -> None:
+def plot(stats: Stats, command: str, top: int, path: Path) -> None:
     """Bars: the phases above, the functions with the most own time below."""
     from matplotlib.figure import Figure
 
-    from checkpoint import atomic_path
+    from files import atomic_path
 
     total = total_seconds(stats)
     panels = {"phases": [(phase, seconds) for phase, (seconds, _) in by_phase(stats).items()],
@@ -330,7 +326,7 @@ def record(config: ProfileConfig, command: list[str]) -> int:
     stats = snapshot(profile)
     if not stats:  # not even compiled
         return code
-    from checkpoint import atomic_path
+    from files import atomic_path
 
     files = [f"{shown}.prof"]
     with atomic_path(Path(f"{stem}.prof")) as temporary:
@@ -343,7 +339,7 @@ def record(config: ProfileConfig, command: list[str]) -> int:
     if rank == 0:
         files.append(f"{shown}.png")
         title = " ".join([Path(command[0]).name, *command[1:]])
-        draw(stats, title, config.top, Path(f"{stem}.png"))
+        plot(stats, title, config.top, Path(f"{stem}.png"))
         print("", report(stats, title, config.top, cost), sep="\n", file=sys.stderr)
         if config.torch:
             device = "cuda" if torch.cuda.is_available() else "cpu"

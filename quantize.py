@@ -5,16 +5,10 @@
     python quantize.py --gguf                        out/NAME.gguf as well, for llama.cpp and Ollama
 """
 
-import copy
-import io
 import itertools
 import multiprocessing
-import platform
-import re
-import resource
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,33 +16,39 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from checkpoint import atomic_path, by_age, copy_tokenizer, read_config, read_last_state, weight_files, write_json
-from cli import UserError, parse, run
-from int8 import Backend, Int8GPT, from_pretrained, has_torch_ao, pick_backend, quantize, save_quantized
-from model import GPT, GPTConfig, generate
-from train import TokenData, evaluate
+from checkpoint import copy_tokenizer, load_model, newest_model, read_run, weights_size
+from cli import UserError, flag, parse, run
+from dataloader import TokenData, evaluate
+from files import atomic_path, beside, write_json
+from generate import generate
+from int8 import (
+    Backend,
+    Int8GPT,
+    has_torch_ao,
+    load_quantized,
+    pick_backend,
+    quantize,
+    save_quantized,
+    stored_size,
+    torch_ao,
+)
+from machine import cpu_name, resident_bytes
+from model import GPT, GPTConfig
 
-LONGEST = 1024  # tokens of context the comparison works with, where a model has more
+LONGEST = 1024  # tokens of context in the comparison, of models that have more
 
 # ---------------------------------------------------------------- what it costs, what it brings
 
-def torch_ao(model: GPT) -> GPT:
-    """PyTorch's own dynamic int8 of the same model: linear layers only, the embedding stays fp32."""
-    with warnings.catch_warnings(action="ignore"):  # deprecated: a yardstick here, and no more
-        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
-
-
 def contenders(folder: Path, backend: Backend) -> dict[str, Callable[[], GPT]]:
-    """How each row of the table comes by its model."""
-    rows = {"fp32": lambda: GPT.from_pretrained(folder)}
+    """Row of the table -> how to make its model."""
+    rows = {"fp32": lambda: load_model(folder)}
     if has_torch_ao():
-        rows["torch.ao int8"] = lambda: torch_ao(GPT.from_pretrained(folder))
+        rows["torch.ao int8"] = lambda: torch_ao(load_model(folder))
 
     def ours(int8_cache: bool) -> Int8GPT:
-        model = from_pretrained(int8_folder(folder), backend)
+        model = load_quantized(beside(folder, "-int8"), backend)
         model.int8_cache = int8_cache
         return model
 
@@ -56,39 +56,19 @@ def contenders(folder: Path, backend: Backend) -> dict[str, Callable[[], GPT]]:
     return rows | {name: partial(ours, False), f"{name}, int8 cache": partial(ours, True)}
 
 
-def beside(folder: Path, ending: str) -> Path:
-    folder = folder if folder.name else folder.resolve()  # "." has no name to add to
-    return folder.with_name(f"{folder.name}{ending}")
-
-
-def int8_folder(folder: Path) -> Path:
-    return beside(folder, "-int8")
-
-
-def file_size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in weight_files(folder))
-
-
 def resident_memory(row: str, folder: Path, backend: Backend, threads: int) -> int:
-    """Bytes that loading and running the model adds to a fresh process; called in one."""
+    """Bytes that loading and running the model adds to a process; called in a fresh one."""
     torch.set_num_threads(threads)
     prompt = torch.zeros(1, 1, dtype=torch.long)
-    list(generate(quantize(GPT(GPTConfig(n_layer=1)), "reference"), prompt, 8))  # libraries load what they load
-    before = rss()
+    list(generate(quantize(GPT(GPTConfig(n_layer=1)), "reference"), prompt, 8))  # loads the libraries
+    before = resident_bytes()
     model = contenders(folder, backend)[row]()
     list(generate(model, prompt, min(model.config.block_size, LONGEST) // 2))
-    return rss() - before
-
-
-def rss() -> int:
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
+    return resident_bytes() - before
 
 
 def tokens_per_second(models: dict[str, GPT], rounds: int, tick: Callable[[], object]) -> dict[str, dict[str, float]]:
-    """Median speed of the prompt and of decoding after it, the models taking turns round by round."""
+    """Median speed of the prompt and of decoding; the models take turns round by round."""
     config = next(iter(models.values())).config
     block = min(config.block_size, LONGEST)
     prompt = torch.randint(0, config.vocab_size, (1, block), generator=torch.Generator().manual_seed(1))
@@ -106,17 +86,12 @@ def tokens_per_second(models: dict[str, GPT], rounds: int, tick: Callable[[], ob
             for name, of in times.items()}
 
 
-def stored_size(model: GPT) -> int:
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    return buffer.tell()
-
-
 def compare(folder: Path, data: TokenData | None, backend: Backend, eval_tokens: int) -> dict:
     """One row a contender: size, memory, loss, speed. data None: no losses."""
     models = {name: make() for name, make in contenders(folder, backend).items()}
-    sizes = {name: file_size(folder) if name == "fp32" else file_size(int8_folder(folder)) if isinstance(model, Int8GPT)
-             else stored_size(model) for name, model in models.items()}
+    sizes = {name: weights_size(folder) if name == "fp32" else
+             weights_size(beside(folder, "-int8")) if isinstance(model, Int8GPT) else stored_size(model)
+             for name, model in models.items()}
     rows, rounds = {}, 5
     bar = tqdm(total=(rounds + 3) * len(models), desc="comparing", disable=None, leave=False)
     speeds = tokens_per_second(models, rounds, bar.update)
@@ -136,12 +111,6 @@ def compare(folder: Path, data: TokenData | None, backend: Backend, eval_tokens:
             "threads": torch.get_num_threads(), "cpu": cpu_name(), "torch": torch.__version__, "rows": rows}
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def table(result: dict) -> str:
     """The comparison as a Markdown table."""
     lines = ["| model | file MB | of fp32 | memory MB | bits/byte | change | prompt tok/s | decode tok/s |",
@@ -155,66 +124,52 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def draw(result: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def plot(result: dict, path: Path) -> None:
+    """comparison.png: a panel a figure, a bar a model. The arrow in a title points to better."""
+    from matplotlib.figure import Figure
 
     panels = {"file_bytes": ("file, MB  ↓", 1e-6), "memory_bytes": ("memory, MB  ↓", 1e-6),
               "bits_per_byte": ("bits per byte  ↓", 1), "prompt_tokens_per_second": ("prompt, tokens/s  ↑", 1),
               "decode_tokens_per_second": ("decode, tokens/s  ↑", 1)}
     panels = {key: value for key, value in panels.items() if result["rows"]["fp32"][key] is not None}
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 3.2), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(panels), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     names = list(result["rows"])
     for axis, (key, (title, unit)) in zip(axes, panels.items(), strict=True):
         bars = axis.bar(names, [result["rows"][name][key] * unit for name in names],
                         color=[*["#bdbdbd", "#9ecae1"][:len(names) - 2], "#08519c", "#4292c6"])
         digits = "{:.3f}" if key == "bits_per_byte" else "{:,.0f}" if unit == 1 else "{:,.3g}"
         axis.bar_label(bars, fmt=digits, fontsize=8)
-        axis.set_title(title, fontsize=10)  # the arrow points to better
+        axis.set_title(title, fontsize=10)
         axis.tick_params(axis="x", labelrotation=30, labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{result['model']}: {result['parameters'] / 1e6:.1f}M parameters, {result['threads']} threads")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------- command line
 
 @dataclass
 class QuantizeConfig:
-    checkpoint: Path | None = None
-    """fp32 folder to shrink; default: the newest under out/. Writes FOLDER-int8."""
-    gguf: bool = False
-    """Write FOLDER.gguf too: Q8_0, for llama.cpp and Ollama."""
-    compare: bool = True
-    """Measure size, memory, loss and speed against fp32 and torch.ao."""
-    data: Path | None = None
-    """Prepared folder to measure the loss on; default: the one the model was trained on."""
-    eval_tokens: int = 100_000
-    """Validation tokens to measure the loss on, spread evenly."""
-    backend: Literal["auto", "owlet", "torch.ao", "reference"] = "auto"
-    """Who multiplies in int8; auto takes the fastest there is."""
-    threads: int | None = None
-    """CPU threads; default: PyTorch's choice."""
+    checkpoint: Path | None = flag(None, "fp32 folder to shrink; default: the newest under out/. Writes FOLDER-int8.")
+    gguf: bool = flag(False, "Write FOLDER.gguf too: Q8_0, for llama.cpp and Ollama.")
+    compare: bool = flag(True, "Measure size, memory, loss and speed against fp32 and torch.ao.")
+    data: Path | None = flag(
+        None, "Prepared folder to measure the loss on; default: the one the model was trained on.")
+    eval_tokens: int = flag(100_000, "Validation tokens to measure the loss on, evenly spread.", 1, 10**9)
+    backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag(
+        "auto", "What multiplies in int8; auto takes the fastest there is.")
+    threads: int | None = flag(None, "CPU threads; default: PyTorch's choice.", 1, 4096)
 
 
-def newest_fp32(root: Path) -> Path:
-    """The newest folder under root that is not itself an int8 one."""
-    for folder in by_age(root, "model.safetensors", "python train.py"):
-        if "quantization_config" not in read_config(folder):
-            return folder
-    raise UserError(f"{root}/: only int8 folders there; make an fp32 one with `python train.py`")
-
-
-def validation_data(config: QuantizeConfig, folder: Path, model: GPTConfig) -> TokenData | None:
-    source, trained_on = config.data, None
+def validation_data(source: Path | None, folder: Path, model: GPTConfig) -> TokenData | None:
+    """`source`, or else the data that the folder's model was trained on; None, with a note, if that is not here."""
+    trained_on = None
     if source is None:
         if (folder / "train_state.pt").exists():
-            state, _ = read_last_state(folder)
-            source, trained_on = Path(state["config"]["data"]), state["data_sha256"]
+            settings, trained_on = read_run(folder)
+            source = Path(settings["data"])
         if source is None or not (source / "meta.json").exists():
             print("note: the data this model was trained on is not here, so the table has no losses; "
                   "name prepared data with --data")
@@ -230,21 +185,18 @@ def validation_data(config: QuantizeConfig, folder: Path, model: GPTConfig) -> T
 
 def main() -> None:
     config = parse(QuantizeConfig, "Shrink a checkpoint to int8, and show what that costs and brings.")
-    for flag, value, most in (("threads", config.threads, 4096), ("eval-tokens", config.eval_tokens, 10**9)):
-        if value is not None and not 1 <= value <= most:
-            raise UserError(f"--{flag}: expected 1 to {most}, got {value}")
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    folder = config.checkpoint or newest_fp32(Path("out"))
-    model, out = GPT.from_pretrained(folder), int8_folder(folder)
+    folder = config.checkpoint or newest_model(Path("out"), quantized=False)
+    model, out = load_model(folder), beside(folder, "-int8")
     if (out / "train_state.pt").exists():
         raise UserError(f"{out}: holds a training run, whose model this would replace; rename one of the two folders")
-    data = validation_data(config, folder, model.config) if config.compare else None
+    data = validation_data(config.data, folder, model.config) if config.compare else None
     save_quantized(model, out)
     copy_tokenizer(folder, out)
-    before, after = file_size(folder), file_size(out)
+    before, after = weights_size(folder), weights_size(out)
     print(f"{folder} -> {out}: {before / 1e6:.2f} -> {after / 1e6:.2f} MB ({after / before:.1%})")
     if config.gguf:
-        from to_gguf import write_gguf  # a package that only this flag needs
+        from to_gguf import write_gguf  # imports a package that only this flag needs
 
         path = beside(folder, ".gguf")
         write_gguf(model, folder, path)
@@ -254,7 +206,7 @@ def main() -> None:
         del model
         result = compare(folder, data, pick_backend(config.backend, torch.device("cpu")), config.eval_tokens)
         write_json(out / "comparison.json", result)
-        draw(result, out / "comparison.png")
+        plot(result, out / "comparison.png")
         print(f"\n{table(result)}\n\n{result['backend']}, {result['threads']} threads, {result['cpu']}; "
               f"also in {out}/comparison.json and .png")
     print(f"next: python sample.py --checkpoint {out}")

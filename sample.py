@@ -15,50 +15,43 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from checkpoint import by_age, read_config, read_tokenizer
-from cli import UserError, parse, run
-from model import GPT, generate, gpu_has_bf16, pick_device
+from checkpoint import is_quantized, load_model, newest_model, read_tokenizer
+from cli import UserError, flag, parse, run
+from generate import generate
+from int8 import load_quantized
+from machine import gpu_has_bf16, pick_device
+from model import GPT
 
 
 @dataclass
 class SampleConfig:
-    checkpoint: Path | None = None
-    """Folder to sample from; default: the newest under out/."""
-    prompt: str | None = None
-    """Text to continue; - reads it from standard input; default: a new line."""
-    prompt_file: Path | None = None
-    """UTF-8 file with the text to continue."""
-    num_samples: int = 1
-    """Continuations, made together; the first is streamed."""
-    max_new_tokens: int = 500
-    temperature: float = 0.8
-    """0 always takes the likeliest token; higher is more adventurous."""
-    top_k: int | None = None
-    """Choose among the k likeliest tokens only."""
-    top_p: float | None = None
-    """Choose among the likeliest tokens that make up this probability only."""
-    repetition_penalty: float = 1.0
-    """Above 1: tokens already in the context become less likely."""
-    seed: int | None = None
-    """Same seed, same text; default: a new one each time, shown at the end."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and arithmetic (fp32 folders only); auto: bfloat16 on GPUs that have it, else float32."""
-    backend: Literal["auto", "owlet", "torch.ao", "reference"] = "auto"
-    """Who multiplies in int8; auto takes the fastest there is."""
-    int8_cache: bool = False
-    """Keep keys and values in int8 too: less to read in long contexts (int8 folders only)."""
-    threads: int | None = None
-    """CPU threads; default: PyTorch's choice."""
+    checkpoint: Path | None = flag(None, "Folder to sample from; default: the newest under out/.")
+    prompt: str | None = flag(None, "Text to continue; - reads it from standard input; default: a new line.")
+    prompt_file: Path | None = flag(None, "UTF-8 file with the text to continue.")
+    num_samples: int = flag(1, "Continuations, made together; the first is streamed.", 1, 10_000)
+    max_new_tokens: int = flag(500, "Tokens to write.", 1, 10**7)
+    temperature: float = flag(0.8, "0 always takes the likeliest token; higher is more adventurous.")
+    top_k: int | None = flag(None, "Choose among the k likeliest tokens only.")
+    top_p: float | None = flag(None, "Choose among the likeliest tokens that make up this probability only.")
+    repetition_penalty: float = flag(1.0, "Above 1: tokens already in the context become less likely.")
+    seed: int | None = flag(
+        None, "Same seed, same text; default: a new one each time, shown at the end.", 0, 2**63 - 1)
+    device: str = flag("auto", "auto, cpu, cuda or mps.")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "auto", "Of weights and arithmetic (fp32 folders only); auto: bfloat16 on GPUs that have it, else float32.")
+    backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag(
+        "auto", "What multiplies in int8; auto takes the fastest there is.")
+    int8_cache: bool = flag(
+        False, "Keep keys and values in int8 too: less to read in long contexts (int8 folders only).")
+    threads: int | None = flag(None, "CPU threads; default: PyTorch's choice.", 1, 4096)
 
 
 def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch.device) -> tuple[GPT, str]:
     """The model of an fp32 or int8 folder, on the device, and a word on how it computes."""
-    if "quantization_config" not in read_config(folder):
+    if not is_quantized(folder):
         if int8_cache:
             raise UserError(f"--int8-cache: expected an int8 folder, as quantize.py makes one; {folder} is fp32")
-        model = GPT.from_pretrained(folder).to(device)
+        model = load_model(folder).to(device)
         if dtype == "float32" or (dtype == "auto" and not gpu_has_bf16(device)):
             return model, "fp32"
         for parameter in model.parameters():  # model.to would round the rotary angles as well
@@ -66,12 +59,10 @@ def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch
         return model, "bf16"
     if dtype == "bfloat16":
         raise UserError(f"--dtype bfloat16: expected an fp32 folder; {folder} is int8")
-    import int8
-
     if device.type == "mps":
         print("note: int8 models run on CPUs and CUDA; going on with the CPU", file=sys.stderr)
         device = torch.device("cpu")
-    model = int8.from_pretrained(folder, backend, device)
+    model = load_quantized(folder, backend, device)
     model.int8_cache = int8_cache
     return model, f"int8 by {model.backend}{', int8 cache' * int8_cache}"
 
@@ -92,13 +83,13 @@ def read_prompt(config: SampleConfig) -> str:
     return prompt
 
 
-class Speller:
+class Detokenizer:
     """Tokens to text, one at a time; bytes that do not make a character yet are held back."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
         self.tokenizer, self.decoder = tokenizer, DecodeStream(skip_special_tokens=True)
         self.held: list[int] = []
-        for token in prompt:  # so that the first new token is spelt as a continuation
+        for token in prompt:  # so that the first new token continues it
             self.decoder.step(tokenizer, token)
 
     def __call__(self, token: int) -> str:
@@ -107,20 +98,15 @@ class Speller:
         return text or ""
 
     def rest(self) -> str:
-        """What was held back, now that nothing more comes."""
+        """The text of what is still held back."""
         return self.tokenizer.decode(self.held)
 
 
 def main() -> None:
     config = parse(SampleConfig, "Text from a checkpoint folder, fp32 or int8, streamed as it is made.")
-    for flag, value, least, most in (
-            ("num-samples", config.num_samples, 1, 10_000), ("max-new-tokens", config.max_new_tokens, 1, 10**7),
-            ("threads", config.threads, 1, 4096), ("seed", config.seed, 0, 2**63 - 1)):
-        if value is not None and not least <= value <= most:
-            raise UserError(f"--{flag}: expected {least} to {most}, got {value}")
     torch.set_num_threads(config.threads or torch.get_num_threads())
     device = pick_device(config.device)
-    folder = config.checkpoint or by_age(Path("out"), "model.safetensors", "python train.py")[0]
+    folder = config.checkpoint or newest_model(Path("out"))
     if not folder.is_dir():
         raise UserError(f"{folder}: expected a checkpoint folder, found none")
     tokenizer = read_tokenizer(folder)
@@ -134,18 +120,19 @@ def main() -> None:
     tokens = generate(model, idx, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
                       top_p=config.top_p, repetition_penalty=config.repetition_penalty,
                       eos=model.config.eos, generator=generator)
-    spell = Speller(tokenizer, prompt)
+    detokenize = Detokenizer(tokenizer, prompt)
     print(text, end="", flush=True)
     rows, times = [], [time.perf_counter()]
     for token in tokens:
         row = token.tolist()
         times.append(time.perf_counter())
         rows.append(row)
-        print(spell(row[0]), end="", flush=True)
-    print(spell.rest())
+        print(detokenize(row[0]), end="", flush=True)
+    print(detokenize.rest())
     for i in range(1, config.num_samples):
-        spell = Speller(tokenizer, prompt)
-        print(f"\n--- {i + 1} of {config.num_samples}\n{text}{''.join(spell(row[i]) for row in rows)}{spell.rest()}")
+        detokenize = Detokenizer(tokenizer, prompt)
+        more = "".join(detokenize(row[i]) for row in rows)
+        print(f"\n--- {i + 1} of {config.num_samples}\n{text}{more}{detokenize.rest()}")
 
     first, rest = times[1] - times[0], times[-1] - times[1]
     pace = f"{(len(rows) - 1) * config.num_samples / rest:,.0f} tokens/s" if len(rows) > 1 else "-"

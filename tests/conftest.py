@@ -69,6 +69,22 @@ def random_model(seed: int = 0, std: float = 0.08, **fields: object) -> GPT:
     return model
 
 
+def assert_same(a: object, b: object) -> None:
+    """Nested plain values and tensors, equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert_same(a[name], b[name])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
 def random_int8(*shape: int) -> torch.Tensor:
     return torch.randint(-127, 128, shape, dtype=torch.int8)
 

@@ -1,4 +1,4 @@
-"""Training killed at any moment, and inside of any save, ends with the bytes of a run that nobody disturbed.
+"""Training killed at any moment, and inside any save, ends as a run that nobody disturbed, to the last bit.
 
     pytest tests/test_chaos.py --kills 200 -s       prints its progress and a summary
 """
@@ -20,13 +20,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_train import SMALL, losses
+from test_train import SMALL, assert_same_checkpoint, assert_same_run
 
 import sample
 import train
-from checkpoint import previous_state, read_last_state, read_safetensors, read_state, write_state, write_tensors
+from checkpoint import (
+    load_model,
+    previous_state,
+    read_last_state,
+    read_safetensors,
+    read_state,
+    write_state,
+    write_tensors,
+)
 from cli import UserError
-from model import GPT
 
 TRAIN = [sys.executable, ROOT / "train.py", *SMALL, "--max-steps", "60"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -41,12 +48,6 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     return out, err
-
-
-def assert_same_bytes(a: Path, b: Path) -> None:
-    for name in ("model.safetensors", "train_state.pt"):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
-    assert losses(a) == losses(b) and losses(a, "val_loss") == losses(b, "val_loss")
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +83,11 @@ def test_a_run_killed_again_and_again_ends_as_if_it_were_not(undisturbed, data, 
         said, warned = finish(process)
         assert kept == 60 or f"steps {kept or 0} to 60" in said
         assert "note:" not in warned
-        assert_same_bytes(out, undisturbed[0])
+        assert_same_run(out, undisturbed[0])
         shutil.rmtree(out)
         finished += 1
-    print(f"{kills} kills, {in_saves} of them inside a save; no damaged file; {finished} runs finished, all with the "
-          f"same bytes; steps to repeat: {sum(lost) / kills:.1f} on average, {max(lost)} at most")
+    print(f"{kills} kills, {in_saves} of them inside a save; no damaged file; {finished} runs finished, all the "
+          f"same to the last bit; steps to repeat: {sum(lost) / kills:.1f} on average, {max(lost)} at most")
 
 
 def kill(process: subprocess.Popen, out: Path, seconds: float, rng: random.Random) -> bool:
@@ -194,19 +195,26 @@ cli.run(train.main)
     return path
 
 
+AFTER_THE_WEIGHTS = """
+import checkpoint
+write_json = checkpoint.write_json
+checkpoint.write_json = lambda path, value: write_json(path, value) if path.name == "run.json" else die()
+"""
+
+
 @pytest.mark.parametrize("part, kept", [
-    ("train.write_state", None), ("train.write_pretrained", 10), ("model.write_json", 10)])
+    ("train.write_state = die", None), ("train.save_weights = die", 10), (AFTER_THE_WEIGHTS, 10)])
 def test_a_kill_inside_the_first_save_loses_nothing_that_was_saved(script, undisturbed, data, tmp_path, part, kept):
-    mortal, out = train_script(tmp_path / "mortal.py", f"import model\n{part} = die"), tmp_path / "run"
+    mortal, out = train_script(tmp_path / "mortal.py", part), tmp_path / "run"
     assert start([sys.executable, mortal, "--data", data, "--out", out, *TRAIN[2:]]).wait() == -signal.SIGKILL
     assert kept_step(out) == kept and not (out / "config.json").exists()
     if kept:  # even where it was the last one
         code, said, err = script(train.main, "--resume", "--out", out, "--max-steps", kept)
-        assert code == 0 and "trained for 10 steps already" in said and GPT.from_pretrained(out), err
+        assert code == 0 and "trained for 10 steps already" in said and load_model(out), err
         (out / "config.json").unlink()
     code, _, err = script(train.main, "--data", data, "--out", out, *TRAIN[2:], *(["--resume"] if kept else []))
     assert code == 0, err
-    assert_same_bytes(out, undisturbed[0])
+    assert_same_run(out, undisturbed[0])
 
 
 # ---------------------------------------------------------------- under torchrun
@@ -231,7 +239,7 @@ def test_torchrun_restarts_killed_ranks_in_their_own_folder(data, tmp_path):
     out, err = finish(start([*TORCHRUN, "--max-restarts=2", mortal, *command], cwd=tmp_path))
     assert "wood-tiny-2: tiny" in out and re.search("steps [12]0 to 60", out), out  # 10: the second was being written
     assert "Traceback" not in err, err
-    assert_same_bytes(tmp_path / "out" / "wood-tiny-2", tmp_path / "out" / "wood-tiny")
+    assert_same_run(tmp_path / "out" / "wood-tiny-2", tmp_path / "out" / "wood-tiny")
     assert not (tmp_path / "out" / "wood-tiny-3").exists()
 
 
@@ -278,7 +286,7 @@ def flip_in_tensor(path: Path) -> None:
 
 
 def flip_in_header(path: Path) -> None:
-    flip(path, 8 * path.read_bytes().index(b"muon_lr"))
+    flip(path, 8 * path.read_bytes().index(b"model_config"))
 
 
 def truncate(path: Path) -> None:
@@ -292,7 +300,7 @@ def test_of_a_damaged_state_the_one_before_takes_the_place(script, trained, undi
     assert code == 0 and "steps 50 to 60" in out
     note, = [line for line in err.splitlines() if line.startswith("note: ")]
     assert "train_state.pt: not a training state" in note and "train_state.previous.pt" in note
-    assert_same_bytes(trained, undisturbed[0])
+    assert_same_run(trained, undisturbed[0])
 
 
 def test_two_damaged_states_are_both_named(script, trained):
@@ -357,5 +365,4 @@ def test_a_signal_in_the_midst_of_it_is_obeyed_after(script, undisturbed, data, 
     assert 20 <= kept_step(tmp_path / "run") < 60
     code, _, err = script(train.main, "--resume", "--out", tmp_path / "run")
     assert code == 0, err
-    for name in ("model.safetensors", "train_state.pt"):
-        assert (tmp_path / "run" / name).read_bytes() == (undisturbed[0] / name).read_bytes()
+    assert_same_checkpoint(tmp_path / "run", undisturbed[0])

@@ -19,7 +19,6 @@ import checkpoint
 import quantize
 import sample
 import train
-from model import GPT
 
 TINY = ["--n-layer", 1, "--n-embd", 16, "--n-head", 2, "--block-size", 16, "--batch-size", 4, "--max-steps", 2,
         "--eval-tokens", 500, "--threads", 1, "--device", "cpu"]
@@ -259,10 +258,10 @@ def test_several_samples_differ(script, folder):
 
 
 def test_characters_never_break(folder):
-    spell = sample.Speller(checkpoint.read_tokenizer(folder), [])
-    texts = [spell(byte) for byte in "né€👍".encode() + b"\xff\xc3A\xe2\x82"]
+    detokenize = sample.Detokenizer(checkpoint.read_tokenizer(folder), [])
+    texts = [detokenize(byte) for byte in "né€👍".encode() + b"\xff\xc3A\xe2\x82"]
     assert texts == ["n", "", "é", "", "", "€", "", "", "", "👍", "", "", "\ufffd\ufffdA", "", ""]
-    assert spell.rest() == "\ufffd"
+    assert detokenize.rest() == "\ufffd"
 
 
 @pytest.mark.parametrize(("dtype", "how", "kind"), [
@@ -278,7 +277,7 @@ def test_weights_and_arithmetic_take_the_dtype_asked_for(script, folder, dtype, 
     cache, tokens = model.new_cache(1, 16), torch.arange(16)[None]
     logits, _ = model(tokens, cache=cache)
     assert logits.dtype == cache.keys.dtype == kind
-    exact, _ = GPT.from_pretrained(folder)(tokens)
+    exact, _ = checkpoint.load_model(folder)(tokens)
     torch.testing.assert_close(logits.float()[:, -1], exact[:, -1], atol=0.05 * exact.std().item(), rtol=0)
 
 

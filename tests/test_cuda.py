@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import full_range, make_linear, random_int8, random_model
+from owlet_kernels import pack_tiles
 from torch import library
 
 import int8
 import sample
 import train
-from int8 import int8_linear_reference, pack_tiles
-from model import StaticKVCache, generate, gpu_has_bf16
+from checkpoint import save_model
+from dataloader import TokenData, forward_loss
+from generate import StaticKVCache, generate
+from int8 import int8_linear_reference
+from machine import gpu_has_bf16
+from muon import make_optimizers, update
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU to be seen; with one, set CUDA_VISIBLE_DEVICES=0", allow_module_level=True)
@@ -220,20 +225,20 @@ def test_the_loss_is_that_of_the_cpu(data):
         config = train.TrainConfig(dtype="float32", n_embd=64, n_layer=2)
         torch.manual_seed(0)
         model = train.build_model(config, 256).to(device)
-        tokens = train.TokenData(data, config.block_size, device)
-        optimizers = train.make_optimizers(model, config)
+        tokens = TokenData(data, config.block_size, device)
+        optimizers = make_optimizers(model, config.muon_lr, config.adam_lr, torch.float32)
         losses[device] = []
         for step in range(5):
             x, y = tokens.batch(step * 8, 8, 1)[0]
-            loss = train.forward_loss(model, x, y, torch.float32)
+            loss = forward_loss(model, x, y, torch.float32)
             loss.backward()
-            train.update(model, optimizers, step, config)
+            update(model, optimizers, (config.muon_lr, config.adam_lr))
             losses[device].append(loss.item())
     torch.testing.assert_close(torch.tensor(losses["cpu"]), torch.tensor(losses["cuda:0"]), rtol=0, atol=1e-3)
 
 
 def test_bf16_folder_is_close_to_fp32(tmp_path):
-    random_model().save_pretrained(tmp_path)
+    save_model(random_model(), tmp_path)
     idx = torch.randint(100, (1, 20), device=DEVICE)
     fp32, bf16 = (sample.load(tmp_path, dtype, "auto", False, DEVICE)[0](idx)[0].float()
                   for dtype in ("float32", "auto"))

@@ -8,8 +8,9 @@ import torch
 from conftest import assert_same_choice, random_model, step_by_step
 
 import int8
+from generate import generate
 from int8 import Int8GPT
-from model import KVCache, generate
+from model import KVCache
 
 kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
 

@@ -11,6 +11,7 @@ from conftest import assert_same_choice, make_text, random_model
 from tokenizers import processors
 
 import quantize
+from checkpoint import save_model
 from cli import UserError
 from to_gguf import interleave_pairs, write_gguf
 
@@ -21,7 +22,7 @@ def save(folder, vocab_size=256, **fields):
     """A folder as train.py leaves it; its vocabulary is three larger than the tokenizer's."""
     tokenizer = prepare.train_tokenizer([make_text(2000)], vocab_size)
     model = random_model(vocab_size=tokenizer.get_vocab_size() + 3, block_size=128, **{"n_embd": 64} | fields)
-    model.save_pretrained(folder)
+    save_model(model, folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return model, tokenizer
 

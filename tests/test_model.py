@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
+from checkpoint import config_from_hf, config_to_hf, load_model, save_model
 from cli import UserError
-from model import GPT, GPTConfig, KVCache, StaticKVCache, generate, sample_next
+from generate import StaticKVCache, generate, sample_next
+from model import GPT, GPTConfig, KVCache
 
 VARIANTS = {
     "qwen3": {},
@@ -29,7 +31,7 @@ TOKENS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_transformers_reads_our_folder(fields, tmp_path):
     model = random_model(**fields)
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(theirs).__name__ == ("Qwen3ForCausalLM" if model.config.qk_norm else "LlamaForCausalLM")
     with torch.no_grad():
@@ -45,7 +47,7 @@ def test_we_read_theirs(config_class, tie, tmp_path):
                           max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=tie)
     theirs = AutoModelForCausalLM.from_config(config).eval()
     theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(tmp_path)
+    ours = load_model(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(ours(TOKENS)[0], theirs(TOKENS).logits, atol=1e-4, rtol=0)
 
@@ -57,7 +59,7 @@ def test_we_read_shards(tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="100KB")
     assert not (tmp_path / "model.safetensors").exists()
     with torch.no_grad():
-        torch.testing.assert_close(GPT.from_pretrained(tmp_path)(TOKENS)[0], theirs(TOKENS).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(load_model(tmp_path)(TOKENS)[0], theirs(TOKENS).logits, atol=1e-4, rtol=0)
 
 
 def test_transformers_reads_our_tokenizer(data):
@@ -66,8 +68,8 @@ def test_transformers_reads_our_tokenizer(data):
 
 
 def test_save_and_load_is_exact(tiny, tmp_path):
-    tiny.save_pretrained(tmp_path)
-    again = GPT.from_pretrained(tmp_path)
+    save_model(tiny, tmp_path)
+    again = load_model(tmp_path)
     assert again.config == tiny.config
     for name, tensor in tiny.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
@@ -88,11 +90,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("feature", REFUSED)
 def test_unsupported_features_are_refused_by_name(feature, tiny, tmp_path):
-    tiny.save_pretrained(tmp_path)
+    save_model(tiny, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {feature: REFUSED[feature]}))
     with pytest.raises(UserError, match=feature.split("_")[0]):
-        GPT.from_pretrained(tmp_path)
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -102,10 +104,10 @@ def test_unsupported_features_are_refused_by_name(feature, tiny, tmp_path):
     ({"model.extra.weight": torch.ones(1)}, "model.extra.weight in model.safetensors has no place")],
     ids=["NaN", "infinite", "shape", "one too many"])
 def test_wrong_tensors_are_refused_by_name(change, message, tiny, tmp_path):
-    tiny.save_pretrained(tmp_path)
+    save_model(tiny, tmp_path)
     save_file(load_file(tmp_path / "model.safetensors") | change, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=message):
-        GPT.from_pretrained(tmp_path)
+        load_model(tmp_path)
 
 
 def test_loss_at_initialisation_is_that_of_a_guess():
@@ -223,20 +225,20 @@ def test_generation_stops_at_eos(tiny):
 
 
 def test_configs_of_others_have_nulls_and_omissions(tiny):
-    hf = tiny.config.to_hf() | {"rope_scaling": None, "attention_dropout": None, "rope_theta": None,
+    hf = config_to_hf(tiny.config) | {"rope_scaling": None, "attention_dropout": None, "rope_theta": None,
                                 "rope_parameters": None, "sliding_window": None, "something_new": 1}
-    assert GPTConfig.from_hf(hf) == replace(tiny.config, rope_theta=10_000.0)
+    assert config_from_hf(hf) == replace(tiny.config, rope_theta=10_000.0)
     del hf["head_dim"]
-    assert GPTConfig.from_hf(hf).head_dim == Qwen3Config().head_dim == 128
-    assert GPTConfig.from_hf(hf | {"model_type": "llama"}).head_dim == 8
+    assert config_from_hf(hf).head_dim == Qwen3Config().head_dim == 128
+    assert config_from_hf(hf | {"model_type": "llama"}).head_dim == 8
 
 
 def test_older_llamas_store_their_rotary_frequencies(tmp_path):
     model = random_model(qk_norm=False)
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "model.safetensors")
-    assert torch.equal(GPT.from_pretrained(tmp_path)(TOKENS)[0], model(TOKENS)[0])
+    assert torch.equal(load_model(tmp_path)(TOKENS)[0], model(TOKENS)[0])
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -0.1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0.0},

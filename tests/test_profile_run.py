@@ -181,7 +181,8 @@ def test_training_report(trained):
     assert (folder / "run.png").read_bytes().startswith(PNG)
 
 
-TOY_TRAINING = """
+TOY_TRAINING = {
+    "dataloader.py": """
 import time
 def forward_loss():
     time.sleep(0.05)
@@ -190,21 +191,34 @@ def evaluate():
     indirectly()
 def indirectly():
     import slow_module
+""", "muon.py": """
+import time
 def update(depth=3):
     time.sleep(0.02)
     if depth:
         update(depth - 1)
+""", "slow_module.py": """
+import time
+time.sleep(0.2)
+""", "train.py": """
+import time
+from dataloader import evaluate, forward_loss
+from muon import update
 forward_loss()
 evaluate()
 update()
 time.sleep(0.03)
-"""
+"""}
 
 
-def test_phases_are_disjoint(tmp_path, record):
+def test_phases_are_disjoint(tmp_path, record, monkeypatch):
     """Evaluation's forward pass is evaluation; an import inside it is import; recursion counts once."""
-    write(tmp_path, "slow_module.py", "import time\ntime.sleep(0.2)\n")
-    code, stats = record(write(tmp_path, "train.py", TOY_TRAINING))
+    for name, text in TOY_TRAINING.items():
+        write(tmp_path, name, text)
+        monkeypatch.delitem(sys.modules, Path(name).stem, raising=False)
+    code, stats = record(tmp_path / "train.py")
+    for name in TOY_TRAINING:
+        sys.modules.pop(Path(name).stem, None)
     phases = {phase: seconds for phase, (seconds, _) in profile_run.by_phase(stats).items()}
     expected = {"forward": 0.05, "evaluation": 0.05, "Python import": 0.2, "optimizer": 0.08, "everything else": 0.03}
     assert code == 0 and phases.keys() == expected.keys()
@@ -252,7 +266,8 @@ def test_own_cost_is_measured():
 
 def test_compare(tmp_path):
     def profile(name, **own):
-        stats = {("train.py", 1, func): (1, 1, seconds, seconds, {}) for func, seconds in own.items()}
+        files = {"update": "muon.py", "evaluate": "dataloader.py"}
+        stats = {(files.get(func, "train.py"), 1, func): (1, 1, seconds, seconds, {}) for func, seconds in own.items()}
         (tmp_path / name).write_bytes(marshal.dumps(stats))
 
     profile("a.prof", update=2.0, evaluate=1.0, old=0.25, same=1.0)
@@ -263,7 +278,8 @@ def test_compare(tmp_path):
     assert phases[0] == ["2.00", "s", "1.00", "s", "-1.00", "s", "0.50", "optimizer"]
     assert phases[1] == ["1.00", "s", "1.50", "s", "+500.0", "ms", "1.50", "evaluation"]
     assert phases[-1] == ["4.25", "s", "3.62", "s", "-625.0", "ms", "0.85", "total"]
-    assert [row[-1] for row in functions] == ["train.py:update", "train.py:evaluate", "train.py:old", "train.py:new"]
+    assert [row[-1] for row in functions] == [
+        "muon.py:update", "dataloader.py:evaluate", "train.py:old", "train.py:new"]
     assert [row[-2] for row in functions] == ["0.50", "1.50", "gone", "new"]
 
 

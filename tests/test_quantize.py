@@ -16,10 +16,13 @@ import int8
 import quantize
 import sample
 import train
+from checkpoint import load_model, save_model, weights_size
 from cli import UserError
-from int8 import Int8Linear, int8_linear_reference, quantize_rows, quantize_tokens
-from model import GPT, GPTConfig, generate
-from train import TokenData, TrainConfig, evaluate
+from dataloader import TokenData, evaluate
+from generate import generate
+from int8 import LINEARS, int8_linear_reference, quantize_rows, quantize_tokens
+from model import GPT, GPTConfig
+from train import TrainConfig
 
 BACKENDS = ["owlet", "torch.ao", "reference"]
 # Relative error of one product of random numbers. torch.ao has one scale for all tokens, and on
@@ -109,7 +112,7 @@ def test_layers_agree_with_float(backend, activation, tokens):
     w, x = torch.randn(70, 36), torch.randn(*tokens, 36)
     exact = int8.activate(x @ w.T, activation)
     residual = torch.randn_like(exact)
-    y = Int8Linear(*quantize_rows(w), backend, activation)(x, residual)
+    y = LINEARS[backend](*quantize_rows(w), activation)(x, residual)
     assert y.shape == exact.shape and y.dtype == torch.float32
     assert (y - residual - exact).norm() <= ROUNDING[backend] * exact.norm()
     if backend == "owlet":
@@ -118,9 +121,10 @@ def test_layers_agree_with_float(backend, activation, tokens):
 
 
 def test_embedding_rows_are_the_matrix(backend):
-    q, scale = quantize_rows(torch.randn(130, 37))
+    model = random_model(vocab_size=130, n_embd=40)
+    q, scale = quantize_rows(model.lm_head.weight)
     idx = torch.tensor([[0, 129], [64, 63]])
-    assert torch.equal(Int8Linear(q, scale, backend).rows(idx), q[idx] * scale[idx].unsqueeze(-1))
+    assert torch.equal(int8.quantize(model, backend).model.embed_tokens(idx), q[idx] * scale[idx].unsqueeze(-1))
 
 
 FIELDS = [{}, {"n_kv_head": 1}, {"tie_embeddings": False}, {"qk_norm": False, "n_embd": 36, "n_head": 2}]
@@ -136,7 +140,7 @@ def test_int8_model_is_near_the_float_model(fields, backend):
 
 
 def test_trained_model_keeps_its_loss_and_its_words(trained, data, backend):
-    model, texts = GPT.from_pretrained(trained), TokenData(data, 64)
+    model, texts = load_model(trained), TokenData(data, 64)
     small = int8.quantize(model, backend)
     before, after = evaluate(model, texts), evaluate(small, texts)
     assert before < 1.0  # it has learned: a guess is 5.5
@@ -150,7 +154,7 @@ def test_trained_model_keeps_its_loss_and_its_words(trained, data, backend):
 def test_owlet_and_reference_choose_the_same_tokens(trained, data):
     if int8.owlet_kernels is None:
         pytest.skip("the kernels are not built")
-    model, (x, _) = GPT.from_pretrained(trained), TokenData(data, 64).batch(0, 4, 1)[0]
+    model, (x, _) = load_model(trained), TokenData(data, 64).batch(0, 4, 1)[0]
     owlet, reference = (int8.quantize(model, backend)(x)[0].flatten(0, 1) for backend in ("owlet", "reference"))
     assert_same_choice(owlet, reference)
 
@@ -158,7 +162,7 @@ def test_owlet_and_reference_choose_the_same_tokens(trained, data):
 def test_an_int8_model_does_not_mind_its_cache(trained, data, backend):
     if backend == "torch.ao":
         pytest.skip("torch.ao scales a batch, not a token: its results depend on how tokens are grouped")
-    model, (x, _) = int8.quantize(GPT.from_pretrained(trained), backend), TokenData(data, 64).batch(0, 1, 1)[0]
+    model, (x, _) = int8.quantize(load_model(trained), backend), TokenData(data, 64).batch(0, 1, 1)[0]
     assert_same_choice(step_by_step(model, x, prompt=5), model(x)[0][0, 5:])
 
 
@@ -168,7 +172,7 @@ def test_an_int8_model_does_not_mind_its_cache(trained, data, backend):
 def test_folder_round_trip(fields, backend, tmp_path):
     model = random_model(**fields)
     int8.save_quantized(model, tmp_path)
-    again = int8.from_pretrained(tmp_path, backend)
+    again = int8.load_quantized(tmp_path, backend)
     x = torch.randint(0, 256, (2, 24))
     assert torch.equal(again(x)[0], int8.quantize(model, backend)(x)[0])
     stored = load_file(tmp_path / "model.safetensors")
@@ -183,14 +187,14 @@ def test_models_of_others_can_be_quantized_and_still_end(script, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llama", max_shard_size="10KB")
     code, _, err = script(quantize.main, "--checkpoint", tmp_path / "llama")
     assert code == 0, err
-    assert int8.from_pretrained(tmp_path / "llama-int8").config.eos == [5, 10]
+    assert int8.load_quantized(tmp_path / "llama-int8").config.eos == [5, 10]
 
 
-def test_seed_size_shrinks_to_a_quarter(tmp_path):
+def test_base_size_shrinks_to_a_quarter(tmp_path):
     torch.manual_seed(0)
-    seed = train.build_model(train.SIZES["seed"], 256)
-    seed.save_pretrained(tmp_path / "fp32")
-    int8.save_quantized(seed, tmp_path / "int8")
+    base = train.build_model(train.defaults("base"), 256)
+    save_model(base, tmp_path / "fp32")
+    int8.save_quantized(base, tmp_path / "int8")
     before, after = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "int8"))
     assert after <= 0.257 * before
 
@@ -201,7 +205,7 @@ def test_a_foreign_int8_folder_is_refused(tiny, tmp_path):
     config["quantization_config"]["bits"] = 4
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="quantization_config"):
-        int8.from_pretrained(tmp_path)
+        int8.load_quantized(tmp_path)
 
 
 def test_a_folder_that_lacks_a_scale_is_refused(tiny, tmp_path):
@@ -212,7 +216,7 @@ def test_a_folder_that_lacks_a_scale_is_refused(tiny, tmp_path):
     del stored["model.layers.1.mlp.down_proj.weight_scale"]
     save_file(stored, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"down_proj\.weight_scale is missing"):
-        int8.from_pretrained(tmp_path)
+        int8.load_quantized(tmp_path)
 
 
 def hide_kernels(monkeypatch):
@@ -267,9 +271,9 @@ def test_quantize_script_compares(trained, script):
 
 def test_memory_is_that_of_the_model(tmp_path):
     torch.manual_seed(0)
-    GPT(GPTConfig(n_embd=512)).save_pretrained(tmp_path / "big")
-    int8.save_quantized(GPT.from_pretrained(tmp_path / "big"), tmp_path / "big-int8")
-    stored = quantize.file_size(tmp_path / "big")
+    save_model(GPT(GPTConfig(n_embd=512)), tmp_path / "big")
+    int8.save_quantized(load_model(tmp_path / "big"), tmp_path / "big-int8")
+    stored = weights_size(tmp_path / "big")
     memory = {}
     for row in ("fp32", "owlet int8"):
         if row == "fp32" or int8.owlet_kernels is not None:
@@ -289,7 +293,7 @@ def test_sampling_with_an_int8_cache(trained, script):
 
 
 def test_quantize_script_takes_the_newest_fp32_folder(tiny, script, tmp_path, monkeypatch):
-    tiny.save_pretrained(tmp_path / "out" / "a")
+    save_model(tiny, tmp_path / "out" / "a")
     int8.save_quantized(tiny, tmp_path / "out" / "newer-int8")
     monkeypatch.chdir(tmp_path)
     code, _, err = script(quantize.main, "--no-compare")

@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_same
 
 import train
-from checkpoint import read_state
-from model import GPT
-from train import SIZES, Ranks, TokenData, TrainConfig, lr_scale
+from checkpoint import load_model, read_run, read_safetensors, read_state
+from dataloader import TokenData, evaluate
+from distributed import Ranks
+from machine import can_compile
+from model import SIZES
+from muon import make_optimizers
+from train import TrainConfig, lr_scale
 
 SMALL = ["--n-layer", "2", "--n-embd", "32", "--block-size", "32", "--batch-size", "8", "--eval-every", "10",
          "--eval-tokens", "2000", "--dtype", "float32", "--device", "cpu", "--threads", "1", "--compile", "off"]
@@ -34,9 +38,13 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def assert_same_run(a: Path, b: Path) -> None:
     assert losses(a) == losses(b)
     assert losses(a, "val_loss") == losses(b, "val_loss")
-    first, second = weights(a), weights(b)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    assert_same_checkpoint(a, b)
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    """The same model and training state, to the last bit."""
+    assert_same(read_safetensors(a / "model.safetensors"), read_safetensors(b / "model.safetensors"))
+    assert_same(read_state(a / "train_state.pt"), read_state(b / "train_state.pt"))
 
 
 @pytest.fixture
@@ -53,23 +61,23 @@ def test_training_learns_and_leaves_what_it_promises(run, tmp_path):
     out = run(tmp_path / "run", "--max-steps", 60)
     names = {path.name for path in out.iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-                     "tokenizer_config.json", "train_state.pt", "train_state.previous.pt", ".lock",
+                     "tokenizer_config.json", "run.json", "train_state.pt", "train_state.previous.pt", ".lock",
                      "log.jsonl", "loss.png", "runs"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((out / "runs").iterdir())
     assert losses(out)[10] > 4 and losses(out)[60] < 2.7
     assert set(losses(out, "val_loss")) == {10, 20, 30, 40, 50, 60}
-    assert GPT.from_pretrained(out).config.n_embd == 32
+    assert load_model(out).config.n_embd == 32
 
 
 def test_log_agrees_with_the_saved_model(run, data, tmp_path):
     out = run(tmp_path / "run", "--max-steps", 20)
-    loss = train.evaluate(GPT.from_pretrained(out), TokenData(data, 32), 2000)
+    loss = evaluate(load_model(out), TokenData(data, 32), 2000)
     assert losses(out, "val_loss")[20] == pytest.approx(loss, rel=1e-6)
 
 
 COMPILED = pytest.param(["--compile", "on", "--dtype", "bfloat16"], id="compiled", marks=pytest.mark.skipif(
-    not train.can_compile(torch.device("cpu")), reason="torch.compile needs a C++ compiler"))
+    not can_compile(torch.device("cpu")), reason="torch.compile needs a C++ compiler"))
 
 
 @pytest.mark.parametrize("flags", [pytest.param([], id="plain"), COMPILED,
@@ -96,7 +104,7 @@ def test_resumed_equals_uninterrupted(run, script, tmp_path, flags):
 
 
 def data_of(out: Path) -> str:
-    return read_state(out / "train_state.pt")["config"]["data"]
+    return read_run(out)[0]["data"]
 
 
 def stop_at(step: int):
@@ -168,12 +176,12 @@ def test_fsdp_in_bfloat16_learns_like_ddp(data, tmp_path):
 
 
 def test_one_process_goes_on_where_fsdp_stopped_and_fsdp_where_one_did(run, tmp_path):
-    whole, out = run(tmp_path / "whole", "--max-steps", 30, "--decay-share", 0), tmp_path / "parts"
-    run(out, "--max-steps", 10, "--decay-share", 0)
+    whole, out = run(tmp_path / "whole", "--max-steps", 30, "--warmdown", 0), tmp_path / "parts"
+    run(out, "--max-steps", 10, "--warmdown", 0)
     done = subprocess.run([*TORCHRUN, "--resume", "--out", out, "--parallel", "fsdp", "--max-steps", "20"],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    run(out, "--resume", "--max-steps", 30, "--parallel", "ddp", "--decay-share", 0)
+    run(out, "--resume", "--max-steps", 30, "--parallel", "ddp", "--warmdown", 0)
     assert losses(out) == pytest.approx(losses(whole), abs=SAME)
     first, second = weights(whole), weights(out)
     assert all(torch.allclose(first[name], second[name], atol=SAME) for name in first)
@@ -235,7 +243,7 @@ def test_validation_covers_the_text_or_spreads(data):
 
 
 def test_schedule_is_a_trapezoid():
-    config = TrainConfig(max_steps=100, warmup_steps=10, decay_share=0.4)
+    config = TrainConfig(max_steps=100, warmup_steps=10, warmdown=0.4)
     scales = [lr_scale(step, config) for step in range(100)]
     assert scales[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert scales[10:60] == [1.0] * 50
@@ -243,7 +251,7 @@ def test_schedule_is_a_trapezoid():
 
 
 def test_optimizers_share_out_every_parameter_once(tiny):
-    muon, adam = train.make_optimizers(tiny, TrainConfig())
+    muon, adam = make_optimizers(tiny, 0.02, 3e-3, torch.float32)
     ours = [id(p) for optimizer in (muon, adam) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(ours) == sorted(id(p) for p in tiny.parameters())
     assert id(tiny.lm_head.weight) in {id(p) for group in adam.param_groups for p in group["params"]}
@@ -254,16 +262,16 @@ def test_fine_tuning_starts_from_the_given_weights(run, script, data, tmp_path):
     base = run(tmp_path / "base", "--max-steps", 40)
     tuned = run(tmp_path / "tuned", "--max-steps", 10, "--init-from", base, "--muon-lr", "1e-4", "--adam-lr", "1e-4")
     assert losses(tuned)[10] < losses(base)[10] - 1
-    assert GPT.from_pretrained(tuned).config == GPT.from_pretrained(base).config
+    assert load_model(tuned).config == load_model(base).config
 
 
 def test_best_model_is_kept_when_later_ones_are_worse(run, tmp_path):
-    out = run(tmp_path / "run", "--max-steps", 30, "--weight-decay", 0, "--decay-share", 0)
+    out = run(tmp_path / "run", "--max-steps", 30, "--weight-decay", 0, "--warmdown", 0)
     best = min(losses(out, "val_loss"), key=losses(out, "val_loss").get)
-    good = (out / "model.safetensors").read_bytes()
+    good = read_safetensors(out / "model.safetensors")
     run(out, "--resume", "--max-steps", 40, "--muon-lr", 1, "--adam-lr", 1)
     assert losses(out, "val_loss")[40] > losses(out, "val_loss")[best]
-    assert (out / "model.safetensors").read_bytes() == good
+    assert_same(read_safetensors(out / "model.safetensors"), good)
 
 
 @pytest.mark.parametrize("every", [1, 30])
@@ -273,7 +281,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, s
                           "--adam-lr", 1e30, "--eval-every", every)
     assert code == 2 and "loss is nan" in err and err.count("\n") == 1
     assert all(tensor.isfinite().all() for tensor in weights(out).values())
-    assert all(tensor.isfinite().all() for tensor in GPT.from_pretrained(out).state_dict().values())
+    assert all(tensor.isfinite().all() for tensor in load_model(out).state_dict().values())
 
 
 def test_new_runs_get_new_folders(script, data, tmp_path, monkeypatch):
@@ -286,10 +294,10 @@ def test_new_runs_get_new_folders(script, data, tmp_path, monkeypatch):
 
 def test_sizes_are_those_promised():
     counts = {}
-    for name, config in SIZES.items():
+    for name in SIZES:
         with torch.device("meta"):
-            counts[name] = train.build_model(config, 256).num_params() / 1e6
-    assert counts == pytest.approx({"tiny": 0.9, "small": 10.7, "seed": 25.8, "medium": 85.1}, abs=0.1)
+            counts[name] = train.build_model(train.defaults(name), 256).num_params() / 1e6
+    assert counts == pytest.approx({"tiny": 0.9, "small": 10.7, "base": 25.8, "medium": 85.1}, abs=0.1)
 
 
 def test_ranks_use_no_cuda_on_a_cpu(monkeypatch):

@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-// x (streams, n_embd) := the tokens' rows of the table. A block a stream.
+// x (batch, n_embd) := the tokens' rows of the table. One block per sequence.
 __global__ void __launch_bounds__(kThreads) embed_kernel(Linear table, const int64_t* tokens, float* x) {
   const int64_t token = tokens[blockIdx.x];
   const int8_t* row = table.packed + token / kTileRows * k_tiles(table.K) * kTileBytes + token % kTileRows * kTileK;
@@ -25,12 +25,12 @@ struct Attention {
   const int64_t* pos;
   float *keys, *values;  // this layer's
   int64_t length;
-  float* y;  // (streams, n_head * head_dim)
+  float* y;  // (batch, n_head * head_dim)
 };
 
-// x (head_dim), of one head := RMSNorm (where there is a weight), rotated to its position, times factor; by a warp.
-__device__ void turn(const float* x, const float* weight, float eps, const float* cos, const float* sin, int head_dim,
-                     float factor, float* to) {
+// to := factor * RoPE(RMSNorm(x)) of one head (head_dim), by one warp. Without a weight there is no norm.
+__device__ void norm_and_rope(const float* x, const float* weight, float eps, const float* cos, const float* sin,
+                              int head_dim, float factor, float* to) {
   const int lane = threadIdx.x % kWarp, half = head_dim / 2;
   float square = 0;
   for (int i = lane; i < head_dim; i += kWarp) square += x[i] * x[i];
@@ -44,10 +44,10 @@ __device__ void turn(const float* x, const float* weight, float eps, const float
   }
 }
 
-struct Softmax {  // of part of the keys (Milakov and Gimelshein, 2018)
+struct Softmax {  // over a part of the keys (Milakov and Gimelshein, 2018)
   float max, sum;
 
-  // What this part's share is to be multiplied by, now that it is joined with another.
+  // Joins another part; returns the factor for the sums of this one.
   __device__ float join(Softmax other) {
     const float top = fmaxf(max, other.max), mine = expf(max - top), theirs = expf(other.max - top);
     *this = {top, sum * mine + other.sum * theirs};
@@ -57,8 +57,8 @@ struct Softmax {  // of part of the keys (Milakov and Gimelshein, 2018)
 
 constexpr float kNone = -1e30f;  // below every score, yet kNone - kNone is 0
 
-// Attention of one token, for head blockIdx.x of stream blockIdx.y. 4 lanes take a key, each kPieces times 4 numbers
-// of it: a warp has 8 keys at a time, and each 4 lanes a softmax of their own, to be joined at the end.
+// Attention of one token, for head blockIdx.x of sequence blockIdx.y. 4 lanes share a key, of which each takes kPieces
+// times 4 numbers: a warp works on 8 keys at a time. Each 4 lanes have a softmax of their own, joined at the end.
 template <int kPieces>
 __global__ void __launch_bounds__(kThreads) attention_kernel(Attention in) {
   constexpr int head_dim = kPieces * 16;
@@ -67,19 +67,21 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(Attention in) {
   __shared__ Softmax of[kWarps];
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t head = blockIdx.x, stream = blockIdx.y, group = in.n_head / in.n_kv_head, kv_head = head / group;
+  const int64_t head = blockIdx.x, b = blockIdx.y, group = in.n_head / in.n_kv_head, kv_head = head / group;
   const int pos = *in.pos;
   if (pos >= in.length) __trap();  // rather than write past the caches
-  const int64_t at = (stream * in.n_kv_head + kv_head) * in.length;
-  const float* row = in.qkv + stream * (in.n_head + 2 * in.n_kv_head) * head_dim;
+  const int64_t at = (b * in.n_kv_head + kv_head) * in.length;
+  const float* row = in.qkv + b * (in.n_head + 2 * in.n_kv_head) * head_dim;
   const float *cos = in.cos + pos * int64_t{head_dim / 2}, *sin = in.sin + pos * int64_t{head_dim / 2};
 
-  if (warp == 0) turn(row + head * head_dim, in.q_norm, in.eps, cos, sin, head_dim, 1.0f / sqrtf(head_dim), q);
-  if (warp == 1) turn(row + (in.n_head + kv_head) * head_dim, in.k_norm, in.eps, cos, sin, head_dim, 1.0f, key);
+  if (warp == 0)
+    norm_and_rope(row + head * head_dim, in.q_norm, in.eps, cos, sin, head_dim, 1.0f / sqrtf(head_dim), q);
+  if (warp == 1)
+    norm_and_rope(row + (in.n_head + kv_head) * head_dim, in.k_norm, in.eps, cos, sin, head_dim, 1.0f, key);
   if (warp == 2)
     for (int i = lane; i < head_dim; i += kWarp) value[i] = row[(in.n_head + in.n_kv_head + kv_head) * head_dim + i];
   __syncthreads();
-  if (head % group == 0)  // for the tokens to come; of those that read it here, each has computed it
+  if (head % group == 0)  // for later tokens; the blocks that need it now have each computed it
     for (int i = threadIdx.x; i < head_dim; i += kThreads) {
       in.keys[(at + pos) * head_dim + i] = key[i];
       in.values[(at + pos) * head_dim + i] = value[i];
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(Attention in) {
   float4 query[kPieces], sum[kPieces] = {};
   for (int i = 0; i < kPieces; ++i) query[i] = piece(q, i);
   Softmax softmax{kNone, 0};
-  for (int first = warp * 8; first <= pos; first += kWarps * 8) {  // the same for all of a warp
+  for (int first = warp * 8; first <= pos; first += kWarps * 8) {  // the same for all lanes of a warp
     const int j = first + lane / 4;
     const float* k = j < pos ? in.keys + (at + j) * head_dim : key;
     const float* v = j < pos ? in.values + (at + j) * head_dim : value;
@@ -135,37 +137,37 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(Attention in) {
   for (int d = threadIdx.x; d < head_dim; d += kThreads) {
     float total = 0;
     for (int w = 0; w < kWarps; ++w) total += parts[w][d] * expf(of[w].max - all.max);
-    in.y[(stream * in.n_head + head) * head_dim + d] = total / all.sum;
+    in.y[(b * in.n_head + head) * head_dim + d] = total / all.sum;
   }
 }
 
 template <int kPieces = 1>
-cudaError_t attend(const Attention& in, int64_t streams, cudaStream_t stream) {
+cudaError_t attend(const Attention& in, int64_t batch, cudaStream_t stream) {
   if constexpr (kPieces * kHeadDimStep > kMaxHeadDim) {
     return cudaErrorInvalidValue;
   } else {
-    if (in.head_dim != kPieces * kHeadDimStep) return attend<kPieces + 1>(in, streams, stream);
-    return launch(attention_kernel<kPieces>, dim3(in.n_head, streams), kThreads, stream, in);
+    if (in.head_dim != kPieces * kHeadDimStep) return attend<kPieces + 1>(in, batch, stream);
+    return launch(attention_kernel<kPieces>, dim3(in.n_head, batch), kThreads, stream, in);
   }
 }
 
 }  // namespace
 
 cudaError_t decode(const DecoderModel& m, const Step& step, const Workspace& w, cudaStream_t stream) {
-  cudaError_t error = launch(embed_kernel, dim3(step.streams), kThreads, stream, m.embedding, step.tokens, w.x);
+  cudaError_t error = launch(embed_kernel, dim3(step.batch), kThreads, stream, m.embedding, step.tokens, w.x);
   const auto multiply = [&](const float* x, const float* norm, const Linear& linear, const float* residual, float* y) {
     if (error != cudaSuccess) return;
-    error = int8_linear<float>({x, step.streams, norm, m.norm_eps}, linear, residual, y, w.scratch, stream);
+    error = int8_linear<float>({x, step.batch, norm, m.norm_eps}, linear, residual, y, w.scratch, stream);
   };
-  const int64_t cache = step.streams * m.n_kv_head * step.length * m.head_dim;  // numbers of a layer's
+  const int64_t cache = step.batch * m.n_kv_head * step.length * m.head_dim;  // floats of a layer
   for (size_t layer = 0; layer < m.blocks.size(); ++layer) {
     const DecoderBlock& block = m.blocks[layer];
     multiply(w.x, block.input_norm, block.qkv, nullptr, w.qkv);
     if (error == cudaSuccess)
       error = attend({m.n_head, m.n_kv_head, m.head_dim, w.qkv, block.q_norm, block.k_norm, m.norm_eps, m.cos, m.sin,
-                      step.pos, step.keys + layer * cache, step.values + layer * cache, step.length, w.mixed},
-                     step.streams, stream);
-    multiply(w.mixed, nullptr, block.o, w.x, w.x);
+                      step.pos, step.keys + layer * cache, step.values + layer * cache, step.length, w.attn_out},
+                     step.batch, stream);
+    multiply(w.attn_out, nullptr, block.o, w.x, w.x);
     multiply(w.x, block.post_norm, block.gate_up, nullptr, w.hidden);
     multiply(w.hidden, nullptr, block.down, w.x, w.x);
   }

@@ -53,32 +53,25 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const 
   return y;
 }
 
-// Checks the model's tensors and keeps them alive for the decoder.
-class PyDecoder {
- public:
-  PyDecoder(int64_t n_embd, int64_t n_head, int64_t n_kv_head, int64_t head_dim, int64_t n_hidden, double norm_eps,
-            const Tensor& cos, const Tensor& sin, const Matrix& embedding, const std::vector<Block>& blocks,
-            const Tensor& norm, const Matrix& head)
-      : device_(cos.device()), vocab_size_(head.second.numel()) {
-    TORCH_CHECK(head_dim % kHeadDimStep == 0 && head_dim <= kMaxHeadDim, "head_dim must be a multiple of ",
-                kHeadDimStep, ", at most ", kMaxHeadDim, ", got ", head_dim);
-    const int64_t width = n_head * head_dim;
-    model_ = {n_embd, n_head, n_kv_head, head_dim, n_hidden, static_cast<float>(norm_eps),
-              vector("cos", cos, cos.numel()), vector("sin", sin, cos.numel()),
-              matrix("embedding", embedding, vocab_size_, n_embd), {}, vector("norm", norm, n_embd),
-              matrix("head", head, vocab_size_, n_embd)};
-    for (const auto& [input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down] : blocks)
-      model_.blocks.push_back({vector("input_norm", input_norm, n_embd),
-                               matrix("qkv", qkv, width + 2 * n_kv_head * head_dim, n_embd),
-                               q_norm ? vector("q_norm", *q_norm, head_dim) : nullptr,
-                               k_norm ? vector("k_norm", *k_norm, head_dim) : nullptr,
-                               matrix("o", o, n_embd, width), vector("post_norm", post_norm, n_embd),
-                               matrix("gate_up", gate_up, 2 * n_hidden, n_embd, Activation::swiglu),
-                               matrix("down", down, n_embd, n_hidden)});
+struct CudaBackend {
+  using Linear = cuda::Linear;
+  static constexpr auto kDevice = at::kCUDA;
+  static constexpr auto kPacked = at::kChar;
+  static constexpr int64_t kAlignment = 16, kHeadDimStep = cuda::kHeadDimStep, kMaxHeadDim = cuda::kMaxHeadDim;
+
+  static at::DimVector packed_shape(int64_t N, int64_t K) { return tile_shape(N, K); }
+  static Tensor readable(const Tensor& t) { return aligned(t); }
+  static Linear linear(int64_t N, int64_t K, const void* packed, const float* scale, Activation activation) {
+    return {N, K, static_cast<const int8_t*>(packed), scale, nullptr, activation};
   }
+};
+
+class CudaDecoder : public CheckedModel<CudaBackend> {
+ public:
+  using CheckedModel::CheckedModel;
 
   // tokens (B, 1), pos (1) int64; keys, values (n_layer, B, n_kv_head, length, head_dim) -> logits (B, 1, vocab_size).
-  // Tokens and position are not looked at here, which would mean to wait for the GPU.
+  // Tokens and position are not checked: that would have to wait for the GPU.
   Tensor forward(const Tensor& tokens, const Tensor& pos, const Tensor& keys, const Tensor& values) const {
     const Tensor tokens_ = aligned(tokens);
     const int64_t B = tokens_.size(0), layers = model_.blocks.size();
@@ -91,62 +84,37 @@ class PyDecoder {
     const auto floats = at::TensorOptions().device(device_).dtype(at::kFloat);
     const int64_t width = model_.n_head * model_.head_dim, qkv_width = width + 2 * model_.n_kv_head * model_.head_dim;
     const int64_t widest = std::max({model_.n_embd, width, model_.n_hidden});
-    // taken anew each time: the allocator keeps what a recording uses apart from what others do
+    // allocated in every call: while a graph is captured, the allocator keeps its memory apart from all other
     const Tensor logits = at::empty({B, 1, vocab_size_}, floats), x = at::empty({B, model_.n_embd}, floats);
-    const Tensor qkv = at::empty({B, qkv_width}, floats), mixed = at::empty({B, width}, floats);
+    const Tensor qkv = at::empty({B, qkv_width}, floats), attn_out = at::empty({B, width}, floats);
     const Tensor hidden = at::empty({B, model_.n_hidden}, floats), scale = at::empty({B}, floats);
     const Tensor q = at::empty({scratch_bytes(B, widest)}, floats.dtype(at::kChar));
     C10_CUDA_CHECK(decode(model_,
                           {tokens_.const_data_ptr<int64_t>(), pos.const_data_ptr<int64_t>(), B,
                            keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>(), length,
                            logits.mutable_data_ptr<float>()},
-                          {x.mutable_data_ptr<float>(), qkv.mutable_data_ptr<float>(), mixed.mutable_data_ptr<float>(),
+                          {x.mutable_data_ptr<float>(), qkv.mutable_data_ptr<float>(), attn_out.mutable_data_ptr<float>(),
                            hidden.mutable_data_ptr<float>(),
                            {q.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>()}},
                           c10::cuda::getCurrentCUDAStream()));
     return logits;
   }
-
- private:
-  void expect(const char* name, const Tensor& t, at::ScalarType dtype, at::IntArrayRef shape) const {
-    TORCH_CHECK(t.scalar_type() == dtype && t.device() == device_ && t.is_contiguous() && t.sizes() == shape, name,
-                " must be contiguous ", dtype, " ", shape, " on ", device_, ", got ", t.scalar_type(), " ", t.sizes(),
-                " on ", t.device());
-    TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 || t.numel() == 1, name,
-                " must start at a multiple of 16 bytes");
-  }
-
-  const float* vector(const char* name, const Tensor& t, int64_t size) {
-    const Tensor flat = aligned(t.flatten());
-    expect(name, flat, at::kFloat, {size});
-    held_.push_back(flat);
-    return flat.const_data_ptr<float>();
-  }
-
-  Linear matrix(const char* name, const Matrix& m, int64_t N, int64_t K, Activation activation = Activation::none) {
-    TORCH_CHECK(K <= kMaxK, name, ": K must be at most ", kMaxK, ", got ", K);
-    const Tensor packed = aligned(m.first);
-    expect(name, packed, at::kChar, {(N + kTileRows - 1) / kTileRows, k_tiles(K), kTileRows, kTileK});
-    held_.push_back(packed);
-    return {N, K, packed.const_data_ptr<int8_t>(), vector(name, m.second, N), nullptr, activation};
-  }
-
-  at::Device device_;
-  int64_t vocab_size_;
-  std::vector<Tensor> held_;
-  DecoderModel model_;
 };
 
 }  // namespace
 
 void define(pybind11::module_& m) {
   namespace py = pybind11;
-  define_decoder<PyDecoder>(m, "CudaDecoder", "One token of each stream through a whole int8 model, without the host.")
-      .def("forward", &PyDecoder::forward, py::arg("tokens"), py::arg("pos"), py::arg("keys"), py::arg("values"),
+  define_decoder<CudaDecoder>(m, "CudaDecoder", "One token per sequence through a whole int8 model, without the host.")
+      .def("forward", &CudaDecoder::forward, py::arg("tokens"), py::arg("pos"), py::arg("keys"), py::arg("values"),
            py::call_guard<py::gil_scoped_release>(),
            "Logits (B, 1, vocab_size) after tokens (B, 1) int64 at pos (1,) int64; adds them to the caches.");
 }
 
 }  // namespace owlet::cuda
 
-TORCH_LIBRARY_IMPL(owlet, CUDA, m) { m.impl("int8_linear", owlet::cuda::linear); }
+TORCH_LIBRARY_IMPL(owlet, CUDA, m) {
+  m.impl("int8_linear", owlet::cuda::linear);
+  m.impl("pack_int8", owlet::pack_tiles);
+  m.impl("int8_rows", owlet::int8_rows);
+}

@@ -1,5 +1,5 @@
-// AMX: tdpbsud multiplies a tile of 16 tokens x 64 k by one of 64 k x 16 rows of w, which the packed
-// layout holds as it stands: 16 quads, 256 bytes apart, of 16 rows.
+// AMX: tdpbsud multiplies a tile of 16 tokens x 64 k by a tile of 64 k x 16 rows of w. The packed layout holds the
+// second tile as it is: 16 quads of 16 rows, 256 bytes apart.
 #if defined(__x86_64__) && defined(__linux__)
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -14,11 +14,10 @@
 namespace owlet {
 namespace {
 
-constexpr int kVnniTokens = 6;  // so few are quicker without tiles
+constexpr int kVnniTokens = 6;  // up to this many tokens are faster without tiles
 
 template <int Tokens>
-TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads,
-                      int32_t* acc) {
+TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int32_t* acc) {
   if constexpr (Tokens <= kVnniTokens) {
     avx512_vnni.dot_panel[Tokens - 1](q, q_sum, panel, quads, acc);
   } else {
@@ -27,7 +26,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
     constexpr int sum_stride = 4 * kPanelRows;
     const int64_t q_stride = row_bytes(quads), whole = quads / kTile * kTile;
 
-    // The offset of the weights, and what does not fill a tile.
+    // Correct for the weights' offset, and add the quads that do not fill a tile.
     for (int t = 0; t < Tokens; ++t)
       for (int n = 0; n < kPanelRows; ++n) acc[t * kPanelRows + n] = -128 * q_sum[t];
     for (int64_t i = whole; i < quads; ++i)
@@ -36,7 +35,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
           for (int j = 0; j < 4; ++j)
             acc[t * kPanelRows + n] += q[t * q_stride + 4 * i + j] * panel[i * kQuadBytes + 4 * n + j];
 
-    asm volatile("" : : : "memory");  // the sums above are in memory: GCC's tile loads do not say that they read
+    asm volatile("" : : : "memory");  // store the sums above: GCC does not know that tile loads read memory
     _tile_loadconfig(&config);
     for (int strip = 0; strip < kPanelRows; strip += 2 * kTile) {
       int32_t* sums = acc + strip;
@@ -70,7 +69,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
   }
 }
 
-// Linux wants to be asked before a process uses tile registers.
+// A process must ask Linux for permission before it uses tile registers.
 bool supported() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return avx512_vnni.supported() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&

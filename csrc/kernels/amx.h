@@ -1,4 +1,4 @@
-// How AMX's tile registers are used, by the kernel and by the probe of its peak.
+// How AMX's tile registers are configured.
 #pragma once
 
 #include "kernels.h"
@@ -7,14 +7,14 @@ namespace owlet {
 
 constexpr int kTile = 16;  // tokens, quads or rows of w
 
-// What ldtilecfg reads. Keep it in static memory: GCC 12 believes that only the first 8 bytes are read.
+// The operand of ldtilecfg. Keep it in static memory: GCC 12 assumes that the instruction reads only its first 8 bytes.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3: sums; 4, 5: activations; 6, 7: weights. Tiles 2, 3 and 5 are of tokens past 16.
+// Tiles 0 to 3 hold sums, 4 and 5 activations, 6 and 7 weights. Tiles 2, 3 and 5 are for the tokens past 16.
 constexpr TileConfig tile_config(int tokens) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {

@@ -1,5 +1,5 @@
-// AVX2 without VNNI. vpmaddubsw would saturate (2 * 255 * 127 > 32767), so both sides are widened
-// to 16 bits for vpmaddwd. Taking even and odd bytes apart widens within the lane: no shuffles.
+// AVX2 without VNNI. vpmaddubsw would saturate (2 * 255 * 127 > 32767), so both operands are widened to 16 bits for
+// vpmaddwd. Splitting even from odd bytes widens within a lane, without shuffles.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -13,9 +13,8 @@ namespace owlet {
 namespace {
 
 template <int Tokens>
-TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads,
-                      int32_t* acc) {
-  // A panel is 8 ymm wide. For several tokens it is done in strips, to keep the sums in registers.
+TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int32_t* acc) {
+  // A panel is 8 ymm registers wide. Several tokens take it in strips, to keep the sums in registers.
   constexpr int Vecs = Tokens == 1 ? 8 : 2;
   const __m256i low_byte = _mm256_set1_epi16(0xff);
   for (int strip = 0; strip < 8; strip += Vecs) {
@@ -43,8 +42,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
 
     for (int t = 0; t < Tokens; ++t)
       for (int v = 0; v < Vecs; ++v)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + t * kPanelRows) + strip + v,
-                            sum[t][v]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + t * kPanelRows) + strip + v, sum[t][v]);
   }
 }
 

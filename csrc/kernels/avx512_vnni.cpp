@@ -12,8 +12,7 @@
 namespace owlet {
 namespace {
 
-// How far ahead to ask for weights. The hardware's prefetcher alone leaves a fifth of the second
-// level cache's bandwidth unused.
+// The prefetch distance in bytes. The hardware prefetcher alone leaves a fifth of the L2 cache's bandwidth unused.
 constexpr int64_t kAhead = 2048;
 
 TARGET inline void add_quad(__m512i sum[4], const uint8_t* w, const int8_t* q, int64_t ahead) {
@@ -26,14 +25,13 @@ TARGET inline void add_quad(__m512i sum[4], const uint8_t* w, const int8_t* q, i
   }
 }
 
-// One token, where memory sets the pace: the panel is read in four streams, a quarter each. The
-// hardware follows a stream only to the end of a 4 KB page, and others bridge the gap: a fifth faster
-// where weights come from beyond the third level cache.
-TARGET void dot_panel_once(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads,
-                           int32_t* acc) {
+// For one token, which is bound by memory. Four streams read a quarter of the panel each: the hardware prefetcher
+// follows a stream only to the end of a 4 KB page, and the other streams bridge that gap. This is a fifth faster for
+// weights that come from beyond the L3 cache.
+TARGET void dot_panel_once(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int32_t* acc) {
   constexpr int kStreams = 4;
   const int64_t part = quads / kStreams, near_end = std::max<int64_t>(0, part - kAhead / kQuadBytes);
-  const int64_t next_panel = (quads - part) * kQuadBytes;  // from the end of a stream to its next start
+  const int64_t next_panel = (quads - part) * kQuadBytes;  // from the end of a stream to its start in the next panel
   __m512i sum[kStreams][4];
   for (int s = 0; s < kStreams; ++s)
     for (int v = 0; v < 4; ++v) sum[s][v] = _mm512_set1_epi32(s == 0 ? -128 * q_sum[0] : 0);
@@ -53,8 +51,7 @@ TARGET void dot_panel_once(const int8_t* q, const int32_t* q_sum, const uint8_t*
 }
 
 template <int Tokens>
-TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads,
-                      int32_t* acc) {
+TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int32_t* acc) {
   __m512i sum[Tokens][4];
   for (int t = 0; t < Tokens; ++t)
     for (int v = 0; v < 4; ++v) sum[t][v] = _mm512_set1_epi32(-128 * q_sum[t]);
@@ -73,7 +70,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
     }
   }
 
-  // Left rolled by GCC, this loop alone would keep the sums in memory, all the way.
+  // If GCC does not unroll this loop, it keeps the sums in memory throughout the function.
 #pragma GCC unroll 6
   for (int t = 0; t < Tokens; ++t)
     for (int v = 0; v < 4; ++v)

@@ -12,9 +12,8 @@ namespace owlet {
 namespace {
 
 template <int Tokens>
-TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads,
-                      int32_t* acc) {
-  // A panel is 8 ymm wide. For several tokens it is done in strips, to keep the sums in registers.
+TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int32_t* acc) {
+  // A panel is 8 ymm registers wide. Several tokens take it in strips, to keep the sums in registers.
   constexpr int Vecs = Tokens == 1 ? 8 : 2;
   for (int strip = 0; strip < 8; strip += Vecs) {
     __m256i sum[Tokens][Vecs];
@@ -34,8 +33,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
 
     for (int t = 0; t < Tokens; ++t)
       for (int v = 0; v < Vecs; ++v)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + t * kPanelRows) + strip + v,
-                            sum[t][v]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + t * kPanelRows) + strip + v, sum[t][v]);
   }
 }
 

@@ -1,4 +1,4 @@
-// The same code, float_math.inl, over four kinds of registers.
+// Compiles float_math.inl once for each of four kinds of registers.
 #include "float_math.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of what its own headers do
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns about its own headers
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -24,9 +24,9 @@ namespace {
 
 constexpr int kLanes = 16;
 
-constexpr int64_t kAhead = 4096;  // how far ahead to ask for keys and values, in bytes
+constexpr int64_t kAhead = 4096;  // the prefetch distance for keys and values, in bytes
 
-// The one order of a sum: halves onto each other, then neighbours, three times.
+// Every sum has this order: add the upper half to the lower, then add neighbours three times.
 inline float sum_of(const float* x) {
   float sum[kLanes / 2];
   for (int i = 0; i < kLanes / 2; ++i) sum[i] = x[i] + x[i + kLanes / 2];
@@ -37,7 +37,7 @@ inline float sum_of(const float* x) {
 
 #if defined(__x86_64__)
 
-// Of four, whose halves lie on each other already.
+// The sums of four vectors whose halves are already added.
 __attribute__((target("avx"))) inline void sums_of_folded(__m256 a, __m256 b, __m256 c, __m256 d, float* y) {
   const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
@@ -45,7 +45,7 @@ __attribute__((target("avx"))) inline void sums_of_folded(__m256 a, __m256 b, __
 
 namespace lanes_avx512 {
 #define TARGET __attribute__((target("avx512f")))
-constexpr int kRows = 8, kVecs = 2;  // as many sums as keep the multipliers busy and fit the registers
+constexpr int kRows = 8, kVecs = 2;  // enough sums to keep the multipliers busy, few enough for the registers
 using Lanes = __m512;
 TARGET inline Lanes splat(float x) { return _mm512_set1_ps(x); }
 TARGET inline Lanes load(const float* x) { return _mm512_loadu_ps(x); }

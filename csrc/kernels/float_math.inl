@@ -1,8 +1,7 @@
-// Included by float_math.cpp once for each kind of registers, which has defined TARGET, Lanes, kRows
-// and kVecs, and: splat, load, store, add, sub, mul, add_product(a, b, c) = a + b * c, rounded
-// once; sums_of, the sums of four.
+// float_math.cpp includes this once for each kind of registers. Before, it defines TARGET, Lanes, kRows, kVecs, splat,
+// load, store, add, sub, mul, add_product(a, b, c) = a + b * c rounded once, and sums_of, the sums of four Lanes.
 
-// The first `count` of a load, and zeros.
+// The first `count` values, padded with zeros.
 template <typename T>
 TARGET inline Lanes load(const T* x, int64_t count) {
   T part[kLanes] = {};
@@ -23,7 +22,7 @@ TARGET inline float sum_of(Lanes x) {
 }
 
 TARGET void rms_norm(const float* x, const float* weight, int64_t size, float eps, float* y) {
-  Lanes sum[2] = {splat(0), splat(0)};  // two, since one would wait for itself
+  Lanes sum[2] = {splat(0), splat(0)};  // two, so that an addition need not wait for the last
   int64_t i = 0;
   for (; i + 2 * kLanes <= size; i += 2 * kLanes)
     for (int v = 0; v < 2; ++v) sum[v] = add_product(sum[v], load(x + i + v * kLanes), load(x + i + v * kLanes));
@@ -37,23 +36,23 @@ TARGET void rms_norm(const float* x, const float* weight, int64_t size, float ep
 }
 
 // a, b := a cos - b sin, b cos + a sin.
-TARGET inline void turn(Lanes& a, Lanes& b, Lanes cos, Lanes sin) {
-  const Lanes turned = sub(mul(a, cos), mul(b, sin));
+TARGET inline void rotate(Lanes& a, Lanes& b, Lanes cos, Lanes sin) {
+  const Lanes rotated = sub(mul(a, cos), mul(b, sin));
   b = add(mul(b, cos), mul(a, sin));
-  a = turned;
+  a = rotated;
 }
 
 TARGET void rope(float* x, const float* cos, const float* sin, int64_t half) {
   int64_t i = 0;
   for (; i + kLanes <= half; i += kLanes) {
     Lanes a = load(x + i), b = load(x + i + half);
-    turn(a, b, load(cos + i), load(sin + i));
+    rotate(a, b, load(cos + i), load(sin + i));
     store(a, x + i), store(b, x + i + half);
   }
   if (i < half) {
     const int64_t rest = half - i;
     Lanes a = load(x + i, rest), b = load(x + i + half, rest);
-    turn(a, b, load(cos + i, rest), load(sin + i, rest));
+    rotate(a, b, load(cos + i, rest), load(sin + i, rest));
     store(a, rest, x + i), store(b, rest, x + i + half);
   }
 }
@@ -63,9 +62,9 @@ TARGET void dequantize(const int8_t* q, const float* scales, int64_t count, int6
     for (int64_t d = 0; d < size; ++d) y[p * size + d] = static_cast<float>(q[p * size + d]) * scales[p];
 }
 
-// ---- one query: a lane is a place along the head
+// ---- one query: a lane is a dimension of the head
 
-// What is going to be read: so many bytes from one place, then on from another.
+// The next addresses to prefetch: `left` bytes from `at`, then from `then` on.
 struct Ahead {
   const char* at;
   int64_t left;
@@ -92,7 +91,7 @@ TARGET inline void dot_keys(const float* q, const T* keys, int64_t row, int64_t 
   for (int i = 0; i < 4; ++i) scores[i] *= scale;
 }
 
-// y = sum over p of weights[p] * values[p], for Vecs * 16 places.
+// y = sum over p of weights[p] * values[p], for Vecs * 16 dimensions.
 template <int Vecs, typename T>
 TARGET inline void mix_values(const float* weights, const T* values, int64_t count, int64_t size, float* y,
                               Ahead& ahead) {
@@ -106,7 +105,7 @@ TARGET inline void mix_values(const float* weights, const T* values, int64_t cou
   for (int v = 0; v < Vecs; ++v) store(sum[v], y + v * kLanes);
 }
 
-// Scales: those of int8 keys and values, one a row; null for floats.
+// key_scales and value_scales have one scale per int8 row, and are null for floats.
 template <typename T>
 TARGET inline void attend_to(const float* q, const T* keys, const float* key_scales, const T* values,
                              const float* value_scales, int64_t count, int64_t size, float* scores, float* y,
@@ -129,7 +128,8 @@ TARGET inline void attend_to(const float* q, const T* keys, const float* key_sca
   if (key_scales)
     for (p = 0; p < count; ++p) scores[p] *= key_scales[p];
 
-  // Softmax but for the division; what fills the last lanes weighs e^-87, nothing. A NaN makes all NaN.
+  // Softmax without the division. The padding of the last lanes has weight e^-87, which adds nothing to the sum. A NaN
+  // among the scores makes all weights NaN.
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
   std::fill(scores + count, scores + padded, -std::numeric_limits<float>::infinity());
   float high[kLanes], highest = scores[0];
@@ -170,8 +170,8 @@ TARGET void attend_int8(const float* q, const int8_t* keys, const float* key_sca
 
 // ---- many queries: a lane is a query
 
-// c[m] += sum over k of a[m * row + k * step] * b[k], for Rows rows m and Vecs * 16 queries of b and c,
-// whose rows are kQueries wide.
+// c[m] += sum over k of a[m * row + k * step] * b[k], for Rows rows m and Vecs * 16 queries. The rows of b and c are
+// kQueries wide.
 template <int Rows, int Vecs>
 TARGET inline void multiply_rows(const float* a, int64_t row, int64_t step, const float* b, int64_t steps, float* c) {
   Lanes sum[Rows][Vecs];
@@ -191,7 +191,7 @@ TARGET inline void multiply_rows(const float* a, int64_t row, int64_t step, cons
 
 TARGET inline void multiply(const float* a, int64_t rows, int64_t row, int64_t step, const float* b, int64_t steps,
                             float* c) {
-  constexpr int64_t kSteps = 128;  // so many of a and b stay in the first level cache while all rows need them
+  constexpr int64_t kSteps = 128;  // this much of a and b stays in the L1 cache while all rows use it
   std::fill_n(c, rows * kQueries, 0.0f);
   for (; steps > 0; steps -= kSteps, a += kSteps * step, b += kSteps * kQueries) {
     const int64_t some = std::min(kSteps, steps);
@@ -217,7 +217,7 @@ TARGET void attend_block(const float* q, int64_t q_stride, int64_t queries, int6
     for (int64_t d = 0; d < size; ++d) columns[d * kQueries + l] = q[l * q_stride + d] * scale;
   multiply(keys, count, size, 1, columns, size, scores);
 
-  // Keys past a query's position weigh e^-87, nothing beside the highest's 1.
+  // Keys past a query's position have weight e^-87, which is nothing beside the highest weight, 1.
   for (int64_t p = pos + 1; p < count; ++p)
     std::fill_n(scores + p * kQueries, p - pos, -std::numeric_limits<float>::infinity());
   float high[kQueries], sum[kQueries] = {};

@@ -1,4 +1,4 @@
-// Any CPU: plain loops, and what the other instruction sets are compared with.
+// Plain loops for any CPU, and the reference for the other instruction sets.
 #include <algorithm>
 
 #include "kernels.h"
@@ -7,8 +7,7 @@ namespace owlet {
 namespace {
 
 template <int Tokens>
-void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int64_t quads,
-               int32_t* acc) {
+void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int64_t quads, int32_t* acc) {
   std::fill_n(acc, Tokens * kPanelRows, 0);
   for (int64_t i = 0; i < quads; ++i, panel += kQuadBytes) {
     for (int t = 0; t < Tokens; ++t) {

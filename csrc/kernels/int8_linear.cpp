@@ -1,12 +1,12 @@
-// Packing, quantization and the linear layer, on top of any kernel. Its floating point is all here,
-// written as plain loops whose result does not depend on how wide the compiler vectorises them.
+// Packing, quantization and the linear layer, on top of any kernel. All of its floating-point code is here, in plain
+// loops whose results do not depend on the vector width that the compiler chooses.
 #include <algorithm>
 
 #include "kernels.h"
 #include "numerics.h"
 
-// Also compile a function for wider vectors and choose when the library is loaded: for wide integers,
-// or for floats with fused multiply-adds, which in software take a hundred times as long.
+// Compiles a function for wider vectors too; the loader chooses one of them. FLOAT_CLONES have fused multiply-adds,
+// which take a hundred times as long in software.
 #if defined(__x86_64__) && defined(__GLIBC__)
 #define INTEGER_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #define FLOAT_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
@@ -18,7 +18,7 @@
 namespace owlet {
 namespace {
 
-// Tokens of one parallel task: enough to read a panel once for many, few enough to share them out.
+// The tokens of one parallel task: many read a panel less often, few give every thread a task.
 constexpr int64_t kTaskTokens = 96;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -42,9 +42,8 @@ int32_t quantize_values(const float* x, int64_t K, float inverse, int8_t* q) {
   return sum;
 }
 
-// From the sums of a panel to y, for `tokens` tokens. scale and bias are those of the panel's 64
-// rows: loops of a fixed length need no code for the rest. residual and y are those of the first
-// token, `columns` of which a token fills, `stride` apart.
+// Turns the sums of a panel into y, for `tokens` tokens. scale and bias have the panel's 64 rows, so that loops have a
+// fixed length and no remainder. residual and y start at the first token; each token fills `columns`, `stride` apart.
 FLOAT_CLONES
 void epilogue(const int32_t* acc, int64_t tokens, const float* x_scale, const float* scale, const float* bias,
               Activation activation, const float* residual, int64_t columns, int64_t stride, float* y) {
@@ -76,8 +75,7 @@ void epilogue(const int32_t* acc, int64_t tokens, const float* x_scale, const fl
 
 }  // namespace
 
-bool pack_panels(const int8_t* w, int64_t N, int64_t K, int64_t panel_begin, int64_t panel_end,
-                 uint8_t* packed) {
+bool pack_panels(const int8_t* w, int64_t N, int64_t K, int64_t panel_begin, int64_t panel_end, uint8_t* packed) {
   const int64_t panel_bytes = ceil_div(K, 4) * kQuadBytes;
   const int64_t row_end = std::min(N, panel_end * kPanelRows);
   bool symmetric = true;
@@ -96,7 +94,7 @@ bool pack_panels(const int8_t* w, int64_t N, int64_t K, int64_t panel_begin, int
 QuantizedRow quantize_row(const float* x, int64_t K, int8_t* q) {
   const TokenScale s = token_scale(max_abs_bits(x, K));
   if (s.inverse != 0) return {s.scale, quantize_values(x, K, s.inverse, q)};
-  std::fill_n(q, K, 0);  // x may hold a NaN or an inf, which must not reach the rounding
+  std::fill_n(q, K, 0);  // x may hold a NaN or an inf, which round_to_int cannot take
   return {s.scale, 0};
 }
 
@@ -115,15 +113,13 @@ void QuantizedTokens::quantize(int64_t t, const float* x) {
   std::fill(row + K, row + row_bytes(quads), 0);
 }
 
-int64_t Int8Linear::tasks(int64_t tokens) const {
-  return ceil_div(N, kPanelRows) * ceil_div(tokens, kTaskTokens);
-}
+int64_t Int8Linear::tasks(int64_t tokens) const { return ceil_div(N, kPanelRows) * ceil_div(tokens, kTaskTokens); }
 
 void Int8Linear::forward(const QuantizedTokens& x, int64_t tokens, const float* residual, int64_t begin,
                          int64_t end, float* y) const {
   const Kernel& kernel = owlet::kernel();
   const int64_t blocks = ceil_div(tokens, kTaskTokens);
-  const int rows_a_column = activation == Activation::swiglu ? 2 : 1;
+  const int rows_per_column = activation == Activation::swiglu ? 2 : 1;
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / blocks * kPanelRows, rows = std::min<int64_t>(kPanelRows, N - n);
@@ -132,17 +128,21 @@ void Int8Linear::forward(const QuantizedTokens& x, int64_t tokens, const float* 
     std::copy_n(scale + n, rows, scales);
     if (bias) std::copy_n(bias + n, rows, biases);
 
-    const int64_t block = task % blocks * kTaskTokens;
-    const int64_t block_end = std::min(block + kTaskTokens, tokens);
+    const int64_t block = task % blocks * kTaskTokens, block_end = std::min(block + kTaskTokens, tokens);
     for (int64_t t = block, tile; t < block_end; t += tile) {
-      tile = ceil_div(block_end - t, ceil_div(block_end - t, kernel.tile_tokens));  // all of like size
+      tile = ceil_div(block_end - t, ceil_div(block_end - t, kernel.tile_tokens));  // tiles of about equal size
       int32_t acc[kMaxTileTokens][kPanelRows];
       kernel.dot_panel[tile - 1](&x.q[t * row_bytes(x.quads)], &x.q_sum[t], panel, x.quads, acc[0]);
-      const int64_t at = t * columns() + n / rows_a_column;
+      const int64_t at = t * columns() + n / rows_per_column;
       epilogue(acc[0], tile, &x.scale[t], scales, bias ? biases : nullptr, activation,
-               residual ? residual + at : nullptr, rows / rows_a_column, columns(), y + at);
+               residual ? residual + at : nullptr, rows / rows_per_column, columns(), y + at);
     }
   }
+}
+
+void Int8Linear::read_row(int64_t n, int64_t K, float* y) const {
+  const uint8_t* row = packed + n / kPanelRows * ceil_div(K, 4) * kQuadBytes + n % kPanelRows * 4;
+  for (int64_t k = 0; k < K; ++k) y[k] = static_cast<float>(row[k / 4 * kQuadBytes + k % 4] - 128) * scale[n];
 }
 
 }  // namespace owlet

@@ -1,4 +1,4 @@
-// The choice of instruction set, made once, at run time.
+// Chooses the instruction set once, at run time.
 #include <cstdlib>
 #include <stdexcept>
 
@@ -27,8 +27,8 @@ const Kernel* find(const std::string& name) {
     if (name == k->name) return k;
     names += (names.empty() ? "" : ", ") + std::string(k->name);
   }
-  throw std::invalid_argument("instruction set '" + name + "' (OWLET_ISA) is unknown or not " +
-                              "supported by this CPU, which has: " + names);
+  throw std::invalid_argument("instruction set '" + name +
+                              "' (OWLET_ISA) is unknown or not supported by this CPU, which has: " + names);
 }
 
 const Kernel*& current() {

@@ -1,9 +1,8 @@
-// The int8 kernels, free of torch:  y = activation(x @ w.T + bias) + residual
+// The int8 kernels, without torch:  y = activation(x @ w.T + bias) + residual
 //
-// x is quantized to int8 with one scale per token (row of x); w is int8 with one scale per output
-// channel. Every instruction set computes the same int32 sums, exactly; what is in floating point
-// (int8_linear.cpp, float_math.h) takes the same steps in the same order on all of them. So results
-// are bit-identical everywhere.
+// x is quantized to int8 with one scale per token (row of x); w is int8 with one scale per output channel. Every
+// instruction set computes the same exact int32 sums. The floating-point code (int8_linear.cpp, float_math.h) takes the
+// same steps in the same order on all of them. So results are bit-identical everywhere.
 #pragma once
 
 #include <cstdint>
@@ -16,25 +15,22 @@
 
 namespace owlet {
 
-// Packed weights, uint8 (ceil(N/64), ceil(K/4), 64, 4): panels of 64 rows, in which 4 consecutive k
-// of a row, a quad, are adjacent. That is the operand shape of vpdpbusd, tdpbsud, sdot and dp4a, and a panel
-// is read from front to back. A value is stored as w + 128, since vpdpbusd wants one unsigned
-// operand; padding is 128, a zero weight.
+// Packed weights are uint8 (ceil(N/64), ceil(K/4), 64, 4): panels of 64 rows, in which 4 consecutive k of a row (a
+// quad) are adjacent. That is the operand shape of vpdpbusd, tdpbsud, sdot and dp4a, and a panel is read from front to
+// back. A value is stored as w + 128, because vpdpbusd needs one unsigned operand. Padding is 128, a zero weight.
 constexpr int kPanelRows = 64;
 constexpr int kQuadBytes = 4 * kPanelRows;  // one quad of every row of a panel
 
-// Activations of a token start on a cache line: to load a tile register from elsewhere takes ten
-// times as long.
+// The activations of a token start on a cache line: loading a tile register from elsewhere takes ten times as long.
 constexpr int kLine = 64;
 constexpr int64_t row_bytes(int64_t quads) { return (4 * quads + kLine - 1) / kLine * kLine; }
 
-// Kernels sum q * (w + 128), starting from -128 * sum(q): no partial sum exceeds 128 * 127 * K.
+// Kernels sum q * (w + 128), starting from -128 * sum(q), so no partial sum exceeds 128 * 127 * K.
 constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
 
-// acc[t * 64 + n] = sum over k of q[t, k] * w[n, k]. q is (tokens, row_bytes(quads)); q_sum[t] is
-// the sum of q[t, k] over k.
-using DotPanel = void(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads,
-                      int32_t* acc);
+// acc[t * 64 + n] = sum over k of q[t, k] * w[n, k]. q is (tokens, row_bytes(quads)); q_sum[t] is the sum of q[t, k]
+// over k.
+using DotPanel = void(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int32_t* acc);
 
 constexpr int kMaxTileTokens = 32;
 
@@ -42,7 +38,7 @@ struct Kernel {
   const char* name;
   bool (*supported)();  // by this CPU and its operating system
   const FloatMath* floats;
-  int tile_tokens;      // how many it takes at most: weights are loaded once for all of a tile
+  int tile_tokens;                      // the most tokens of a call: one load of the weights serves all of them
   DotPanel* dot_panel[kMaxTileTokens];  // [tokens - 1]
 };
 
@@ -50,14 +46,13 @@ extern const Kernel amx, avx512_vnni, avx_vnni, avx2;  // x86-64
 extern const Kernel neon;                              // 64-bit Arm
 extern const Kernel generic;
 
-const Kernel& kernel();                    // in use: $OWLET_ISA, or else the best this CPU supports
-std::vector<std::string> kernel_names();   // those this CPU supports, best first
-void use_kernel(const std::string& name);  // switch, for tests; not while another thread computes
+const Kernel& kernel();                    // the one in use: $OWLET_ISA, or else the best this CPU supports
+std::vector<std::string> kernel_names();   // the kernels this CPU supports, best first
+void use_kernel(const std::string& name);  // switches, for tests; not while another thread computes
 
-// Packs panels [panel_begin, panel_end) of w, int8 (N, K) row-major. False if w holds a -128, which
-// the symmetric format does not have.
-bool pack_panels(const int8_t* w, int64_t N, int64_t K, int64_t panel_begin, int64_t panel_end,
-                 uint8_t* packed);
+// Packs panels [panel_begin, panel_end) of w, int8 (N, K) row-major. Returns false if w holds a -128, which the
+// symmetric format does not have.
+bool pack_panels(const int8_t* w, int64_t N, int64_t K, int64_t panel_begin, int64_t panel_end, uint8_t* packed);
 
 struct QuantizedRow {
   float scale;  // x = q * scale; NaN if x is not finite
@@ -66,7 +61,7 @@ struct QuantizedRow {
 
 QuantizedRow quantize_row(const float* x, int64_t K, int8_t* q);
 
-// Activations in int8. Allocates when it is made and never again.
+// Activations in int8. Only the constructor allocates.
 class QuantizedTokens {
  public:
   QuantizedTokens(int64_t tokens, int64_t K);
@@ -96,13 +91,16 @@ struct Int8Linear {
 
   int64_t columns() const { return activation == Activation::swiglu ? N / 2 : N; }
 
-  // How many parallel tasks there are: each is one panel for a block of tokens.
+  // The number of parallel tasks. Each is one panel for a block of tokens.
   int64_t tasks(int64_t tokens) const;
 
-  // Does tasks [begin, end) of y, float (tokens, columns), for the first `tokens` of x. residual has
-  // y's shape, may be y itself, and may be null.
+  // Computes tasks [begin, end) of y, float (tokens, columns), for the first `tokens` of x. residual has y's shape, may
+  // be y itself, and may be null.
   void forward(const QuantizedTokens& x, int64_t tokens, const float* residual, int64_t begin, int64_t end,
                float* y) const;
+
+  // y (K) = row n of the matrix, times its scale.
+  void read_row(int64_t n, int64_t K, float* y) const;
 };
 
 }  // namespace owlet

@@ -1,5 +1,5 @@
-// 64-bit Arm with the dot product extension (Armv8.2 and later, every Apple M). sdot takes both
-// operands signed, so the weights lose their offset on the way: (w + 128) ^ 0x80 = w.
+// 64-bit Arm with the dot product extension (Armv8.2 and later, every Apple M). Both operands of sdot are signed, so
+// the offset of the weights is removed first: (w + 128) ^ 0x80 = w.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #if defined(__linux__)
@@ -16,10 +16,8 @@ namespace owlet {
 namespace {
 
 template <int Tokens>
-TARGET void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int64_t quads,
-                      int32_t* acc) {
-  // A panel is 16 vectors wide. For several tokens it is done in strips, to keep the sums in
-  // registers.
+TARGET void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int64_t quads, int32_t* acc) {
+  // A panel is 16 vectors wide. Several tokens take it in strips, to keep the sums in registers.
   constexpr int Vecs = Tokens == 1 ? 16 : 4;
   const uint8x16_t offset = vdupq_n_u8(0x80);
   for (int strip = 0; strip < 16; strip += Vecs) {
@@ -30,8 +28,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int
     for (int64_t i = 0; i < quads; ++i) {
       const uint8_t* panel_quad = panel + i * kQuadBytes + 16 * strip;
       int8x16_t w[Vecs];
-      for (int v = 0; v < Vecs; ++v)
-        w[v] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(panel_quad + 16 * v), offset));
+      for (int v = 0; v < Vecs; ++v) w[v] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(panel_quad + 16 * v), offset));
       for (int t = 0; t < Tokens; ++t) {
         int32_t quad;
         std::memcpy(&quad, q + t * row_bytes(quads) + 4 * i, 4);

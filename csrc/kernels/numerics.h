@@ -1,5 +1,5 @@
-// The few steps of floating point that CPU and CUDA share, to the last bit. Compile without
-// contraction to fused multiply-adds (-ffp-contract=off, nvcc -fmad=false).
+// The floating-point steps that give the same bits on CPU and CUDA. Compile without contraction to fused multiply-adds
+// (-ffp-contract=off, nvcc -fmad=false).
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ OWLET_HOST_DEVICE inline float float_of(uint32_t bits) {
   return x;
 }
 
-// Added to |x| < 2^22, 1.5 * 2^23 leaves no room for a fraction: the sum is rounded to the nearest
-// integer, ties to even, and that integer stands in its low bits. Unlike lrint, it vectorises.
+// For |x| < 2^22, x + 1.5 * 2^23 has no bits for a fraction: the sum is rounded to the nearest integer, ties to even,
+// and its low bits are that integer. Unlike lrint, this vectorises.
 constexpr float kRound = 12582912.0f;
 constexpr uint32_t kRoundBits = 0x4b400000;
 
@@ -34,29 +34,27 @@ OWLET_HOST_DEVICE inline int32_t round_to_int(float x) {
   return static_cast<int32_t>(bits_of(x + kRound) - kRoundBits);
 }
 
-// |x| as an integer that sorts as |x| does, with inf above every number and NaN above inf.
-OWLET_HOST_DEVICE inline int32_t abs_bits(float x) {
-  return static_cast<int32_t>(bits_of(x) & 0x7fffffff);
-}
+// |x| as an integer with the order of |x|: inf is above every number and NaN above inf.
+OWLET_HOST_DEVICE inline int32_t abs_bits(float x) { return static_cast<int32_t>(bits_of(x) & 0x7fffffff); }
 
 constexpr int32_t kInfBits = 0x7f800000;
 
 struct TokenScale {
   float scale;    // q * scale = x
-  float inverse;  // x * inverse = q, before rounding; 0 where q must be 0
+  float inverse;  // round(x * inverse) = q; 0 if q must be 0
 };
 
 OWLET_HOST_DEVICE inline TokenScale token_scale(int32_t amax_bits) {
-  if (amax_bits >= kInfBits) return {float_of(0x7fc00000), 0.0f};  // NaN, to mark the token
+  if (amax_bits >= kInfBits) return {float_of(0x7fc00000), 0.0f};  // NaN marks the token
   const float amax = float_of(amax_bits);
   return {amax / 127.0f, amax >= 1e-30f ? 127.0f / amax : 0.0f};
 }
 
-// x where exp_approx can take it. A step of its own, so that loops can do it first: in one loop
-// with the rest, GCC computes the rest twice.
+// Clamps x to the range of exp_approx. Call it in a loop of its own before exp_approx's: in one loop with it, GCC
+// computes exp_approx twice.
 OWLET_HOST_DEVICE inline float exp_range(float x) {
-  x = x < -87.0f ? -87.0f : x;  // written so that a NaN passes
-  return x > 89.0f ? 89.0f : x;  // n = 128, whose bits are those of inf
+  x = x < -87.0f ? -87.0f : x;   // a NaN stays a NaN
+  return x > 89.0f ? 89.0f : x;  // there 2^n in exp_approx has the bits of inf
 }
 
 // a * b + c, rounded once.
@@ -68,8 +66,8 @@ OWLET_HOST_DEVICE inline float fused(float a, float b, float c) {
 #endif
 }
 
-// e^x to 1 ulp, inf from 88.4 on: x = n ln 2 + r, e^r by Cephes' polynomial, 2^n by its bits.
-// x must come from exp_range.
+// e^x to 1 ulp, inf from 88.4 on: x = n ln 2 + r, with e^r from Cephes' polynomial and 2^n from its bits. x must come
+// from exp_range.
 OWLET_HOST_DEVICE inline float exp_approx(float x) {
   const float shifted = fused(x, 1.44269504f, kRound);
   const float n = shifted - kRound;
@@ -84,7 +82,7 @@ OWLET_HOST_DEVICE inline float exp_approx(float x) {
   return p * float_of((bits_of(shifted) << 23) + 0x3f800000);
 }
 
-// x and exp_range(-x) -> x / (1 + e^-x).
+// x / (1 + e^-x). minus_x must be exp_range(-x).
 OWLET_HOST_DEVICE inline float silu(float x, float minus_x) { return x / (1.0f + exp_approx(minus_x)); }
 
 }  // namespace owlet

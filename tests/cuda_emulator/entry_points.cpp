@@ -31,7 +31,7 @@ void int8_linear(int bits, const void* x, int64_t tokens, int64_t K, const float
 // gate_up, down. Matrices are two: packed, scale.
 void decode(int64_t n_embd, int64_t n_head, int64_t n_kv_head, int64_t head_dim, int64_t n_hidden, int64_t vocab_size,
             int64_t n_layer, float eps, const void* const* tensors, const int64_t* tokens, const int64_t* pos,
-            int64_t streams, float* keys, float* values, int64_t length, float* logits) {
+            int64_t batch, float* keys, float* values, int64_t length, float* logits) {
   const auto vector = [&] { return static_cast<const float*>(*tensors++); };
   const auto matrix = [&](int64_t N, int64_t K, Activation activation = Activation::none) {
     const auto* packed = static_cast<const int8_t*>(*tensors++);
@@ -44,11 +44,11 @@ void decode(int64_t n_embd, int64_t n_head, int64_t n_kv_head, int64_t head_dim,
     model.blocks.push_back({vector(), matrix(qkv_width, n_embd), vector(), vector(), matrix(n_embd, width), vector(),
                             matrix(2 * n_hidden, n_embd, Activation::swiglu), matrix(n_embd, n_hidden)});
   const int64_t widest = std::max({n_embd, width, n_hidden});
-  std::vector<float> x(streams * n_embd), qkv(streams * qkv_width), mixed(streams * width),
-      hidden(streams * n_hidden), scale(streams);
-  std::vector<int8_t> q(cuda::scratch_bytes(streams, widest));
-  if (cuda::decode(model, {tokens, pos, streams, keys, values, length, logits},
-                   {x.data(), qkv.data(), mixed.data(), hidden.data(), {q.data(), scale.data()}}, nullptr) != cudaSuccess)
+  std::vector<float> x(batch * n_embd), qkv(batch * qkv_width), attn_out(batch * width),
+      hidden(batch * n_hidden), scale(batch);
+  std::vector<int8_t> q(cuda::scratch_bytes(batch, widest));
+  if (cuda::decode(model, {tokens, pos, batch, keys, values, length, logits},
+                   {x.data(), qkv.data(), attn_out.data(), hidden.data(), {q.data(), scale.data()}}, nullptr) != cudaSuccess)
     std::abort();
 }
 }

@@ -1,4 +1,5 @@
-#include "probe.h"
+// The limits of the machine, for benchmarks to compare the kernels with: the Python module owlet_probe.
+#include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <chrono>
@@ -7,9 +8,10 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <string>
 
-#include "huge_pages.h"
-#include "kernels/amx.h"
+#include "../../csrc/huge_pages.h"
+#include "../../csrc/kernels/amx.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,13 +23,12 @@ namespace owlet {
 namespace {
 
 void check_threads(int threads) {
-  constexpr int kMost = 1024;  // OpenMP ends the process when it cannot start as many as it is told to
+  constexpr int kMost = 1024;  // OpenMP ends the process when it cannot start all threads
   if (threads < 1 || threads > kMost)
     throw std::invalid_argument("threads must be 1 to " + std::to_string(kMost) + ", got " + std::to_string(threads));
 }
 
-// Seconds that work(t) of every t < threads takes, all starting together. Built without OpenMP, one
-// thread does all.
+// Seconds that work(t) takes for all t < threads, which start together. Without OpenMP, one thread does everything.
 template <typename Work>
 double seconds(int threads, const Work& work) {
   const auto now = [] {
@@ -45,7 +46,7 @@ double seconds(int threads, const Work& work) {
   return end - start;
 }
 
-// The best of several timings, since whatever disturbs one can only make it slower.
+// The best of several timings, because a disturbance can only make one slower.
 template <typename Work>
 double least_seconds(int threads, const Work& work) {
   constexpr int kTimings = 5;
@@ -56,14 +57,14 @@ double least_seconds(int threads, const Work& work) {
 
 // ---- reading
 
-// As wide as vectors come; where they are narrower, the compiler makes it several.
+// The widest vector there is. For narrower ones, the compiler splits it.
 using Vector = uint64_t __attribute__((vector_size(64)));
 constexpr int64_t kStreams = 4, kChunk = kStreams * kLine;
 static_assert(sizeof(Vector) == kLine);
-constexpr int64_t kEnoughBytes = 128 << 20;  // for one timing: milliseconds, beside which starting together is nothing
+constexpr int64_t kEnoughBytes = 128 << 20;  // per timing: milliseconds, so that starting the threads does not count
 
-// Reads `size` bytes once, in four streams `stride` apart that move on by `step`, asking for what lies
-// `ahead` bytes further on.
+// Reads `size` bytes once, in four streams that are `stride` apart and advance by `step`. Prefetches `ahead` bytes
+// further on.
 #if defined(__x86_64__) && defined(__GLIBC__)
 __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
@@ -75,17 +76,17 @@ void read(const char* p, int64_t size, int64_t stride, int64_t step, int64_t ahe
       seen[s] ^= *reinterpret_cast<const Vector*>(p + s * stride);
     }
   const Vector all = seen[0] ^ seen[1] ^ seen[2] ^ seen[3];
-  asm volatile("" : : "m"(all));  // somebody wants it, as far as the compiler knows
+  asm volatile("" : : "m"(all));  // makes the compiler believe that the value is used
 }
 
 // ---- multiplying
 
-// Independent sums of a loop: latency times throughput of the instruction, 5 x 2 or 3 x 4, and few
-// enough for 16 registers to hold them and the operands.
+// Independent sums of a loop: at least latency times throughput of the instruction (5 x 2 or 3 x 4), and few enough for
+// 16 registers to hold them and the operands.
 constexpr int kSums = 12;
-constexpr double kEnoughSeconds = 4e-3;  // for one timing
+constexpr double kEnoughSeconds = 4e-3;  // per timing
 
-// Makes the compiler believe that a register's value is needed, and that it is another from here on.
+// Makes the compiler believe that a register's value is used and then changes.
 #if defined(__aarch64__)
 #define OPAQUE(v) asm volatile("" : "+w"(v))
 #else
@@ -117,7 +118,7 @@ void dot_avx_vnni(int64_t repeats) {
     }
 }
 
-// Values already widened to 16 bits: how often that has to be done is up to the kernel.
+// The values are already widened to 16 bits: how often that must be done depends on the kernel.
 __attribute__((target("avx2")))
 void dot_avx2(int64_t repeats) {
   __m256i w = _mm256_set1_epi16(1), a = w;
@@ -127,7 +128,7 @@ void dot_avx2(int64_t repeats) {
     for (__m256i& s : sum) {
       s = _mm256_add_epi32(s, _mm256_madd_epi16(w, a));
       OPAQUE(s);
-      OPAQUE(w);  // else the product would be taken out of the loop
+      OPAQUE(w);  // keeps the product in the loop
     }
 }
 
@@ -172,27 +173,26 @@ void dot_generic(int64_t repeats) {
 
 struct Dot {
   const char* isa;
-  bool (*supported)();
   void (*run)(int64_t repeats);
-  int products;  // of one repeat
+  int products;  // per repeat
 };
 
 const Dot kDots[] = {
 #if defined(__x86_64__)
 #if defined(__linux__)
-    {"amx", amx.supported, dot_amx, 4 * 16 * 16 * 64},
+    {"amx", dot_amx, 4 * 16 * 16 * 64},
 #endif
-    {"avx512_vnni", avx512_vnni.supported, dot_avx512_vnni, kSums * 64},
-    {"avx_vnni", avx_vnni.supported, dot_avx_vnni, kSums * 32},
-    {"avx2", avx2.supported, dot_avx2, kSums * 16},
+    {"avx512_vnni", dot_avx512_vnni, kSums * 64},
+    {"avx_vnni", dot_avx_vnni, kSums * 32},
+    {"avx2", dot_avx2, kSums * 16},
 #elif defined(__aarch64__)
-    {"neon", neon.supported, dot_neon, kSums * 16},
+    {"neon", dot_neon, kSums * 16},
 #endif
-    {"generic", generic.supported, dot_generic, kGenericSums},
+    {"generic", dot_generic, kGenericSums},
 };
 
-}  // namespace
-
+// GB/s at which the threads together read `bytes` of memory again and again, each its own share: the limit of decoding
+// with that many bytes of weights.
 double read_bandwidth(int64_t bytes, int threads) {
   check_threads(threads);
   const int64_t share = bytes / threads / kChunk * kChunk;
@@ -201,8 +201,8 @@ double read_bandwidth(int64_t bytes, int threads) {
                                 std::to_string(bytes));
   const std::unique_ptr<char, void (*)(void*)> buffer(static_cast<char*>(huge_alloc(share * threads)), std::free);
   if (!buffer) throw std::bad_alloc();
-  seconds(threads, [&](int t) {  // pages lie near the thread that touches them first
-    uint64_t random = t + 1;     // xorshift; memory of zeros, or of one value, may be read faster
+  seconds(threads, [&](int t) {  // the first thread to touch a page gets it in memory near its core
+    uint64_t random = t + 1;     // xorshift, because zeros may be read faster
     auto* words = reinterpret_cast<uint64_t*>(buffer.get() + t * share);
     for (int64_t i = 0; i < share / 8; ++i) {
       random ^= random << 13, random ^= random >> 7, random ^= random << 17;
@@ -223,10 +223,13 @@ double read_bandwidth(int64_t bytes, int threads) {
   return static_cast<double>(share * threads * repeats) / least * 1e-9;
 }
 
+// GOP/s (a multiply-add is two operations) of the int8 dot product of an instruction set, from and to registers.
 double dot_peak(int threads, const std::string& isa) {
   check_threads(threads);
+  const auto isas = pybind11::module_::import("owlet_kernels").attr("isas")();  // asks the system for AMX's registers
   for (const Dot& dot : kDots)
-    if (isa == dot.isa && dot.supported()) {
+    if (isa == dot.isa && isas.contains(isa)) {
+      const pybind11::gil_scoped_release unlocked;
       int64_t repeats = 1;
       const auto run = [&](int) { dot.run(repeats); };
       while (least_seconds(1, run) < kEnoughSeconds) repeats *= 2;
@@ -235,4 +238,13 @@ double dot_peak(int threads, const std::string& isa) {
   throw std::invalid_argument("instruction set '" + isa + "' is unknown or not supported by this CPU");
 }
 
+}  // namespace
 }  // namespace owlet
+
+PYBIND11_MODULE(owlet_probe, m) {
+  using pybind11::arg;
+  m.def("read_bandwidth", owlet::read_bandwidth, arg("bytes"), arg("threads"),
+        pybind11::call_guard<pybind11::gil_scoped_release>(), "GB/s at which threads can read this many bytes of memory.");
+  m.def("dot_peak", owlet::dot_peak, arg("threads"), arg("isa"),
+        "GOP/s of the instruction set's int8 dot product, from registers. ValueError if this CPU does not have it.");
+}

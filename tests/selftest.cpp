@@ -1,12 +1,12 @@
-// Tests every kernel this CPU supports against naive loops. Needs neither torch nor Python:
-//   g++ -O2 -std=c++17 -ffp-contract=off -fno-trapping-math csrc/kernels/*.cpp -o selftest && ./selftest
+// Tests every kernel this CPU supports against naive loops, without torch or Python:
+//   g++ -O2 -std=c++17 -ffp-contract=off tests/selftest.cpp csrc/kernels/*.cpp -o selftest && ./selftest
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
 
-#include "kernels.h"
+#include "../csrc/kernels/kernels.h"
 
 namespace {
 
@@ -79,8 +79,8 @@ std::vector<float> run(const Case& c, const Problem& p) {
   return y;
 }
 
-// Every value of every dimension, without the largest products; options take turns. Then every
-// combination of options on one shape.
+// Every combination of the sizes without the largest products, with options in turn. Then every combination of options
+// for one shape.
 std::vector<Case> make_cases() {
   const int64_t sizes[] = {1, 3, 7, 16, 63, 64, 65, 257, 1408};
   const Activation activations[] = {Activation::none, Activation::silu, Activation::swiglu};
@@ -100,7 +100,7 @@ std::vector<Case> make_cases() {
   return cases;
 }
 
-// ---- norms, rotations, attention
+// ---- RMSNorm, RoPE, attention
 
 struct Head {
   int64_t size, count;
@@ -117,31 +117,31 @@ Head make_head(int64_t size, int64_t count, std::mt19937& random) {
   return head;
 }
 
-// One query's attention, the last queries' attention, a norm, a rotation and rows from int8, in a row.
+// The concatenated results of attend, attend_block, rms_norm, rope, dequantize and attend_int8.
 std::vector<float> run(const Head& h, const FloatMath& math) {
-  const int64_t queries = std::min<int64_t>(kQueries, h.count), row = h.size + 3;  // rows apart, as in the model
+  const int64_t queries = std::min<int64_t>(kQueries, h.count), row = h.size + 3;  // rows have gaps, as in the model
   std::vector<float> q(queries * row), scratch(attention_scratch(h.count, h.size)),
       y(h.size + queries * row + 6 * h.size);
   for (int64_t i = 0; i < queries; ++i) std::copy_n(&h.q[i * h.size], h.size, &q[i * row]);
-  float *one = y.data(), *block = one + h.size, *norm = block + queries * row, *turned = norm + h.size;
+  float *one = y.data(), *block = one + h.size, *norm = block + queries * row, *rotated = norm + h.size;
   math.attend(h.q.data(), h.keys.data(), h.values.data(), h.count, h.size, scratch.data(), one, h.keys.data());
   math.attend_block(q.data(), row, queries, h.count - queries, h.keys.data(), h.values.data(), h.size, scratch.data(),
                     block, row);
   math.rms_norm(h.q.data(), h.weight.data(), h.size, 1e-6f, norm);
-  std::copy_n(h.q.data(), h.size, turned);
-  math.rope(turned, h.weight.data(), h.keys.data(), h.size / 2);
+  std::copy_n(h.q.data(), h.size, rotated);
+  math.rope(rotated, h.weight.data(), h.keys.data(), h.size / 2);
   std::vector<int8_t> q8(3 * h.size);
   for (size_t i = 0; i < q8.size(); ++i) q8[i] = static_cast<int8_t>(83 * i);
-  math.dequantize(q8.data(), h.weight.data(), std::min<int64_t>(3, h.size), h.size, turned + h.size);
+  math.dequantize(q8.data(), h.weight.data(), std::min<int64_t>(3, h.size), h.size, rotated + h.size);
   const std::vector<int8_t> k8(h.count * h.size, 3), v8(h.count * h.size, 100);
   math.attend_int8(h.q.data(), k8.data(), h.keys.data(), v8.data(), h.ones().data(), h.count, h.size, scratch.data(),
-                   turned + 4 * h.size, k8.data());
+                   rotated + 4 * h.size, k8.data());
   return y;
 }
 
 bool near(float a, double b) { return std::fabs(a - b) <= 1e-5 * (1 + std::fabs(b)); }
 
-// What attend should give for a query that sees `count` keys.
+// The expected result of attend for a query that sees `count` keys.
 std::vector<double> naive_attention(const Head& h, const float* q, int64_t count) {
   std::vector<double> y(h.size);
   double sum = 0;
@@ -158,7 +158,7 @@ std::vector<double> naive_attention(const Head& h, const float* q, int64_t count
 
 bool right(const Head& h, const std::vector<float>& y) {
   const int64_t queries = std::min<int64_t>(kQueries, h.count), row = h.size + 3, half = h.size / 2;
-  const float *block = &y[h.size], *norm = block + queries * row, *turned = norm + h.size;
+  const float *block = &y[h.size], *norm = block + queries * row, *rotated = norm + h.size;
   bool good = true;
   const std::vector<double> one = naive_attention(h, h.q.data(), h.count);
   for (int64_t d = 0; d < h.size; ++d) good &= near(y[d], one[d]);
@@ -172,12 +172,12 @@ bool right(const Head& h, const std::vector<float>& y) {
   for (int64_t d = 0; d < h.size; ++d) good &= near(norm[d], h.q[d] / rms * h.weight[d]);
   for (int64_t d = 0; d < half; ++d) {
     const double a = h.q[d], b = h.q[d + half], cos = h.weight[d], sin = h.keys[d];
-    good &= near(turned[d], a * cos - b * sin) && near(turned[d + half], b * cos + a * sin);
+    good &= near(rotated[d], a * cos - b * sin) && near(rotated[d + half], b * cos + a * sin);
   }
-  const float* rows = turned + h.size;
+  const float* rows = rotated + h.size;
   for (int64_t i = 0; i < std::min<int64_t>(3, h.size) * h.size; ++i)
     good &= near(rows[i], double(static_cast<int8_t>(83 * i)) * h.weight[i / h.size]);
-  for (int64_t d = 0; d < h.size; ++d) good &= near(rows[3 * h.size + d], 100.0);  // all values are alike
+  for (int64_t d = 0; d < h.size; ++d) good &= near(rows[3 * h.size + d], 100.0);  // all values are equal
   return good;
 }
 
@@ -219,7 +219,7 @@ int main() {
         const std::vector<float> y = run(head, *kernel().floats);
         if (right(head, y) && !std::memcmp(y.data(), expected.data(), y.size() * sizeof(float))) continue;
         ++failures[i];
-        std::printf("%s: attention, norm or rotation wrong for size %d, count %d\n", names[i].c_str(), int(size),
+        std::printf("%s: attention, norm or RoPE wrong for size %d, count %d\n", names[i].c_str(), int(size),
                     int(count));
       }
     }

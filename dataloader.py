@@ -1,0 +1,127 @@
+"""Prepared tokens: the files, the order of batches, and the loss over the validation text.
+
+Which sequences a step sees depends only on (seed, step): a resumed run and every number of ranks see the same batches.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cli import UserError
+from distributed import Ranks
+from files import read_json
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a folder made by data/prepare.py."""
+    if not (folder / "meta.json").exists():
+        raise UserError(f"{folder}: expected a folder made by data/prepare.py, found no meta.json in it")
+    return read_json(folder / "meta.json")
+
+
+class TokenData:
+    """train.bin and val.bin of a prepared folder. Each call reads its own tokens from disk and no more.
+
+    (Memory-mapped, pages once touched would stay resident, until a long run holds the whole file.)
+    """
+
+    def __init__(self, folder: Path, block_size: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
+        self.folder, self.meta = folder, read_meta(folder)
+        self.block_size, self.device, self.seed = block_size, torch.device(device), seed
+        self.files, self.tokens, self.dtype = {}, {}, np.dtype(self.meta["dtype"])
+        for split in ("train", "val"):
+            path, tokens = folder / f"{split}.bin", self.meta[split]["tokens"]
+            check_tokens(path, self.meta[split], tokens * self.dtype.itemsize, self.meta.get("mtime_ns", {}).get(split))
+            if tokens <= block_size:
+                raise UserError(f"{path}: a block of {block_size} is longer than this text of {tokens} tokens; "
+                                f"expected a --block-size of at most {tokens - 1}")
+            self.files[split], self.tokens[split] = path.open("rb"), tokens
+        self.bits_per_nat = self.meta["val"]["tokens"] / self.meta["val"]["bytes"] / math.log(2)
+        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
+
+    def sequences(self, split: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the sequences at `starts`, each (len(starts), block_size) int64."""
+        file, block = self.files[split], np.empty((len(starts), self.block_size + 1), self.dtype)
+        for row, start in zip(block, starts, strict=True):
+            file.seek(int(start) * self.dtype.itemsize)
+            if file.readinto(row) != row.nbytes:
+                raise UserError(f"{file.name}: ends before token {start + len(row)}; expected {self.tokens[split]} "
+                                "tokens; run data/prepare.py again")
+        block = torch.from_numpy(block.astype(np.int64))
+        if self.device.type == "cuda":
+            block = block.pin_memory()
+        block = block.to(self.device, non_blocking=True)
+        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+    def training_start(self, index: int) -> int:
+        """Where training sequence `index` begins: every epoch has its own shift and permutation."""
+        tokens, T = self.tokens["train"], self.block_size
+        per_epoch = max(1, (tokens - T) // T)
+        epoch, i = divmod(index, per_epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            shift = rng.integers(0, min(T, tokens - per_epoch * T))
+            self.epoch, self.order = epoch, shift + T * rng.permutation(per_epoch)
+        return self.order[i]
+
+    def batch(self, first: int, count: int, parts: int) -> list[tuple[Tensor, Tensor]]:
+        """Training sequences first, first + 1, ... (`count` of them), in equal parts."""
+        starts = np.array([self.training_start(index) for index in range(first, first + count)])
+        return [self.sequences("train", part) for part in np.split(starts, parts)]
+
+    def validation_starts(self, limit: int | None = None) -> np.ndarray:
+        """Sequences that cover the validation text once, or `limit` tokens of it, evenly spread."""
+        T = self.block_size
+        starts = np.arange(0, self.tokens["val"] - T, T)
+        if limit is not None and limit < len(starts) * T:
+            starts = starts[np.linspace(0, len(starts) - 1, max(1, limit // T)).astype(int)]
+        return starts
+
+
+def check_tokens(path: Path, meta: dict, size: int, mtime_ns: int | None) -> None:
+    """Raises UserError unless the file is the one that meta.json describes.
+
+    A file of the recorded size and modification time is taken as it is; any other is read and hashed.
+    """
+    found = path.stat() if path.exists() else None
+    if found is None or found.st_size != size:
+        raise UserError(f"{path}: expected {meta['tokens']} tokens as meta.json says; run data/prepare.py again")
+    if found.st_mtime_ns == mtime_ns:
+        return
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"]:
+            raise UserError(f"{path}: expected the tokens that meta.json describes, got others; "
+                            "run data/prepare.py again")
+
+
+# ---------------------------------------------------------------- the loss
+
+def forward_loss(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean loss in nats a token of x, y (B, T); matrix products in dtype, weights and delicate operations in fp32."""
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        return model(x, y)[1]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: TokenData, limit: int | None = None, ranks: Ranks | None = None,
+             dtype: torch.dtype = torch.float32) -> float:
+    """Mean validation loss in nats a token, of `limit` tokens; the ranks share the sequences among them."""
+    starts = data.validation_starts(limit)
+    # as many sequences at a time as keep their fp32 logits below 128 MB
+    batch = max(1, min(8192, 2**25 // data.meta["vocab_size"]) // data.block_size)
+    rank, world = (ranks.rank, ranks.world) if ranks is not None else (0, 1)
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    with torch.compiler.set_stance("force_eager"):  # compiling for other shapes would not pay
+        for i in range(0, len(starts), batch * world):
+            mine = starts[i:i + batch * world][rank::world]
+            # a rank without sequences takes any: ranks that share a model must all go through it
+            x, y = data.sequences("val", mine if len(mine) else starts[:1])
+            total += forward_loss(model, x, y, dtype).item() * len(mine)
+    model.train(was_training)
+    return (ranks.sum(total)[0] if ranks is not None else total) / len(starts)

@@ -1,0 +1,86 @@
+"""What this machine has: devices, number formats, compilers, cores, and how fast it multiplies."""
+
+import importlib.util
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from cli import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's GPU, else the CPU. Of several GPUs the first. Raises UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device: expected auto, cpu, cuda or mps, got {name}")
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= here:
+        raise UserError(f"--device {name}: this machine has {here or 'none'} of them")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
+    """auto: bfloat16 where it is fast, for matrices at least `width` wide; else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if gpu_has_bf16(device) else torch.float32
+    # On a CPU bf16 pays with AMX tiles only, and, since fp32 is converted for each product, only if that product is
+    # wide enough to outweigh the conversions (docs/log.md, "bfloat16 on a CPU").
+    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if amx and width >= 256 else torch.float32
+
+
+def gpu_has_bf16(device: torch.device) -> bool:
+    """Whether this is a CUDA GPU with bfloat16 arithmetic in hardware."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds the compiler it needs."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """What this device reaches on a large matrix product (FLOP/s), measured: best of twenty."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for an asynchronous device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

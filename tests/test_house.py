@@ -1,0 +1,64 @@
+"""Rules of the house: imports go one way, no file imports a script, and names that are written down exist."""
+
+import ast
+import functools
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import profile_run
+
+SCRIPTS = {"train", "sample", "quantize", "profile_run", "prepare", "setup"}
+FILES = {path.stem: path for path in [*ROOT.glob("*.py"), ROOT / "data" / "prepare.py"]}
+BENCHMARKS = sorted((ROOT / "tests" / "bench").glob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+OURS = {name: imports(path) & FILES.keys() for name, path in FILES.items()}
+
+
+def test_imports_make_no_circle():
+    @functools.cache
+    def depth(name: str) -> int:  # a circle recurses for ever
+        return 1 + max(map(depth, OURS[name]), default=0)
+
+    assert max(map(depth, OURS)) < len(OURS)
+
+
+@pytest.mark.parametrize("path", [*FILES.values(), *BENCHMARKS], ids=lambda path: path.name)
+def test_no_script_is_imported(path):
+    assert not imports(path) & SCRIPTS - ({"prepare"} if path in BENCHMARKS else set())
+
+
+def test_the_model_needs_torch_alone():
+    assert imports(FILES["model"]) - sys.stdlib_module_names == {"torch"}
+
+
+@pytest.mark.parametrize("function", profile_run.PHASE_OF)
+def test_every_function_of_a_phase_exists(function):
+    """A renamed function would turn its phase into "everything else"."""
+    file, _, name = function.partition(":")
+    if not name:  # written in C: module.Class.method
+        file, _, name = function.partition(".")
+    if file.startswith("<"):
+        assert file == "<frozen importlib._bootstrap>"
+        file = "importlib._bootstrap"
+    found = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert callable(found)
+    code = getattr(found, "__wrapped__", found)
+    assert getattr(code, "__qualname__", name) == name  # as a profile has it
