@@ -60,5 +60,6 @@ bench: build/kernels
 lint: .venv/requirements-dev
 	$(BIN)/ruff check
 
+# build products only: never a model, never a book
 clean:
-	rm -rf .venv build out data/*/ *.so
+	rm -rf .venv build *.so

@@ -48,7 +48,8 @@ def parse(config_class: type[Config], description: str, args: Sequence[str] | No
 
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, default: Any) -> None:
-    name, about, options = flag_name(field.name), field.metadata, {}
+    name, options = flag_name(field.name), {}
+    about = field.metadata or flag(None, "").metadata
     if get_origin(kind) in (Union, types.UnionType):  # X | None
         kind = next(part for part in get_args(kind) if part is not type(None))
     if get_origin(kind) is tuple:  # tuple[X, ...]

@@ -27,12 +27,12 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import int8
-from checkpoint import atomic_path, write_json
 from cli import UserError, parse, run
-from cuda_graph import BUCKET
-from int8 import pack_tiles, quantize_rows, quantize_tokens
-from model import GPT, KVCache, generate
-from train import SIZES, build_model, peak_flops
+from files import atomic_path, write_json
+from generate import BUCKET, generate
+from int8 import quantize_rows, quantize_tokens
+from machine import peak_flops
+from model import GPT, SIZES, GPTConfig, KVCache
 
 DEVICE = torch.device("cuda:0")
 CACHE = 256 << 20  # bytes, more than any GPU's second level cache
@@ -46,7 +46,7 @@ MOST_TOKENS = BUCKET - PROMPT_TOKENS - UNTIMED  # behind which there would be a 
 
 def owlet(w: Tensor) -> Callable[[Tensor], Tensor]:
     q, scale = quantize_rows(w)
-    tiles = pack_tiles(q)
+    tiles = torch.ops.owlet.pack_int8(q)
     return lambda x: torch.ops.owlet.int8_linear(x, tiles, scale)
 
 
@@ -142,18 +142,18 @@ def products(makers: dict, shapes: list[tuple[int, int]], tokens: list[int], rou
 
 # ---------------------------------------------------------------- whole models
 
-class Unrecorded(KVCache):
-    recordable = False
+class Eager(KVCache):
+    """A cache that generate.py captures no graph for."""
 
 
 def decoding(size: str, new: int, rounds: int) -> list[dict]:
     """Tokens a second at batch 1, behind a short prompt; the weights are random, and read whole for each token."""
     torch.manual_seed(0)
-    fp32 = build_model(SIZES[size], 256).eval().requires_grad_(False)
+    fp32 = GPT(GPTConfig(256, **SIZES[size])).eval().requires_grad_(False)
     for parameter in fp32.parameters():  # speed does not depend on their values, but for zeros
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.02)
     models = {"int8": int8.build(fp32.config, int8.quantize_state(fp32), "owlet", DEVICE), "fp32": fp32.to(DEVICE)}
-    half = build_model(SIZES[size], 256).eval().requires_grad_(False).to(DEVICE)
+    half = GPT(GPTConfig(256, **SIZES[size])).eval().requires_grad_(False).to(DEVICE)
     for ours, theirs in zip(half.parameters(), fp32.parameters(), strict=True):
         ours.data = theirs.data.bfloat16()
     models["bf16"] = half
@@ -178,7 +178,7 @@ def decoding(size: str, new: int, rounds: int) -> list[dict]:
 @torch.inference_mode()
 def pace(model: GPT, idx: Tensor, new: int, graph: bool) -> float:
     """Tokens a second, once those before have been recorded."""
-    kind = KVCache if graph else Unrecorded
+    kind = KVCache if graph else Eager
     dtype = model.model.norm.weight.dtype
     model.new_cache = lambda streams, length: kind(model.config, streams, length, DEVICE, dtype)
     stream = generate(model, idx, UNTIMED + new, temperature=0)

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 import int8
-import quantize
-from checkpoint import atomic_path, write_json
-from model import GPT, GPTConfig, generate
-from train import SIZES, build_model
+from files import atomic_path, write_json
+from generate import generate
+from model import GPT, SIZES, GPTConfig
 
-ROUNDS = {"tiny": 9, "small": 7, "seed": 5, "medium": 3}  # medium in fp32 takes seconds a round
+ROUNDS = {"tiny": 9, "small": 7, "base": 5, "medium": 3}  # medium in fp32 takes seconds a round
 NOISY = 0.1  # spread, as a share of the median, from which a figure is marked
 CONTENDERS = {"fp32": "#bdbdbd", "torch.ao": "#9ecae1", "owlet": "#08519c"}
 rows: list[dict] = []
@@ -51,14 +50,14 @@ class Phase:
 PHASES = {"prompt": Phase(1, 512, 0), "decode": Phase(1, 32, 200), "batch 16": Phase(16, 32, 16)}
 
 
-@pytest.fixture(scope="module", params=roofline.sizes("tiny,small,seed,medium"))
+@pytest.fixture(scope="module", params=roofline.sizes("tiny,small,base,medium"))
 def models(request: pytest.FixtureRequest) -> dict[str, GPT]:
     torch.manual_seed(0)
     vocab = roofline.GPT2_VOCAB if request.param == "medium" else 256  # the others are character models
-    fp32 = build_model(SIZES[request.param], vocab).eval().requires_grad_(False)
+    fp32 = GPT(GPTConfig(vocab, **SIZES[request.param])).eval().requires_grad_(False)
     for parameter in fp32.parameters():  # speed does not depend on their values, but for zeros
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.02)
-    return {"fp32": fp32, "torch.ao": quantize.torch_ao(fp32), "owlet": int8.quantize(fp32, "owlet")}
+    return {"fp32": fp32, "torch.ao": int8.torch_ao(fp32), "owlet": int8.quantize(fp32, "owlet")}
 
 
 @pytest.fixture(scope="module", autouse=True)

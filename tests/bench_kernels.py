@@ -15,19 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from int8 import Int8Linear, activate, quantize_rows
-from model import GPTConfig
-from train import SIZES
+from int8 import LINEARS, activate, quantize_rows
+from model import SIZES, GPTConfig
 
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 512]
-CASES = [(size, matrix, contender) for size in roofline.sizes("seed,medium")
+CASES = [(size, matrix, contender) for size in roofline.sizes("base,medium")
          for matrix, contender in [*((matrix, "owlet") for matrix in ("qkv", "o", "gate_up", "down", "head")),
                                    ("gate_up", "fp32"), ("gate_up", "torch.ao")]]
 rows: dict[tuple[str, str, str, int], dict[int, dict]] = {}
 
 
 class Float(nn.Linear):
-    """What Int8Linear computes, in fp32."""
+    """What an Int8Linear computes, in fp32."""
 
     def __init__(self, weight: Tensor, activation: str) -> None:
         super().__init__(*reversed(weight.shape), bias=False)
@@ -40,7 +39,7 @@ class Float(nn.Linear):
 
 def shapes(size: str) -> tuple[dict[str, tuple[int, int]], int]:
     """(N, K) of a model's matrices, and the weights of all of them in all layers."""
-    config = GPTConfig(**{name: getattr(SIZES[size], name) for name in ("n_layer", "n_head", "n_embd")})
+    config = GPTConfig(**SIZES[size])
     C, width, kv_width = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     block = {"qkv": (width + 2 * kv_width, C), "o": (C, width), "gate_up": (2 * config.n_hidden, C),
              "down": (C, config.n_hidden)}
@@ -64,7 +63,7 @@ def linears(request: pytest.FixtureRequest) -> list[nn.Module]:
     copies = range(-(-total // (N * K)))
     if contender == "fp32":
         return [Float(weight, activation).requires_grad_(False) for _ in copies]
-    return [Int8Linear(*quantize_rows(weight), contender, activation) for _ in copies]
+    return [LINEARS[contender](*quantize_rows(weight), activation) for _ in copies]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,18 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_model
+from safetensors.torch import load_model as load_weights
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import gpt2
 
-from checkpoint import atomic_path, by_age, write_json
+from checkpoint import load_model
 from cli import UserError, parse, run
-from model import GPT
-from quantize import cpu_name
-from train import TokenData, evaluate
+from dataloader import TokenData, evaluate
+from files import atomic_path, newest, write_json
+from machine import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATES = {"GPT-2, as published": 1e-3, "GPT-2, learning rate tuned": 3e-3}
@@ -63,9 +63,9 @@ class Contender:
 
     def load(self, data: TokenData, out: Path) -> torch.nn.Module:
         if self.learning_rate is None:
-            return GPT.from_pretrained(out)
+            return load_model(out)
         model = gpt2.GPT2(data.meta["vocab_size"])
-        load_model(model, out / "model.safetensors")
+        load_weights(model, out / "model.safetensors")
         return model
 
 
@@ -144,7 +144,7 @@ def main() -> None:
     for flag, values in (("steps", config.steps), ("repeats", [config.repeats])):
         if not values or min(values) < 1:
             raise UserError(f"--{flag}: expected 1 or more, got {' '.join(map(str, values)) or 'nothing'}")
-    folder = config.data or by_age(Path("data"), "meta.json", "python data/prepare.py")[0]
+    folder = config.data or newest(Path("data"), "meta.json", "python data/prepare.py")[0]
     contenders = [Contender(name, gpt2.STEPS, rate) for name, rate in LEARNING_RATES.items()]
     contenders += [Contender("owlet tiny", steps) for steps in config.steps]
     rows = contest(contenders, folder, config.out, config.repeats)

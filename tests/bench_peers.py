@@ -1,8 +1,8 @@
 """owlet's int8 beside that of others: the same random weights through every engine, on the CPU.
 
     pip install -r requirements-peers.txt
-    python tests/bench_peers.py                              seed and medium, on 1 and on 2 threads
-    python tests/bench_peers.py --sizes seed --engines owlet llama.cpp-Q8_0 --rounds 9
+    python tests/bench_peers.py                              base and medium, on 1 and on 2 threads
+    python tests/bench_peers.py --sizes base --engines owlet llama.cpp-Q8_0 --rounds 9
 
 Each engine lives in a process of its own, bound to as many cores as it may use, and is stopped (SIGSTOP) but when
 it is its turn: threads of one that wait by spinning do not disturb another, and none has to wait in another way
@@ -38,13 +38,15 @@ from prepare import BYTES, train_tokenizer
 
 import int8
 import model as owlet
-from checkpoint import atomic_path, write_json
+from checkpoint import load_model, save_model, weights_size
 from cli import UserError, parse, run
-from model import GPT, KVCache, generate
-from quantize import beside, cpu_name, file_size, int8_folder, stored_size, torch_ao
-from train import SIZES, build_model
+from files import atomic_path, beside, write_json
+from generate import generate
+from int8 import stored_size, torch_ao
+from machine import cpu_name
+from model import GPT, SIZES, GPTConfig, KVCache
 
-VOCABULARY = {"seed": 256, "medium": 50257}
+VOCABULARY = {"base": 256, "medium": 50257}
 SHORT, NEW, LONG = 32, 200, 512  # tokens: the prompt before decoding, those decoded, the prompt that is timed
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # Linux alone binds processes
 NONSENSE = 1.0  # an engine as far off as this runs another model; 4 bits, where all weights are noise, come to 0.6
@@ -78,9 +80,10 @@ class Stepping(Engine):
 
 class Owlet(Engine):
     def __init__(self, folder: Path, threads: int) -> None:
-        if not int8_folder(folder).exists():
-            int8.save_quantized(GPT.from_pretrained(folder), int8_folder(folder))
-        self.model, self.size = int8.from_pretrained(int8_folder(folder), "owlet"), file_size(int8_folder(folder))
+        if not beside(folder, "-int8").exists():
+            int8.save_quantized(load_model(folder), beside(folder, "-int8"))
+        self.model = int8.load_quantized(beside(folder, "-int8"), "owlet")
+        self.size = weights_size(beside(folder, "-int8"))
 
     def generate(self, ids: list[int], n: int, note: Callable[[int], bool]) -> None:
         for token in generate(self.model, torch.tensor([ids]), n, temperature=0):
@@ -103,7 +106,7 @@ class TorchAO(Owlet):
     """torch.ao.quantization.quantize_dynamic, PyTorch's old int8, on model.py."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        self.model = torch_ao(GPT.from_pretrained(folder))
+        self.model = torch_ao(load_model(folder))
         self.size = stored_size(self.model)
 
 
@@ -116,7 +119,7 @@ class TorchAOCompiled(Owlet):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
         torch._inductor.config.freezing = True  # with torch 2.13, logits are nonsense without
-        self.model = GPT.from_pretrained(folder).requires_grad_(False)
+        self.model = load_model(folder).requires_grad_(False)
         quantize_(self.model, Int8DynamicActivationInt8WeightConfig(),  # the head by oneDNN's reference took 3 ms
                   lambda module, name: isinstance(module, nn.Linear) and name != "lm_head")
         self.size = stored_size(self.model)
@@ -136,7 +139,7 @@ class Transformers(Stepping):
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.size = file_size(folder)
+        self.size = weights_size(folder)
 
     @torch.inference_mode()
     def feed(self, ids: list[int], fresh: bool) -> np.ndarray:
@@ -153,7 +156,7 @@ class LlamaCpp(Stepping):
         from llama_cpp import Llama
 
         path = self.file(folder)
-        block = GPT.from_pretrained(folder).config.block_size
+        block = load_model(folder).config.block_size
         self.llama, self.size = Llama(str(path), n_ctx=block, n_threads=threads, n_threads_batch=threads,
                                       flash_attn=True, verbose=False), path.stat().st_size
 
@@ -162,7 +165,7 @@ class LlamaCpp(Stepping):
 
         path = beside(folder, ".gguf")
         if not path.exists():
-            write_gguf(GPT.from_pretrained(folder), folder, path)
+            write_gguf(load_model(folder), folder, path)
         return path
 
     def feed(self, ids: list[int], fresh: bool) -> np.ndarray:
@@ -261,7 +264,7 @@ class OnnxRuntime(Stepping):
     def export(self, folder: Path, path: Path) -> None:
         from onnxruntime.quantization import quantize_dynamic
 
-        model = Traceable(GPT.from_pretrained(folder))
+        model = Traceable(load_model(folder))
         inputs, outputs = model.example(), len(model.example())
         names = [f"past.{i}" for i in range(outputs - 1)]
         with atomic_path(beside(folder, ".onnx")) as fp32, atomic_path(path) as small, torch.inference_mode():
@@ -319,7 +322,7 @@ class OpenVINO(Stepping):
         import openvino
         from openvino._offline_transformations import apply_make_stateful_transformation
 
-        model = GPT.from_pretrained(folder).requires_grad_(False)
+        model = load_model(folder).requires_grad_(False)
         for name, module in list(model.named_modules()):
             kind = {nn.Linear: CompressedLinear, nn.Embedding: CompressedEmbedding}.get(type(module))
             if kind:
@@ -445,10 +448,10 @@ def make_checkpoint(size: str, out: Path) -> Path:
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), vocab[0])  # CTranslate2 has no model without
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special)
     torch.manual_seed(0)
-    model = build_model(SIZES[size], vocab_size)
+    model = GPT(GPTConfig(vocab_size, **SIZES[size]))
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.04)
-    model.save_pretrained(folder)
+    save_model(model, folder)
     return folder
 
 
@@ -472,7 +475,7 @@ def check(worker: Worker, reference: GPT, prompt: list[int]) -> dict[str, float]
 
 def contest(folder: Path, threads: int, names: tuple[str, ...], rounds: int) -> dict[str, dict]:
     """A row an engine: its speeds in tokens a second, one a round; or the error for which it has none."""
-    reference = GPT.from_pretrained(folder)
+    reference = load_model(folder)
     ids = torch.randint(reference.config.vocab_size, (LONG,), generator=torch.Generator().manual_seed(1)).tolist()
     workers = [Worker(name, folder, threads) for name in names]
     bar = tqdm(total=(rounds + 1) * len(workers), desc=f"{folder.name}, {threads} threads", disable=None, leave=False)
@@ -558,8 +561,8 @@ def draw(result: dict, path: Path) -> None:
 
 @dataclass
 class PeersConfig:
-    sizes: tuple[Literal["seed", "medium"], ...] = ("seed", "medium")
-    """Models of random weights: seed with a vocabulary of 256, medium with one of 50,257."""
+    sizes: tuple[Literal["base", "medium"], ...] = ("base", "medium")
+    """Models of random weights: base with a vocabulary of 256, medium with one of 50,257."""
     threads: tuple[int, ...] = (1, 2)
     """CPU threads, and cores to run on; each number is a contest of its own."""
     rounds: int = 5
@@ -580,7 +583,7 @@ def main() -> None:
               "engines": config.engines, "weights": {}, "speeds": {}}
     for size in config.sizes:
         folder = make_checkpoint(size, config.out)
-        result["weights"][size] = GPT.from_pretrained(folder).num_params()
+        result["weights"][size] = load_model(folder).num_params()
         result["speeds"][size] = {threads: contest(folder, threads, config.engines, config.rounds)
                                   for threads in config.threads}
         print(f"{table(result, size)}\n")

@@ -1,7 +1,7 @@
 """How a training step scales over ranks: measured here, and modelled for 4 and 8.
 
     python tests/bench_scaling.py                                  1 and 2 ranks: a core each, or a GPU each
-    python tests/bench_scaling.py --ranks 1 2 4 8 --sizes seed     on a machine that has them
+    python tests/bench_scaling.py --ranks 1 2 4 8 --sizes base     on a machine that has them
 
 Measured is train.py's own step, not compiled. The ranks of each number live in processes of their own from beginning
 to end and wait for their turn on a pipe; turns go round by round (A B C A B C ...), so that a slow minute of the
@@ -36,15 +36,17 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import atomic_path, write_json
 from cli import UserError, parse, run
+from dataloader import forward_loss
+from distributed import Ranks, parallelize
+from files import atomic_path, write_json
+from machine import cpu_name, pick_dtype
 from model import GPT
-from muon import COEFFICIENTS, orthogonalize
-from quantize import cpu_name
-from train import SIZES, Ranks, build_model, forward_loss, make_optimizers, pick_dtype, spread, update
+from muon import COEFFICIENTS, make_optimizers, orthogonalize, update
+from train import build_model, defaults
 
-SHAPES = {"tiny-64": replace(SIZES["tiny"], block_size=64, batch_size=12), "small": SIZES["small"],
-          "seed": replace(SIZES["seed"], batch_size=128)}
+SHAPES = {"tiny-64": replace(defaults("tiny"), block_size=64, batch_size=12), "small": defaults("small"),
+          "base": replace(defaults("base"), batch_size=128)}
 VOCABULARY = 256
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # Linux alone binds processes
 GATHER = "all_to_all_single"  # what muon.py sends with
@@ -85,8 +87,9 @@ class Rank:
         torch.manual_seed(0)
         self.model = build_model(self.config, VOCABULARY).to(self.device).train()
         self.dtype = pick_dtype("auto", self.device, self.config.n_embd)
-        self.optimizers = make_optimizers(self.model, self.config)
-        self.wrapped = spread(self.model, self.config, ranks, self.dtype)  # not compiled: turns differ in shape
+        self.optimizers = make_optimizers(self.model, self.config.muon_lr, self.config.adam_lr,
+                                          pick_dtype("auto", self.device, 256))
+        self.wrapped = parallelize(self.model, ranks, "ddp", self.dtype)  # not compiled: turns differ in shape
         self.tokens = torch.randint(VOCABULARY, (2, self.config.batch_size, self.config.block_size), device=self.device)
         self.matrices = [torch.randn(count, *shape, device=self.device)
                          for shape, count in matrix_shapes(self.model).items()]
@@ -108,7 +111,7 @@ class Rank:
 
     def step(self, x: Tensor, y: Tensor) -> None:
         forward_loss(self.wrapped, x, y, self.dtype).backward()
-        update(self.model, self.optimizers, 0, self.config)
+        update(self.model, self.optimizers, (self.config.muon_lr, self.config.adam_lr))
 
     def silent(self, x: Tensor, y: Tensor) -> None:
         """A step with nothing sent. The model it makes is no good; its cost is that of any other."""
@@ -308,7 +311,7 @@ def make_models(times: dict[str, Times], gpu: bool) -> dict[str, Model]:
     if gpu and found:
         return found
     alone = {size: measured_compute(size, of) for size, of in times.items()} if gpu else \
-            {"seed": assumed_compute("seed")}
+            {"base": assumed_compute("base")}
     return found | {f"{size}, {'' if gpu else 'H100s, '}{link}": Model(size, compute | assumed_link(link))
                     for size, compute in alone.items() for link in ("NVLink", "PCIe")}
 

@@ -24,23 +24,14 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import write_json
 from cli import UserError, parse, run
+from dataloader import forward_loss
+from distributed import Ranks, parallelize
+from files import write_json
+from machine import can_compile, cpu_name, peak_flops, pick_dtype
 from model import GPT
-from quantize import cpu_name
-from train import (
-    SIZES,
-    Ranks,
-    TrainConfig,
-    build_model,
-    can_compile,
-    forward_loss,
-    make_optimizers,
-    peak_flops,
-    pick_dtype,
-    spread,
-    update,
-)
+from muon import make_optimizers, update
+from train import TrainConfig, build_model, defaults
 
 VOCABULARY = 256
 
@@ -51,11 +42,12 @@ Step = Callable[[Tensor, Tensor], None]  # trains a model by a batch
 def owlet_step(config: TrainConfig, ranks: Ranks) -> Step:
     model = new_model(config, ranks)
     dtype = pick_dtype(config.dtype, ranks.device, config.n_embd)
-    wrapped, optimizers = spread(model, config, ranks, dtype), make_optimizers(model, config)
+    wrapped = parallelize(model, ranks, config.parallel, dtype, config.compile == "on")
+    optimizers = optimizers_of(model, config)
 
     def step(x: Tensor, y: Tensor) -> None:
         forward_loss(wrapped, x, y, dtype).backward()
-        update(model, optimizers, 0, config)
+        update(model, optimizers, (config.muon_lr, config.adam_lr))
 
     return step
 
@@ -64,7 +56,7 @@ def plain_step(config: TrainConfig, ranks: Ranks, dtype: torch.dtype, muon: bool
     model = new_model(config, ranks)
     optimizers = [torch.optim.AdamW(model.parameters())]
     if muon:
-        matrices, others = (optimizer.param_groups[0]["params"] for optimizer in make_optimizers(model, config))
+        matrices, others = (optimizer.param_groups[0]["params"] for optimizer in optimizers_of(model, config))
         optimizers = [torch.optim.Muon(matrices), torch.optim.AdamW(others)]
 
     def step(x: Tensor, y: Tensor) -> None:
@@ -77,6 +69,10 @@ def plain_step(config: TrainConfig, ranks: Ranks, dtype: torch.dtype, muon: bool
     return step
 
 
+def optimizers_of(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    return make_optimizers(model, config.muon_lr, config.adam_lr, pick_dtype(config.dtype, model.device, 256))
+
+
 def new_model(config: TrainConfig, ranks: Ranks) -> GPT:
     torch.manual_seed(0)
     return build_model(config, VOCABULARY).to(ranks.device).train()
@@ -84,7 +80,7 @@ def new_model(config: TrainConfig, ranks: Ranks) -> GPT:
 
 @dataclass
 class TrainBenchConfig:
-    sizes: tuple[Literal["tiny", "small", "seed", "medium"], ...] = ("small",)
+    sizes: tuple[Literal["tiny", "small", "base", "medium"], ...] = ("small",)
     threads: int = 2
     rounds: int = 7
     """Steps of each that count; two more warm up."""
@@ -100,7 +96,7 @@ def main() -> None:
     ranks, rows = Ranks("auto", flags.threads), []
     device = ranks.device
     for size in flags.sizes:
-        config = replace(SIZES[size], compile="on" if can_compile(device) else "off")
+        config = replace(defaults(size), compile="on" if can_compile(device) else "off")
         dtype = pick_dtype("auto", device, config.n_embd)
         plain = dtype if device.type == "cuda" else torch.float32
         steps = {"plain": (plain_step(config, ranks, plain, muon=False), plain),

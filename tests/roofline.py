@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.probe import probe
 
-from checkpoint import atomic_path
-from quantize import cpu_name
+from files import atomic_path
+from machine import cpu_name
 
 owlet_kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
 
@@ -34,8 +35,8 @@ class Limits:
 
     def probe(self) -> None:
         """Once more: a shared machine's limits drift, and the best of them is the limit."""
-        self.bandwidth = max(self.bandwidth, owlet_kernels.read_bandwidth(self.footprint, self.threads))
-        self.dot_peak = max(self.dot_peak, owlet_kernels.dot_peak(self.threads, owlet_kernels.isa()))
+        self.bandwidth = max(self.bandwidth, probe().read_bandwidth(self.footprint, self.threads))
+        self.dot_peak = max(self.dot_peak, probe().dot_peak(self.threads, owlet_kernels.isa()))
 
     def figures(self, seconds: float, passes: int, operations: int) -> dict[str, float | str]:
         """Speed beside the roofline (Williams et al., 2009): the time to read the weights `passes` times,
@@ -57,7 +58,7 @@ def publish(request: pytest.FixtureRequest, name: str, header: list[str], rows: 
     """A Markdown table, into out/bench/ and on the terminal."""
     alignment = ["---", *["--:"] * (len(header) - 1)]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, alignment, *rows)]
-    peaks = ", ".join(f"{isa} {owlet_kernels.dot_peak(1, isa):,.0f}" for isa in owlet_kernels.isas())
+    peaks = ", ".join(f"{isa} {probe().dot_peak(1, isa):,.0f}" for isa in owlet_kernels.isas())
     text = "\n".join([*lines, "", f"{note} {', '.join(machine().values())}; int8 peaks, GOP/s a thread: {peaks}.", ""])
     with atomic_path(OUT / name) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The probes of the machine's limits. No test can know how fast it is, but it can know that a probe measures something."""
+"""The probes of the machine's limits. No test can know how fast it is, but that a probe measures something, it can."""
 
 import math
 import os
