@@ -180,7 +180,7 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
 
   share(rows, [&](int64_t i) {
     const int64_t token = step.tokens[i / step.count * step.stride + i % step.count];
-    m.embedding.read_row(token, m.n_embd, &x_[i * m.n_embd]);
+    m.embedding.read_row(token, &x_[i * m.n_embd]);
   });
   barrier.wait();
 
@@ -194,8 +194,7 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
       });
       if (layer == last_layer && !step.logits) return;
     } else {
-      share(rows * m.n_kv_head,
-            [&](int64_t i) { append(step, block, layer, i / m.n_kv_head, i % m.n_kv_head); });
+      share(rows * m.n_kv_head, [&](int64_t i) { append(step, block, layer, i / m.n_kv_head, i % m.n_kv_head); });
       barrier.wait();
       if (layer < last_layer) {
         const int64_t blocks = (step.count + kQueries - 1) / kQueries, tasks = step.batch * m.n_head * blocks;
@@ -253,7 +252,7 @@ void Decoder::attend_last(const Step& step, Thread& thread, int64_t layer, int64
       floats().attend_int8(q, keys.int8 + at * size, keys.scales + at, values.int8 + at * size, values.scales + at,
                            count, size, scratch, y, keys.int8 + next * size);
     else
-      floats().attend(q, keys.floats + at * size, values.floats + at * size, count, size, scratch, y,
+      floats().attend(q, keys.floats + at * size, nullptr, values.floats + at * size, nullptr, count, size, scratch, y,
                       keys.floats + next * size);
   }
 }

@@ -9,7 +9,6 @@
 #include <ATen/ops/mul.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -94,7 +93,7 @@ Tensor int8_linear_cpu(const Tensor& x, const Tensor& packed, const Tensor& scal
     for (int64_t t = begin; t < end; ++t) q.quantize(t, x_.const_data_ptr<float>() + t * K);
   });
 
-  const Int8Linear linear{scale.numel(), packed_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(),
+  const Int8Linear linear{scale.numel(), K, packed_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(),
                           data_or_null(bias_), parse_activation(activation)};
   const int64_t tasks = linear.tasks(tokens), task_work = tokens * linear.N * K / tasks;
   at::parallel_for(0, tasks, 1 + kGrain / (1 + task_work), [&](int64_t begin, int64_t end) {
@@ -145,58 +144,43 @@ Tensor new_rows(const Tensor& packed, const Tensor& scale, const Tensor& idx, in
 
 // ---- memory for what is read from front to back again and again
 
-void* huge_memory(int64_t bytes) {
-  void* memory = huge_alloc(bytes);
-  TORCH_CHECK_WITH(OutOfMemoryError, memory, "no memory for ", bytes, " bytes");
-  return memory;
-}
-
-// Small tensors are not worth a huge page.
-bool is_small(int64_t bytes) { return bytes < 2 * kHugePage; }
-
 // Memory for the caches of a model. Finding huge pages takes a system milliseconds, so the pool keeps the last two
 // blocks given back (the keys and values of one cache) for the next request of their size. Tensors may outlive it.
 class HugePages : public std::enable_shared_from_this<HugePages> {
  public:
-  ~HugePages() {
-    for (const Block& block : kept_) std::free(block.memory);
-  }
-
-  // uint8 (bytes), not filled.
+  // uint8 (bytes), not filled. Small tensors are not worth a huge page.
   Tensor empty(int64_t bytes) {
-    if (is_small(bytes)) return at::empty({bytes}, at::kByte);
+    if (bytes < 2 * kHugePage) return at::empty({bytes}, at::kByte);
     const Block block = take(huge_size(bytes));
-    const auto free = [pool = weak_from_this(), block](void*) {
-      if (const auto owner = pool.lock())
-        owner->give(block);
-      else
-        std::free(block.memory);
+    const auto give_back = [pool = weak_from_this(), block](void*) {
+      if (const auto owner = pool.lock()) owner->give(block);
     };
-    return at::from_blob(block.memory, {bytes}, free, at::kByte);
+    return at::from_blob(block.memory.get(), {bytes}, give_back, at::kByte);
   }
 
  private:
   struct Block {
-    void* memory;
+    std::shared_ptr<void> memory;
     int64_t size;
   };
 
   Block take(int64_t size) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto same = [size](const Block& block) { return block.size == size; };
-    const auto found = std::find_if(kept_.begin(), kept_.end(), same);
-    if (found == kept_.end()) return {huge_memory(size), size};
-    const Block block = *found;
-    kept_.erase(found);
-    return block;
+    for (auto kept = kept_.begin(); kept != kept_.end(); ++kept)
+      if (kept->size == size) {
+        const Block block = *kept;
+        kept_.erase(kept);
+        return block;
+      }
+    void* memory = huge_alloc(size);
+    TORCH_CHECK_WITH(OutOfMemoryError, memory, "no memory for ", size, " bytes");
+    return {std::shared_ptr<void>(memory, std::free), size};
   }
 
-  void give(Block block) {
+  void give(const Block& block) {
     const std::lock_guard<std::mutex> lock(mutex_);
     kept_.push_back(block);
-    if (kept_.size() <= 2) return;
-    std::free(kept_.front().memory);
-    kept_.erase(kept_.begin());
+    if (kept_.size() > 2) kept_.erase(kept_.begin());
   }
 
   std::mutex mutex_;
@@ -209,12 +193,8 @@ class Panels {
  public:
   explicit Panels(const std::vector<std::pair<int64_t, int64_t>>& shapes) {
     int64_t bytes = 0;
-    for (const auto& [N, K] : shapes) {
-      TORCH_CHECK(N > 0 && K > 0, "shapes must be positive, got (", N, ", ", K, ")");
-      bytes += c10::multiply_integers(panel_shape(N, K));
-    }
-    rest_ = is_small(bytes) ? at::empty({bytes}, at::kByte)
-                            : at::from_blob(huge_memory(bytes), {bytes}, std::free, at::kByte);
+    for (const auto& [N, K] : shapes) bytes += c10::multiply_integers(panel_shape(N, K));
+    rest_ = std::make_shared<HugePages>()->empty(bytes);
   }
 
   // w (N, K) int8 -> panels (ceil(N / 64), ceil(K / 4), 64, 4) uint8, the next piece of the block.
@@ -238,15 +218,12 @@ class Panels {
 
 struct CpuBackend {
   using Linear = Int8Linear;
+  using Packed = uint8_t;
   static constexpr auto kDevice = at::kCPU;
-  static constexpr auto kPacked = at::kByte;
   static constexpr int64_t kAlignment = 1, kHeadDimStep = 2, kMaxHeadDim = kMaxK;
 
   static at::DimVector packed_shape(int64_t N, int64_t K) { return panel_shape(N, K); }
   static const Tensor& readable(const Tensor& t) { return t; }
-  static Linear linear(int64_t N, int64_t, const void* packed, const float* scale, Activation activation) {
-    return {N, static_cast<const uint8_t*>(packed), scale, nullptr, activation};
-  }
 };
 
 class CpuDecoder : public CheckedModel<CpuBackend> {
@@ -305,16 +282,15 @@ Tensor int8_rows(const Tensor& packed, const Tensor& scale, const Tensor& idx, i
     for (const int64_t i : at::IntArrayRef(idx_.const_data_ptr<int64_t>(), idx.numel()))
       TORCH_CHECK_INDEX(0 <= i && i < scale.numel(), "idx must be 0 to ", scale.numel() - 1, ", got ", i);
   if (packed.scalar_type() == at::kChar) {
-    using namespace cuda;
     const Tensor q = packed.index({idx.floor_divide(kTileRows), at::indexing::Slice(), idx.remainder(kTileRows)});
     return at::mul_out(y, q.flatten(-2).narrow(-1, 0, K), scale.index({idx}).unsqueeze(-1));
   }
   const Tensor packed_ = packed.contiguous(), scale_ = scale.contiguous();
-  const Int8Linear matrix{scale.numel(), packed_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(), nullptr,
+  const Int8Linear matrix{scale.numel(), K, packed_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(), nullptr,
                           Activation::none};
   at::parallel_for(0, idx.numel(), 1 + kGrain / K, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      matrix.read_row(idx_.const_data_ptr<int64_t>()[i], K, y.mutable_data_ptr<float>() + i * K);
+      matrix.read_row(idx_.const_data_ptr<int64_t>()[i], y.mutable_data_ptr<float>() + i * K);
   });
   return y;
 }

@@ -13,7 +13,6 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/layout.h"
 #include "decoder_model.h"
 #include "kernels/kernels.h"
 
@@ -27,7 +26,6 @@ c10::SmallVector<Int, at::kDimVectorStaticSize> panel_shape(const Int& N, const 
 
 template <typename Int>
 c10::SmallVector<Int, at::kDimVectorStaticSize> tile_shape(const Int& N, const Int& K) {
-  using namespace cuda;
   return {(N + kTileRows - 1) / kTileRows, (K + kTileK - 1) / kTileK, kTileRows, kTileK};
 }
 
@@ -54,9 +52,8 @@ using Block = std::tuple<at::Tensor, Matrix, std::optional<at::Tensor>, std::opt
                          Matrix, Matrix>;
 
 // A decoder's model: checks its sizes and tensors and keeps the tensors alive. Backend has
-//   Linear, and linear(N, K, packed, scale, activation), which makes one of pointers
-//   kDevice, kPacked (a dtype), kAlignment (bytes), kHeadDimStep, kMaxHeadDim
-//   packed_shape(N, K)
+//   Linear, Packed (the type of its packed weights), packed_shape(N, K)
+//   kDevice, kAlignment (in bytes), kHeadDimStep, kMaxHeadDim
 //   readable(t), which is t, or a copy that the kernels can read.
 template <typename Backend>
 class CheckedModel {
@@ -118,8 +115,9 @@ class CheckedModel {
   typename Backend::Linear matrix(const char* name, const Matrix& m, int64_t N, int64_t K,
                                   Activation activation = Activation::none) {
     TORCH_CHECK(K <= kMaxK, name, ": K must be at most ", kMaxK, ", got ", K);
-    const void* packed = hold(name, m.first, Backend::kPacked, Backend::packed_shape(N, K)).const_data_ptr();
-    return Backend::linear(N, K, packed, floats(name, m.second, {N}), activation);
+    using Packed = typename Backend::Packed;
+    const at::Tensor packed = hold(name, m.first, c10::CppTypeToScalarType<Packed>::value, Backend::packed_shape(N, K));
+    return {N, K, packed.const_data_ptr<Packed>(), floats(name, m.second, {N}), nullptr, activation};
   }
 
   std::vector<at::Tensor> held_;

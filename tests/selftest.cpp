@@ -72,8 +72,7 @@ std::vector<float> run(const Case& c, const Problem& p) {
   if (!pack_panels(p.w.data(), c.N, c.K, 0, panels, packed.data())) return {};
   QuantizedTokens x(c.tokens, c.K);
   for (int64_t t = 0; t < c.tokens; ++t) x.quantize(t, &p.x[t * c.K]);
-  const Int8Linear linear{c.N, packed.data(), p.scale.data(), c.bias ? p.bias.data() : nullptr,
-                          c.activation};
+  const Int8Linear linear{c.N, c.K, packed.data(), p.scale.data(), c.bias ? p.bias.data() : nullptr, c.activation};
   std::vector<float> y(p.residual.size());
   linear.forward(x, c.tokens, c.residual ? p.residual.data() : nullptr, 0, linear.tasks(c.tokens), y.data());
   return y;
@@ -124,7 +123,8 @@ std::vector<float> run(const Head& h, const FloatMath& math) {
       y(h.size + queries * row + 6 * h.size);
   for (int64_t i = 0; i < queries; ++i) std::copy_n(&h.q[i * h.size], h.size, &q[i * row]);
   float *one = y.data(), *block = one + h.size, *norm = block + queries * row, *rotated = norm + h.size;
-  math.attend(h.q.data(), h.keys.data(), h.values.data(), h.count, h.size, scratch.data(), one, h.keys.data());
+  math.attend(h.q.data(), h.keys.data(), nullptr, h.values.data(), nullptr, h.count, h.size, scratch.data(), one,
+              h.keys.data());
   math.attend_block(q.data(), row, queries, h.count - queries, h.keys.data(), h.values.data(), h.size, scratch.data(),
                     block, row);
   math.rms_norm(h.q.data(), h.weight.data(), h.size, 1e-6f, norm);

@@ -17,14 +17,14 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 from int8 import Int8GPT, int8_linear_reference, quantize
 from model import GPT, GPTConfig, KVCache
 
-pack_tiles = pytest.importorskip("owlet_kernels", reason="the kernels are not built").pack_tiles
+owlet_kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 TARGETS = [75, 80, 86, 89, 90, 100]
 ACTIVATIONS = ["none", "silu", "swiglu"]
-# one token to a few quantized by the product itself, one to four groups of 16, whole and broken blocks of 128
+# up to 4 tokens, which gemv quantizes itself; one to four groups of 16; whole and partial blocks of 128 for gemm
 TOKENS = [1, 3, 4, 5, 16, 17, 33, 64, 65, 130]
 
 
@@ -49,10 +49,10 @@ def address(t):
 
 
 def int8_linear(library, x, w, scale, bias=None, residual=None, activation="none", norm=None, eps=0.0):
-    """x (M, K), w (N, K) int8 -> y (M, N or N / 2), by the launcher that the operator calls."""
+    """x (M, K), w (N, K) int8 -> y (M, N or N / 2), with the function that the operator calls."""
     (M, K), N = x.shape, len(w)
     y = torch.full((M, N // 2 if activation == "swiglu" else N), torch.nan, dtype=x.dtype)
-    packed, bits = pack_tiles(w), {torch.float32: 32, torch.float16: 16, torch.bfloat16: 8}[x.dtype]
+    packed, bits = owlet_kernels.pack_tiles(w), {torch.float32: 32, torch.float16: 16, torch.bfloat16: 8}[x.dtype]
     library.int8_linear(
         bits, address(x), ctypes.c_int64(M), ctypes.c_int64(K), address(norm), ctypes.c_float(eps), address(packed),
         ctypes.c_int64(N), address(scale), address(bias), ACTIVATIONS.index(activation), address(residual), address(y))
@@ -87,13 +87,13 @@ def test_equals_reference(library, M, N, activation, dtype):
 
 @pytest.mark.parametrize("M", [1, 6])
 def test_norm_joins_the_quantization(library, M):
-    """RMSNorm's factor is taken into the scale, so that a value at a rounding's edge may go the other way."""
+    """RMSNorm's factor is multiplied into the scale, so a value close to a rounding boundary may go the other way."""
     x, w, scale, _, residual = make_linear(M, 72, 200)
     weight = torch.rand(200) + 0.5
     y = int8_linear(library, x * 3, w, scale, residual=residual, norm=weight, eps=1e-6)
     normed = torch.nn.functional.rms_norm(x * 3, (200,), weight, 1e-6)
     expected = int8_linear_reference(normed, w, scale, None, residual)
-    step = scale * 127 * (x * weight).abs().amax() / 127  # what one step of one value changes
+    step = scale * 127 * (x * weight).abs().amax() / 127  # the change by one step of one value
     assert ((y - expected).abs() <= 2 * step).all() and (y - expected).abs().median() < 1e-6
 
 
@@ -117,12 +117,12 @@ def test_tiny_and_huge_tokens(library, M, value):
 
 
 def decode(library, model, tokens, pos, cache):
-    """tokens (B,) int64 at pos -> logits (B, V), by the launches that the CUDA decoder makes."""
+    """tokens (B,) int64 at pos -> logits (B, V), with the launches of the CUDA decoder."""
     c = model.config
     logits = torch.full((len(tokens), c.vocab_size), torch.nan)
 
     def matrix(linear):
-        return [pack_tiles(linear.weight), linear.scale]
+        return [owlet_kernels.pack_tiles(linear.weight), linear.scale]
 
     tensors = [model.cos, model.sin, *matrix(model.model.embed_tokens.matrix), model.model.norm.weight,
                *matrix(model.lm_head)]
@@ -144,7 +144,7 @@ def int8_model(**changes) -> Int8GPT:
     torch.manual_seed(0)
     config = GPTConfig(**{"vocab_size": 67, "block_size": 80, "n_layer": 2, "n_head": 2, "n_embd": 32} | changes)
     model = GPT(config)
-    for parameter in model.parameters():  # zeros and ones at first
+    for parameter in model.parameters():  # they are zeros and ones at first
         torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() == 2 else 1.0)
     return quantize(model, "reference")
 
@@ -154,7 +154,7 @@ def int8_model(**changes) -> Int8GPT:
     {"n_head": 1, "n_embd": 128, "n_hidden": 100}], ids=str)
 @pytest.mark.parametrize("B", [1, 6])
 def test_decoder_equals_the_model(library, B, changes):
-    """At positions where the first key, the first of the warps, all, and some for the second time have keys."""
+    """At positions where one key, one warp, all warps, or some warps a second time have keys."""
     model = int8_model(**changes)
     tokens = torch.randint(67, (B, 76))
     apart = []
@@ -168,13 +168,13 @@ def test_decoder_equals_the_model(library, B, changes):
         torch.testing.assert_close(keys[0], cache.keys[0, ..., pos, :])
         torch.testing.assert_close(values[0], cache.values[0, ..., pos, :])
         apart.append((got - logits[:, 0]).abs().amax(1) / logits.std())
-    # where a rounding goes the other way, and such a step is passed on, the logits see it
+    # a value that rounds the other way changes the logits by such a step
     apart = torch.cat(apart)
     assert apart.median() < 1e-4 and apart.max() < 0.1
 
 
 def test_reads_and_writes_within_bounds():
-    """Some of the above once more, where every access is checked: the sanitizer must be there when Python starts."""
+    """Some tests from above with every access checked. The sanitizer must be loaded when Python starts."""
     found = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(found).is_absolute():
         pytest.skip("c++ has no address sanitizer here")
@@ -199,13 +199,13 @@ def test_compiles_for_every_target(source, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     spilt = [int(size) for size in re.findall(r"(\d+) bytes spill stores", result.stderr)]
-    assert spilt and max(spilt) <= 32  # registers that did not suffice; none by CUDA 13.0
+    assert spilt and max(spilt) <= 32  # registers spilt to memory; none with CUDA 13.0
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
 @pytest.mark.parametrize("source", ["ops.cpp", "cuda/ops.cpp"])
 def test_operators_compile_for_cuda(source, tmp_path):
-    """torch's headers for CUDA come with a CPU build too, but for one of macros."""
+    """A CPU build of torch has its CUDA headers too, except for one with macros."""
     macros = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
     macros.parent.mkdir(parents=True)
     macros.touch()

@@ -1,6 +1,7 @@
 """The int8 kernels: exact sums, the same bits on every instruction set and thread count, clear errors."""
 
 import functools
+import mmap
 import os
 import shutil
 import subprocess
@@ -25,6 +26,8 @@ MAX_K = (2**31 - 1) // (128 * 127)
 
 int8_linear = torch.ops.owlet.int8_linear
 pack_int8 = torch.ops.owlet.pack_int8
+int8_rows = torch.ops.owlet.int8_rows
+pack_tiles = owlet_kernels.pack_tiles
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +204,100 @@ def test_packed_layout(N, K):
     assert not rows[N:].any() and not rows[:, K:].any()
 
 
+@pytest.mark.parametrize("N", SIZES)
+@pytest.mark.parametrize("K", SIZES)
+def test_tiled_layout(N, K):
+    w = random_int8(N, K)
+    tiles = pack_tiles(w)
+    assert tiles.shape == (-(-N // 8), -(-K // 64), 8, 64) and tiles.dtype == torch.int8 and tiles.is_contiguous()
+    rows = tiles.transpose(1, 2).flatten(2).flatten(0, 1)
+    assert torch.equal(rows[:N, :K], w)
+    assert not rows[N:].any() and not rows[:, K:].any()
+    assert torch.equal(pack_tiles(w.t().contiguous().t()), tiles)
+
+
+@pytest.mark.parametrize("pack", [pack_int8, pack_tiles], ids=["panels", "tiles"])
+@pytest.mark.parametrize("N", SIZES)
+@pytest.mark.parametrize("K", SIZES)
+def test_rows(N, K, pack):
+    w, scale = random_int8(N, K), torch.rand(N)
+    for shape in [(), (0,), (1,), (7,), (2, 3)]:
+        idx = torch.randint(N, shape)
+        expected = w[idx].float() * scale[idx].unsqueeze(-1)
+        assert torch.equal(int8_rows(pack(w), scale, idx, K), expected)
+    every_other, doubled = torch.arange(N).expand(2, N).t(), torch.stack([scale, scale], 1)[:, 0]
+    assert torch.equal(int8_rows(pack(w), doubled, every_other, K)[:, 1], w.float() * scale[:, None])
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+MB = 1 << 20
+
+
+def test_panels_are_one_block_in_order_of_use():
+    for shapes in [[(70, 33), (1, 1), (64, 257)], [(640, 4096), (1000, 4096)]]:  # without and with huge pages
+        panels = owlet_kernels.Panels(shapes)
+        weights = [random_int8(*shape) for shape in shapes]
+        packed = [panels.pack(w) for w in weights]
+        with pytest.raises(RuntimeError, match=r"w must fit: \[1, 4\] takes 256 bytes, of which 0 are left"):
+            panels.pack(random_int8(1, 4))
+        del panels  # the tensors keep the block
+        for w, p, following in zip(weights, packed, [*packed[1:], None], strict=True):
+            assert torch.equal(p, pack_int8(w)) and p.is_contiguous()
+            assert following is None or following.data_ptr() == p.data_ptr() + p.numel()
+        assert len({p.untyped_storage().data_ptr() for p in packed}) == 1
+
+
+@pytest.mark.parametrize("w, message", [
+    (torch.tensor([[1, -128]], dtype=torch.int8), "got a -128"),
+    (torch.zeros(2, 2), "w must be Char, got Float"),
+    (torch.zeros(2, dtype=torch.int8), r"w must have shape \(N, K\), got \[2\]"),
+    (torch.zeros(65, 2, dtype=torch.int8), r"w must fit: \[65, 2\] takes 512 bytes, of which 256 are left")])
+def test_panels_refuse(w, message):
+    panels = owlet_kernels.Panels([(2, 2)])
+    with pytest.raises(RuntimeError, match=message):
+        panels.pack(w)
+
+
+@pytest.mark.parametrize("size", [0, 5, 3 * MB, 5 * MB + 3])
+def test_huge_pages_give_bytes(size):
+    tensor = owlet_kernels.HugePages().empty(size)
+    assert tensor.shape == (size,) and tensor.dtype == torch.uint8 and tensor.is_contiguous()
+    tensor.fill_(3)  # the tensor outlives the pool
+    assert tensor.eq(3).all()
+
+
+def test_huge_pages_reuse_a_block_for_its_rounded_size_alone():
+    pages = owlet_kernels.HugePages()
+    address = pages.empty(8 * MB).data_ptr()  # given back at once
+    others = [pages.empty(size) for size in (4 * MB, 6 * MB, 8 * MB + 1)]
+    assert address not in {other.data_ptr() for other in others}
+    same = pages.empty(6 * MB + 1)  # rounded to pages of 2 MB
+    assert same.data_ptr() == address
+    assert pages.empty(8 * MB).data_ptr() != address  # still in use
+    assert owlet_kernels.HugePages().empty(8 * MB).data_ptr() != address
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_huge_pages_keep_two_blocks_until_their_owner_goes():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE // MB
+
+    size, before, pages = 64, resident(), owlet_kernels.HugePages()  # malloc returns blocks of this size to the system
+    first, second, third, fourth = (pages.empty(size * MB).fill_(1) for _ in range(4))
+    assert abs(resident() - before - 4 * size) < size / 2
+    addresses = {second.data_ptr(), third.data_ptr()}
+    del first, second, third
+    assert abs(resident() - before - 3 * size) < size / 2
+    again = [pages.empty(size * MB) for _ in range(2)]
+    assert {block.data_ptr() for block in again} == addresses
+    del again, pages
+    assert abs(resident() - before - size) < size / 2
+    assert fourth.eq(1).all()
+    del fourth
+    assert abs(resident() - before) < size / 2
+
+
 # --- errors -------------------------------------------------------------------------------------
 
 X, PACKED, SCALE = torch.randn(2, 8), pack_int8(random_int8(6, 8)), torch.rand(6)
@@ -239,6 +336,52 @@ def test_int8_linear_refuses_a_k_whose_sums_could_overflow():
         int8_linear(torch.ones(1, K), pack_int8(random_int8(1, K)), torch.ones(1))
 
 
+@pytest.mark.parametrize("args, message", [
+    ({"idx": torch.tensor([0, 6])}, "idx must be 0 to 5, got 6"),
+    ({"idx": torch.tensor(-1)}, "idx must be 0 to 5, got -1"),
+    ({"idx": torch.tensor([0]).int()}, "idx must be Long, got Int"),
+    ({"K": 0}, "K must be 1 or more, got 0"),
+    ({"K": 65}, r"packed must have shape \[1, (17, 64, 4|2, 8, 64)\], got \[1, (2, 64, 4|1, 8, 64)\]"),
+    ({"packed": pack_tiles(random_int8(6, 65))}, r"packed must have shape \[1, 1, 8, 64\], got \[1, 2, 8, 64\]"),
+    ({"scale": SCALE[None]}, r"scale must have shape \(N\), got \[1, 6\]"),
+    ({"scale": SCALE.half()}, "scale must be Float, got Half"),
+    ({"scale": SCALE.to("meta")}, "scale must be on idx's device, cpu, got meta")])
+@pytest.mark.parametrize("pack", [pack_int8, pack_tiles], ids=["panels", "tiles"])
+def test_int8_rows_refuses(pack, args, message):
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        int8_rows(**{"packed": pack(random_int8(6, 8)), "scale": SCALE, "idx": torch.tensor([0]), "K": 8, **args})
+
+
+def decoder_arguments():
+    """A model of one block: n_head 4, n_kv_head 2, head_dim 6, n_embd 10, n_hidden 7, a vocabulary of 11."""
+    def matrix(N, K):
+        return pack_int8(random_int8(N, K)), torch.rand(N)
+
+    block = (torch.rand(10), matrix(48, 10), None, None, matrix(10, 24), torch.rand(10), matrix(14, 10), matrix(10, 7))
+    return {"n_embd": 10, "n_head": 4, "n_kv_head": 2, "head_dim": 6, "n_hidden": 7, "norm_eps": 1e-6,
+            "cos": torch.rand(5, 3), "sin": torch.rand(5, 3), "embedding": matrix(11, 10), "blocks": [block],
+            "norm": torch.rand(10), "head": matrix(11, 10)}
+
+
+@pytest.mark.parametrize("change, message", [
+    *(({name: size}, f"{name} must be 1 to {MAX_K}, got {size}")
+      for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden") for size in (0, -1, 2**62)),
+    ({"n_kv_head": 3}, "n_head must be a multiple of n_kv_head, got 4 and 3"),
+    ({"n_kv_head": 8}, "n_head must be a multiple of n_kv_head, got 4 and 8"),
+    ({"head_dim": 5}, "head_dim must be a multiple of 2, .*, got 5"),
+    ({"blocks": []}, "blocks must be 1 or more, got 0"),
+    ({"cos": torch.rand(0)}, r"cos must be contiguous Float \[0, 3\] on cpu, got Float \[0\]"),
+    ({"sin": torch.rand(4, 3)}, r"sin must be contiguous Float \[5, 3\] on cpu, got Float \[4, 3\]"),
+    ({"cos": torch.rand(5, 3, device="meta")}, "cos must be on cpu, got meta"),
+    ({"norm": torch.rand(10).double()}, r"norm must be contiguous Float \[10\] on cpu, got Double"),
+    ({"n_hidden": 8}, r"gate_up must be contiguous Float \[16\] on cpu, got Float \[14\]"),
+    ({"n_head": 2}, r"qkv must be contiguous Float \[36\] on cpu, got Float \[48\]")])
+def test_the_decoder_refuses(change, message):
+    owlet_kernels.Decoder(**decoder_arguments())
+    with pytest.raises(RuntimeError, match=message):
+        owlet_kernels.Decoder(**decoder_arguments() | change)
+
+
 @pytest.mark.parametrize(
     "w, message",
     [
@@ -260,6 +403,8 @@ def test_pack_int8_refuses(w, message):
 def test_opcheck(activation):
     x, w, scale, bias, residual = make_linear(3, 66, 20, activation)
     library.opcheck(pack_int8.default, (w,))
+    for packed in (pack_int8(w), pack_tiles(w)):
+        library.opcheck(int8_rows.default, (packed, scale, torch.tensor([[3, 0], [65, 3]]), 20))
     library.opcheck(int8_linear.default, (x, pack_int8(w), scale))
     library.opcheck(int8_linear.default, (x, pack_int8(w), scale, bias, residual, activation))
 

@@ -1,4 +1,4 @@
-"""The probes of the machine's limits. No test can know how fast it is, but that a probe measures something, it can."""
+"""The probes of the machine's limits: no test can know the figures, only that they are positive and finite."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-// Compile with -fmad=false, as int8_linear.cu.
+// Compile with -fmad=false, like int8_linear.cu.
 #include "decoder.h"
 
 #include "primitives.cuh"
@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-// x (batch, n_embd) := the tokens' rows of the table. One block per sequence.
+// x (batch, n_embd) := the tokens' rows of the table. Each block takes one token.
 __global__ void __launch_bounds__(kThreads) embed_kernel(Linear table, const int64_t* tokens, float* x) {
   const int64_t token = tokens[blockIdx.x];
   const int8_t* row = table.packed + token / kTileRows * k_tiles(table.K) * kTileBytes + token % kTileRows * kTileK;
@@ -23,12 +23,12 @@ struct Attention {
   float eps;
   const float *cos, *sin;
   const int64_t* pos;
-  float *keys, *values;  // this layer's
+  float *keys, *values;  // of this layer
   int64_t length;
   float* y;  // (batch, n_head * head_dim)
 };
 
-// to := factor * RoPE(RMSNorm(x)) of one head (head_dim), by one warp. Without a weight there is no norm.
+// A warp writes RoPE(RMSNorm(x)) * factor of one head's x (head_dim). Without a weight, there is no norm.
 __device__ void norm_and_rope(const float* x, const float* weight, float eps, const float* cos, const float* sin,
                               int head_dim, float factor, float* to) {
   const int lane = threadIdx.x % kWarp, half = head_dim / 2;
@@ -44,10 +44,10 @@ __device__ void norm_and_rope(const float* x, const float* weight, float eps, co
   }
 }
 
-struct Softmax {  // over a part of the keys (Milakov and Gimelshein, 2018)
+struct Softmax {  // over part of the keys (Milakov and Gimelshein, 2018)
   float max, sum;
 
-  // Joins another part; returns the factor for the sums of this one.
+  // Joins another part and returns the factor for the sums of this part.
   __device__ float join(Softmax other) {
     const float top = fmaxf(max, other.max), mine = expf(max - top), theirs = expf(other.max - top);
     *this = {top, sum * mine + other.sum * theirs};
@@ -55,10 +55,10 @@ struct Softmax {  // over a part of the keys (Milakov and Gimelshein, 2018)
   }
 };
 
-constexpr float kNone = -1e30f;  // below every score, yet kNone - kNone is 0
+constexpr float kNone = -1e30f;  // is below every score, and unlike -inf, kNone - kNone is 0
 
-// Attention of one token, for head blockIdx.x of sequence blockIdx.y. 4 lanes share a key, of which each takes kPieces
-// times 4 numbers: a warp works on 8 keys at a time. Each 4 lanes have a softmax of their own, joined at the end.
+// Attention of one token, for head blockIdx.x of sequence blockIdx.y. 4 lanes share a key, and each takes kPieces times
+// 4 numbers of it. So a warp reads 8 keys at a time. Each 4 lanes have a softmax of their own, joined at the end.
 template <int kPieces>
 __global__ void __launch_bounds__(kThreads) attention_kernel(Attention in) {
   constexpr int head_dim = kPieces * 16;
@@ -69,19 +69,18 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(Attention in) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t head = blockIdx.x, b = blockIdx.y, group = in.n_head / in.n_kv_head, kv_head = head / group;
   const int pos = *in.pos;
-  if (pos >= in.length) __trap();  // rather than write past the caches
+  if (pos >= in.length) __trap();  // do not write past the caches
   const int64_t at = (b * in.n_kv_head + kv_head) * in.length;
   const float* row = in.qkv + b * (in.n_head + 2 * in.n_kv_head) * head_dim;
   const float *cos = in.cos + pos * int64_t{head_dim / 2}, *sin = in.sin + pos * int64_t{head_dim / 2};
 
-  if (warp == 0)
-    norm_and_rope(row + head * head_dim, in.q_norm, in.eps, cos, sin, head_dim, 1.0f / sqrtf(head_dim), q);
+  if (warp == 0) norm_and_rope(row + head * head_dim, in.q_norm, in.eps, cos, sin, head_dim, 1.0f / sqrtf(head_dim), q);
   if (warp == 1)
     norm_and_rope(row + (in.n_head + kv_head) * head_dim, in.k_norm, in.eps, cos, sin, head_dim, 1.0f, key);
   if (warp == 2)
     for (int i = lane; i < head_dim; i += kWarp) value[i] = row[(in.n_head + in.n_kv_head + kv_head) * head_dim + i];
   __syncthreads();
-  if (head % group == 0)  // for later tokens; the blocks that need it now have each computed it
+  if (head % group == 0)  // for later tokens; every block of this token has computed it for itself
     for (int i = threadIdx.x; i < head_dim; i += kThreads) {
       in.keys[(at + pos) * head_dim + i] = key[i];
       in.values[(at + pos) * head_dim + i] = value[i];
@@ -159,7 +158,7 @@ cudaError_t decode(const DecoderModel& m, const Step& step, const Workspace& w, 
     if (error != cudaSuccess) return;
     error = int8_linear<float>({x, step.batch, norm, m.norm_eps}, linear, residual, y, w.scratch, stream);
   };
-  const int64_t cache = step.batch * m.n_kv_head * step.length * m.head_dim;  // floats of a layer
+  const int64_t cache = step.batch * m.n_kv_head * step.length * m.head_dim;  // numbers per layer
   for (size_t layer = 0; layer < m.blocks.size(); ++layer) {
     const DecoderBlock& block = m.blocks[layer];
     multiply(w.x, block.input_norm, block.qkv, nullptr, w.qkv);

@@ -1,6 +1,6 @@
-// One token per sequence through an int8 model on CUDA, without torch: the arithmetic of csrc/decoder.h in five
-// launches a layer. Nothing waits for the host, and the position is read on the device, so the launches of a call can
-// be captured once and replayed at every position.
+// The forward pass of an int8 model for one token per sequence on CUDA, without torch: the arithmetic of
+// csrc/decoder.h in five launches per layer. Nothing waits for the host, and the device reads the position, so a CUDA
+// graph can capture the launches of one call and replay them at every position.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,7 +20,7 @@ constexpr int64_t kHeadDimStep = 16;  // head_dim must be a multiple
 
 struct Step {
   const int64_t* tokens;  // (batch)
-  const int64_t* pos;     // (1), the position of all tokens: the caches hold those before it, and this one is added
+  const int64_t* pos;     // (1), for all tokens: the caches hold the positions before it, and this one is added
   int64_t batch;
   float *keys, *values;  // (n_layer, batch, n_kv_head, length, head_dim)
   int64_t length;
@@ -28,7 +28,7 @@ struct Step {
 };
 
 struct Workspace {
-  float *x, *qkv, *attn_out, *hidden;  // (batch, n_embd), (batch, (n_head + 2 n_kv_head) head_dim), ...
+  float *x, *qkv, *attn_out, *hidden;  // one row per sequence, of n_embd, (n_head + 2 n_kv_head) head_dim, ...
   Scratch scratch;                     // for the widest row
 };
 

@@ -1,10 +1,9 @@
 // Compile with -fmad=false: a fused multiply-add would round differently from the CPU.
 //
-// Both kernels multiply on the tensor cores, 16 tokens x 8 output channels x 32 k at a time. The order of k is free
-// as long as both operands have the same: lane (g, t) loads a channel's 16 bytes from k = 16t on, in one piece, and
-// hands them on as if they were k = 4t .. 4t+3 and 16+4t .. 19+4t of two products. Tokens are quantized into the
-// order in which the registers of those products want them.
-#include "../kernels/numerics.h"
+// Both kernels multiply on the tensor cores, 16 tokens x 8 output channels x 32 k at a time. The order of k is free as
+// long as both operands have the same. Lane (g, t) loads 16 bytes of a channel from k = 16t on with one instruction and
+// passes them as if they were k = 4t .. 4t+3 and 16+4t .. 19+4t of two products. The quantized tokens are stored in
+// the order of the registers of those products.
 #include "int8_linear.h"
 #include "primitives.cuh"
 
@@ -17,28 +16,19 @@ __device__ float to_float(float x) { return x; }
 __device__ float to_float(__half x) { return __half2float(x); }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-template <typename T>
-__device__ T from_float(float x);
-template <>
-__device__ float from_float(float x) {
-  return x;
-}
-template <>
-__device__ __half from_float(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __nv_bfloat16 from_float(float x) {
-  return __float2bfloat16_rn(x);
-}
+// The second argument gives the type.
+__device__ float from_float(float x, float) { return x; }
+__device__ __half from_float(float x, __half) { return __float2half_rn(x); }
+__device__ __nv_bfloat16 from_float(float x, __nv_bfloat16) { return __float2bfloat16_rn(x); }
 
 // ---- activations to int8
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-// Quantizes a token, by a whole block; store(k, q) takes four at a time, to the end of the last tile. RMSNorm's factor
-// is the same for all of a token: it cancels out of q, and joins the scale. So one pass finds all that q needs.
+// A block quantizes a token. It calls store(k, q) with four values at a time, up to the end of the last tile. RMSNorm's
+// factor is the same for the whole token, so it cancels out of q and is multiplied into the scale. So one pass over x
+// finds both the maximum and the factor.
 template <typename T, typename Store>
 __device__ void quantize_token(const Tokens<T>& tokens, int64_t token, int64_t K, Store store, float* scale) {
   __shared__ int amaxes[kWarps];
@@ -56,7 +46,7 @@ __device__ void quantize_token(const Tokens<T>& tokens, int64_t token, int64_t K
     amax = max(amax, __shfl_xor_sync(kAllLanes, amax, mask));
     square += __shfl_xor_sync(kAllLanes, square, mask);
   }
-  __syncthreads();  // for whoever still reads what the token before left here
+  __syncthreads();  // other threads may still read the arrays of the token before
   amaxes[threadIdx.x / kWarp] = amax;
   squares[threadIdx.x / kWarp] = square;
   __syncthreads();
@@ -75,8 +65,8 @@ __device__ void quantize_token(const Tokens<T>& tokens, int64_t token, int64_t K
   }
 }
 
-// Where four numbers of a token go in Scratch's q, an array of int: of 16 tokens x 64 k, lane (g, t) has 16 bytes for
-// each of two products, which are token g at 4 k, token g + 8 at the same, and both at the next 4 k.
+// The index of four values of a token in Scratch's q, as an array of int. Of 16 tokens x 64 k, lane (g, t) has 16 bytes
+// for each of two products: token g at 4 k, token g + 8 at the same 4 k, and both at the next 4 k.
 __device__ int64_t fragment(int64_t token, int64_t k, int64_t tiles_k) {
   const int64_t tile = token / 16 * tiles_k + k / kTileK;
   const int lane = token % 8 * 4 + k % kTileK / 16, product = k % 16 / 8;
@@ -104,7 +94,9 @@ struct Output {
   const T* residual;
   T* y;
 
-  // Of a token, channels n and n + 1; n is even. x_scale is the token's.
+  __device__ void put(int64_t at, float v) const { y[at] = from_float(residual ? v + to_float(residual[at]) : v, T{}); }
+
+  // Stores channels n and n + 1 of a token, whose scale is x_scale; n is even.
   __device__ void store(int64_t token, float x_scale, int64_t n, int sum0, int sum1) const {
     if (n >= linear.N) return;
     const bool both = n + 1 < linear.N;
@@ -115,35 +107,30 @@ struct Output {
       if (both) v1 += linear.bias[n + 1];
     }
     if (linear.activation != Activation::none) v0 = silu(v0, exp_range(-v0));
-    if (linear.activation == Activation::swiglu) {
-      const int64_t at = token * (linear.N / 2) + n / 2;
-      v0 *= v1;
-      y[at] = from_float<T>(residual ? v0 + to_float(residual[at]) : v0);
-      return;
-    }
+    if (linear.activation == Activation::swiglu) return put(token * (linear.N / 2) + n / 2, v0 * v1);
     if (linear.activation == Activation::silu) v1 = silu(v1, exp_range(-v1));
 
     const int64_t at = token * linear.N + n;
-    if (linear.N % 2 == 0) {  // so pairs are aligned
+    if (linear.N % 2 == 0) {  // then pairs are aligned
       if (residual) {
         const Pair<T> r = *reinterpret_cast<const Pair<T>*>(residual + at);
         v0 += to_float(r.first);
         v1 += to_float(r.second);
       }
-      *reinterpret_cast<Pair<T>*>(y + at) = {from_float<T>(v0), from_float<T>(v1)};
+      *reinterpret_cast<Pair<T>*>(y + at) = {from_float(v0, T{}), from_float(v1, T{})};
     } else {
-      y[at] = from_float<T>(residual ? v0 + to_float(residual[at]) : v0);
-      if (both) y[at + 1] = from_float<T>(residual ? v1 + to_float(residual[at + 1]) : v1);
+      put(at, v0);
+      if (both) put(at + 1, v1);
     }
   }
 };
 
-// ---- few tokens: bound by the weights' way from memory
+// ---- gemv, for up to 64 tokens: bound by reading the weights
 
-// A block takes tile after tile of 8 output channels; its warps share out the tile's k, and add up at the end.
-// With so few tokens that they fit here, every block quantizes all of x for itself: that is quicker than a launch
-// of its own. While it does, and while sums are added up, the next weights are on their way.
-constexpr int kInFlight = 4;  // loads of a thread
+// A block takes one tile of 8 output channels after another. Its warps split the tile's k and add their sums last.
+// If the tokens fit into kOwnBytes, every block quantizes all of x for itself, which is faster than a launch of
+// quantize_kernel. The next weights are loaded while a block quantizes and while it adds sums.
+constexpr int kInFlight = 4;  // loads per thread
 constexpr int kOwnTokens = 4;
 constexpr int kOwnBytes = 16384;
 
@@ -151,14 +138,14 @@ inline __host__ __device__ bool quantizes_itself(int64_t tokens, int64_t K) {
   return tokens <= kOwnTokens && tokens * k_tiles(K) * kTileK <= kOwnBytes;
 }
 
-// For 16 * kGroups tokens at most.
+// For at most 16 * kGroups tokens.
 template <typename T, int kGroups>
 __global__ void __launch_bounds__(kThreads, kGroups == 1 ? 3 : 1)
-    few_tokens_kernel(Tokens<T> x, Scratch quantized, Output<T> output) {
-  constexpr bool may_own = kGroups == 1;  // which is where kOwnTokens are
+    gemv_kernel(Tokens<T> x, Scratch quantized, Output<T> output) {
+  constexpr bool may_own = kGroups == 1;  // kOwnTokens fit into one group
   __shared__ __align__(16) int8_t own_q[may_own ? kOwnBytes : 1];
   __shared__ float own_scale[kOwnTokens];
-  __shared__ int2 partial[2][kGroups][2][kWarps][kWarp];  // [turn][group of 16 tokens][half of 8][warp][lane]
+  __shared__ int2 partial[2][kGroups][2][kWarps][kWarp];  // [buffer][group of 16 tokens][half of 8][warp][lane]
 
   const Linear& linear = output.linear;
   const int tiles_k = k_tiles(linear.K), tiles = (linear.N + kTileRows - 1) / kTileRows;
@@ -183,8 +170,8 @@ __global__ void __launch_bounds__(kThreads, kGroups == 1 ? 3 : 1)
     __syncthreads();
   }
 
-  int turn = 0;
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
+  int buffer = 0;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
     int sum[kGroups][4] = {};
     for (int k = warp; k < tiles_k; k += kInFlight * kWarps) {
       int4 weights[kInFlight];
@@ -201,12 +188,12 @@ __global__ void __launch_bounds__(kThreads, kGroups == 1 ? 3 : 1)
         const int4 b = weights[i];
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
-          if (own) {  // row by row, and no token in the upper half
+          if (own) {  // rows of tokens, all in the lower half of the group
             const int8_t* row = own_q + g * stride + (k + i * kWarps) * kTileK + t * 16;
             const int4 a = g < x.count ? *reinterpret_cast<const int4*>(row) : int4{};
             mma(sum[group], a.x, 0, a.y, 0, b.x, b.y);
             mma(sum[group], a.z, 0, a.w, 0, b.z, b.w);
-          } else if (16 * group < x.count) {  // tokens past the last are whatever lies there: their sums are not stored
+          } else if (16 * group < x.count) {  // past the last token is garbage, whose sums are not stored
             const auto* a = reinterpret_cast<const int4*>(quantized.q) + (group * tiles_k + k + i * kWarps) * 2 * kWarp;
             const int4 a0 = a[lane], a1 = a[lane + kWarp];
             mma(sum[group], a0.x, a0.y, a0.z, a0.w, b.x, b.y);
@@ -219,37 +206,37 @@ __global__ void __launch_bounds__(kThreads, kGroups == 1 ? 3 : 1)
 #pragma unroll
     for (int group = 0; group < kGroups; ++group)
       for (int half = 0; half < 2; ++half)
-        partial[turn][group][half][warp][lane] = make_int2(sum[group][2 * half], sum[group][2 * half + 1]);
-    __syncthreads();  // one is enough: the next tile's sums go to the other half of `partial`
+        partial[buffer][group][half][warp][lane] = make_int2(sum[group][2 * half], sum[group][2 * half + 1]);
+    __syncthreads();  // one per tile is enough, because the next tile uses the other buffer
     for (int i = threadIdx.x; i < kGroups * 2 * kWarp; i += kThreads) {
       const int group = i / (2 * kWarp), half = i / kWarp % 2, of = i % kWarp;
       const int token = 16 * group + 8 * half + of / 4;
       if (token >= x.count) continue;
       int2 total = make_int2(0, 0);
       for (int w = 0; w < kWarps; ++w) {
-        total.x += partial[turn][group][half][w][of].x;
-        total.y += partial[turn][group][half][w][of].y;
+        total.x += partial[buffer][group][half][w][of].x;
+        total.y += partial[buffer][group][half][w][of].y;
       }
       output.store(token, x_scale[token], int64_t{tile} * kTileRows + 2 * (of % 4), total.x, total.y);
     }
   }
 }
 
-// ---- many tokens: bound by the tensor cores
+// ---- gemm, for more tokens: bound by the tensor cores
 
-// A block takes 128 tokens x 128 output channels, each of its 4 warps a quarter of that; tiles of 64 k are copied to
-// shared memory while those before are multiplied.
+// A block computes 128 tokens x 128 output channels, and each of its 4 warps a quarter of that. Tiles of 64 k are
+// copied to shared memory while the tiles before them are multiplied.
 constexpr int kBlock = 128;
 constexpr int kBlockThreads = 128;
 constexpr int kStages = 3;
 constexpr int kStageBytes = 2 * kBlock * kTileK;
 constexpr int kWarpTokens = 64, kWarpRows = 64;
-constexpr int kPieces = kStageBytes / 2 / 16;  // of 16 bytes, of each operand
-constexpr int kSumsStride = kWarpRows / 2 + 4;  // in pairs: rows 4 apart do not meet in a bank
+constexpr int kPieces = kStageBytes / 2 / 16;   // pieces of 16 bytes per operand
+constexpr int kSumsStride = kWarpRows / 2 + 4;  // in pairs, so that rows 4 apart use different banks
 static_assert(kBlockThreads / kWarp * 16 * kSumsStride * sizeof(int2) <= kStages * kStageBytes);
 
 template <typename T>
-__global__ void __launch_bounds__(kBlockThreads) many_tokens_kernel(Scratch x, int64_t tokens, Output<T> output) {
+__global__ void __launch_bounds__(kBlockThreads) gemm_kernel(Scratch x, int64_t tokens, Output<T> output) {
   __shared__ __align__(128) int8_t stages[kStages][kStageBytes];
 
   const Linear& linear = output.linear;
@@ -259,15 +246,16 @@ __global__ void __launch_bounds__(kBlockThreads) many_tokens_kernel(Scratch x, i
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int warp_token = warp / 2 * kWarpTokens, warp_row = warp % 2 * kWarpRows;
 
-  // 64 pieces of 16 bytes are a k tile of 16 tokens, 32 of 8 channels. Past the last of them, the last one again:
-  // those sums are not stored.
+  // 64 pieces of 16 bytes are a k tile of 16 tokens, 32 are one of 8 channels. Past the end, the last ones are copied
+  // again; their sums are not stored.
   const int64_t groups = (tokens + 15) / 16, first_group = first_token / 16;
   const auto copy = [&](int k) {
     int8_t *a = stages[k % kStages], *b = a + kStageBytes / 2;
 #pragma unroll
     for (int n = 0; n < kPieces / kBlockThreads; ++n) {
       const int i = threadIdx.x + n * kBlockThreads;
-      const int64_t group = min(first_group + i / (2 * kWarp), groups - 1), tile = min(first_tile + i / kWarp, tiles - 1);
+      const int64_t group = min(first_group + i / (2 * kWarp), groups - 1);
+      const int64_t tile = min(first_tile + i / kWarp, tiles - 1);
       copy_async(a + i * 16, x.q + ((group * tiles_k + k) * 2 * kWarp + i % (2 * kWarp)) * 16);
       copy_async(b + i * 16, linear.packed + (tile * tiles_k + k) * kTileBytes + i % kWarp * 16);
     }
@@ -280,7 +268,7 @@ __global__ void __launch_bounds__(kBlockThreads) many_tokens_kernel(Scratch x, i
   }
   for (int k = 0; k < tiles_k; ++k) {
     wait_groups<kStages - 2>();
-    __syncthreads();  // all have their part of stage k here, and are done with that of k - 1, which is next to fill
+    __syncthreads();  // stage k is complete, and no thread reads stage k - 1, which is filled next
     if (k + kStages - 1 < tiles_k) copy(k + kStages - 1);
     end_group();
 
@@ -300,8 +288,8 @@ __global__ void __launch_bounds__(kBlockThreads) many_tokens_kernel(Scratch x, i
     }
   }
 
-  // Through shared memory, 16 tokens at a time: so that a warp writes 64 channels of a token side by side.
-  __syncthreads();  // nobody reads the stages any more
+  // The sums go through shared memory, 16 tokens at a time, so that a warp writes 64 adjacent channels of a token.
+  __syncthreads();  // no thread reads the stages any more
   auto* sums = reinterpret_cast<int2*>(stages[0]) + warp * 16 * kSumsStride;
 #pragma unroll
   for (int i = 0; i < kWarpTokens / 16; ++i) {
@@ -323,18 +311,17 @@ __global__ void __launch_bounds__(kBlockThreads) many_tokens_kernel(Scratch x, i
   }
 }
 
-// As many blocks as run at once: more would only quantize x once more.
+// Launches as many blocks as run at once: more would only quantize x again.
 template <typename T, int kGroups>
-cudaError_t launch_few_tokens(const Tokens<T>& x, const Scratch& scratch, const Output<T>& output,
-                              cudaStream_t stream) {
+cudaError_t launch_gemv(const Tokens<T>& x, const Scratch& scratch, const Output<T>& output, cudaStream_t stream) {
   int device, processors, blocks;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, few_tokens_kernel<T, kGroups>, kThreads, 0);
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, gemv_kernel<T, kGroups>, kThreads, 0);
   if (error != cudaSuccess) return error;
   const dim3 grid(min(ceil_div(output.linear.N, kTileRows), int64_t{blocks} * processors));
-  return launch(few_tokens_kernel<T, kGroups>, grid, kThreads, stream, x, scratch, output);
+  return launch(gemv_kernel<T, kGroups>, grid, kThreads, stream, x, scratch, output);
 }
 
 }  // namespace
@@ -347,11 +334,11 @@ cudaError_t int8_linear(const Tokens<T>& x, const Linear& linear, const T* resid
     const cudaError_t error = launch(quantize_kernel<T>, x.count, kThreads, stream, x, linear.K, scratch);
     if (error != cudaSuccess) return error;
   }
-  if (x.count <= 16) return launch_few_tokens<T, 1>(x, scratch, output, stream);
-  if (x.count <= 32) return launch_few_tokens<T, 2>(x, scratch, output, stream);
-  if (x.count <= 64) return launch_few_tokens<T, 4>(x, scratch, output, stream);
+  if (x.count <= 16) return launch_gemv<T, 1>(x, scratch, output, stream);
+  if (x.count <= 32) return launch_gemv<T, 2>(x, scratch, output, stream);
+  if (x.count <= 64) return launch_gemv<T, 4>(x, scratch, output, stream);
   const dim3 grid(ceil_div(x.count, kBlock), ceil_div(linear.N, kBlock));
-  return launch(many_tokens_kernel<T>, grid, kBlockThreads, stream, scratch, x.count, output);
+  return launch(gemm_kernel<T>, grid, kBlockThreads, stream, scratch, x.count, output);
 }
 
 template cudaError_t int8_linear(const Tokens<float>&, const Linear&, const float*, float*, const Scratch&,

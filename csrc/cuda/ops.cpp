@@ -1,4 +1,4 @@
-// The CUDA kernels as torch operators, and the decoder as Python sees it.
+// The CUDA kernels as torch operators, and the decoder for Python.
 #include "../ops.h"
 
 #include <ATen/ops/empty.h>
@@ -16,7 +16,7 @@ namespace {
 
 using at::Tensor;
 
-// Contiguous, and where 16 bytes can be loaded at once.
+// A contiguous tensor whose address allows loads of 16 bytes.
 Tensor aligned(const Tensor& t) {
   const Tensor same = t.contiguous();
   return reinterpret_cast<uintptr_t>(same.const_data_ptr()) % 16 ? same.clone() : same;
@@ -55,15 +55,12 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const 
 
 struct CudaBackend {
   using Linear = cuda::Linear;
+  using Packed = int8_t;
   static constexpr auto kDevice = at::kCUDA;
-  static constexpr auto kPacked = at::kChar;
   static constexpr int64_t kAlignment = 16, kHeadDimStep = cuda::kHeadDimStep, kMaxHeadDim = cuda::kMaxHeadDim;
 
   static at::DimVector packed_shape(int64_t N, int64_t K) { return tile_shape(N, K); }
   static Tensor readable(const Tensor& t) { return aligned(t); }
-  static Linear linear(int64_t N, int64_t K, const void* packed, const float* scale, Activation activation) {
-    return {N, K, static_cast<const int8_t*>(packed), scale, nullptr, activation};
-  }
 };
 
 class CudaDecoder : public CheckedModel<CudaBackend> {
@@ -71,7 +68,7 @@ class CudaDecoder : public CheckedModel<CudaBackend> {
   using CheckedModel::CheckedModel;
 
   // tokens (B, 1), pos (1) int64; keys, values (n_layer, B, n_kv_head, length, head_dim) -> logits (B, 1, vocab_size).
-  // Tokens and position are not checked: that would have to wait for the GPU.
+  // The values of tokens and pos are not checked, because reading them would wait for the GPU.
   Tensor forward(const Tensor& tokens, const Tensor& pos, const Tensor& keys, const Tensor& values) const {
     const Tensor tokens_ = aligned(tokens);
     const int64_t B = tokens_.size(0), layers = model_.blocks.size();
@@ -84,7 +81,7 @@ class CudaDecoder : public CheckedModel<CudaBackend> {
     const auto floats = at::TensorOptions().device(device_).dtype(at::kFloat);
     const int64_t width = model_.n_head * model_.head_dim, qkv_width = width + 2 * model_.n_kv_head * model_.head_dim;
     const int64_t widest = std::max({model_.n_embd, width, model_.n_hidden});
-    // allocated in every call: while a graph is captured, the allocator keeps its memory apart from all other
+    // allocated in every call: the allocator keeps the memory of a captured graph apart from all other
     const Tensor logits = at::empty({B, 1, vocab_size_}, floats), x = at::empty({B, model_.n_embd}, floats);
     const Tensor qkv = at::empty({B, qkv_width}, floats), attn_out = at::empty({B, width}, floats);
     const Tensor hidden = at::empty({B, model_.n_hidden}, floats), scale = at::empty({B}, floats);
@@ -93,8 +90,8 @@ class CudaDecoder : public CheckedModel<CudaBackend> {
                           {tokens_.const_data_ptr<int64_t>(), pos.const_data_ptr<int64_t>(), B,
                            keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>(), length,
                            logits.mutable_data_ptr<float>()},
-                          {x.mutable_data_ptr<float>(), qkv.mutable_data_ptr<float>(), attn_out.mutable_data_ptr<float>(),
-                           hidden.mutable_data_ptr<float>(),
+                          {x.mutable_data_ptr<float>(), qkv.mutable_data_ptr<float>(),
+                           attn_out.mutable_data_ptr<float>(), hidden.mutable_data_ptr<float>(),
                            {q.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>()}},
                           c10::cuda::getCurrentCUDAStream()));
     return logits;
@@ -105,7 +102,7 @@ class CudaDecoder : public CheckedModel<CudaBackend> {
 
 void define(pybind11::module_& m) {
   namespace py = pybind11;
-  define_decoder<CudaDecoder>(m, "CudaDecoder", "One token per sequence through a whole int8 model, without the host.")
+  define_decoder<CudaDecoder>(m, "CudaDecoder", "A whole int8 model for one token per sequence, without the host.")
       .def("forward", &CudaDecoder::forward, py::arg("tokens"), py::arg("pos"), py::arg("keys"), py::arg("values"),
            py::call_guard<py::gil_scoped_release>(),
            "Logits (B, 1, vocab_size) after tokens (B, 1) int64 at pos (1,) int64; adds them to the caches.");

@@ -1,5 +1,5 @@
-// What the kernels need of the hardware beyond CUDA C++: int8 tensor cores, asynchronous copies. With no nvcc, the
-// same by tests/cuda_emulator, for tests on a CPU.
+// The hardware instructions beyond CUDA C++: int8 tensor cores, asynchronous copies. Without nvcc, tests/cuda_emulator
+// provides the same for tests on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,8 +25,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaSt
   return cudaGetLastError();
 }
 
-// c += a b by a whole warp: a int8 (16, 32), b int8 (32, 8), c int32 (16, 8). With g = lane / 4 and t = lane % 4,
-// registers hold 4 k of a row of a, or of a column of b:
+// A warp computes c += a b: a int8 (16, 32), b int8 (32, 8), c int32 (16, 8). With g = lane / 4 and t = lane % 4, each
+// register holds 4 k of a row of a or of a column of b:
 //   a: rows g, g + 8 at k = 4t, then the same at k = 16 + 4t      b: column g at k = 4t, 16 + 4t
 //   c: row g at columns 2t, 2t + 1, then row g + 8 at the same
 __device__ __forceinline__ void mma(int (&c)[4], int a0, int a1, int a2, int a3, int b0, int b1) {
@@ -34,7 +34,7 @@ __device__ __forceinline__ void mma(int (&c)[4], int a0, int a1, int a2, int a3,
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#elif __CUDA_ARCH__ >= 750  // the same in four, each of 8 rows and 16 k
+#elif __CUDA_ARCH__ >= 750  // the same in four products of 8 rows and 16 k
   const auto quarter = [](int& c0, int& c1, int a, int b) {
     asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
                  : "+r"(c0), "+r"(c1)
@@ -49,14 +49,14 @@ __device__ __forceinline__ void mma(int (&c)[4], int a0, int a1, int a2, int a3,
 #endif
 }
 
-// 16 bytes that each is read once a token: past the first cache.
+// Loads 16 bytes that are read once per token, so they are not kept in the L1 cache.
 __device__ __forceinline__ int4 load_weights(const int8_t* p) {
   int4 v;
   asm("ld.global.nc.L1::no_allocate.v4.s32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
 
-// 16 bytes from global to shared memory, there after the wait for their group. Turing waits at once.
+// Copies 16 bytes from global to shared memory. They have arrived after the wait for their group; on Turing at once.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -72,7 +72,7 @@ __device__ __forceinline__ void end_group() {
 #endif
 }
 
-// Until no more than `pending` of this thread's groups are on their way.
+// Waits until at most `pending` of this thread's groups are in flight.
 template <int pending>
 __device__ __forceinline__ void wait_groups() {
 #if __CUDA_ARCH__ >= 800

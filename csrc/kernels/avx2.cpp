@@ -3,8 +3,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <cstring>
-
 #include "kernels.h"
 
 #define TARGET __attribute__((target("avx2")))
@@ -25,9 +23,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
     for (int64_t i = 0; i < quads; ++i) {
       const auto* panel_quad = reinterpret_cast<const __m256i*>(panel + i * kQuadBytes) + strip;
       for (int t = 0; t < Tokens; ++t) {
-        int32_t quad;
-        std::memcpy(&quad, q + t * row_bytes(quads) + 4 * i, 4);
-        const __m256i a = _mm256_set1_epi32(quad);
+        const __m256i a = _mm256_set1_epi32(load_quad(q + t * row_bytes(quads) + 4 * i));
         const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
         const __m256i a_odd = _mm256_srai_epi16(a, 8);
         for (int v = 0; v < Vecs; ++v) {
@@ -49,10 +45,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
 }  // namespace
 
 const Kernel avx2 = {
-    "avx2",
-    [] { return bool(__builtin_cpu_supports("avx2")) && __builtin_cpu_supports("fma"); },
-    &fma_math,
-    6,
+    "avx2", [] { return bool(__builtin_cpu_supports("avx2")) && __builtin_cpu_supports("fma"); }, &fma_math, 6,
     {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 
 }  // namespace owlet

@@ -3,7 +3,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "kernels.h"
 
@@ -16,9 +15,7 @@ namespace {
 constexpr int64_t kAhead = 2048;
 
 TARGET inline void add_quad(__m512i sum[4], const uint8_t* w, const int8_t* q, int64_t ahead) {
-  int32_t quad;
-  std::memcpy(&quad, q, 4);
-  const __m512i a = _mm512_set1_epi32(quad);
+  const __m512i a = _mm512_set1_epi32(load_quad(q));
   for (int v = 0; v < 4; ++v) {
     _mm_prefetch(w + ahead + 64 * v, _MM_HINT_T0);
     sum[v] = _mm512_dpbusd_epi32(sum[v], _mm512_loadu_si512(w + 64 * v), a);
@@ -63,9 +60,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
       _mm_prefetch(panel + kAhead + 64 * v, _MM_HINT_T0);
     }
     for (int t = 0; t < Tokens; ++t) {
-      int32_t quad;
-      std::memcpy(&quad, q + t * row_bytes(quads) + 4 * i, 4);
-      const __m512i a = _mm512_set1_epi32(quad);
+      const __m512i a = _mm512_set1_epi32(load_quad(q + t * row_bytes(quads) + 4 * i));
       for (int v = 0; v < 4; ++v) sum[t][v] = _mm512_dpbusd_epi32(sum[t][v], w[v], a);
     }
   }
@@ -73,18 +68,14 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
   // If GCC does not unroll this loop, it keeps the sums in memory throughout the function.
 #pragma GCC unroll 6
   for (int t = 0; t < Tokens; ++t)
-    for (int v = 0; v < 4; ++v)
-      _mm512_storeu_si512(acc + t * kPanelRows + 16 * v, sum[t][v]);
+    for (int v = 0; v < 4; ++v) _mm512_storeu_si512(acc + t * kPanelRows + 16 * v, sum[t][v]);
 }
 
 }  // namespace
 
 const Kernel avx512_vnni = {
-    "avx512_vnni",
-    [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); },
-    &avx512_math,
-    6,
-    {dot_panel_once, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
+    "avx512_vnni", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); },
+    &avx512_math, 6, {dot_panel_once, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 
 }  // namespace owlet
 #endif

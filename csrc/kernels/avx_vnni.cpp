@@ -2,8 +2,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <cstring>
-
 #include "kernels.h"
 
 #define TARGET __attribute__((target("avx2,avxvnni")))
@@ -23,11 +21,8 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
     for (int64_t i = 0; i < quads; ++i) {
       const auto* w = reinterpret_cast<const __m256i*>(panel + i * kQuadBytes) + strip;
       for (int t = 0; t < Tokens; ++t) {
-        int32_t quad;
-        std::memcpy(&quad, q + t * row_bytes(quads) + 4 * i, 4);
-        const __m256i a = _mm256_set1_epi32(quad);
-        for (int v = 0; v < Vecs; ++v)
-          sum[t][v] = _mm256_dpbusd_avx_epi32(sum[t][v], _mm256_loadu_si256(w + v), a);
+        const __m256i a = _mm256_set1_epi32(load_quad(q + t * row_bytes(quads) + 4 * i));
+        for (int v = 0; v < Vecs; ++v) sum[t][v] = _mm256_dpbusd_avx_epi32(sum[t][v], _mm256_loadu_si256(w + v), a);
       }
     }
 
@@ -40,10 +35,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
 }  // namespace
 
 const Kernel avx_vnni = {
-    "avx_vnni",
-    [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avxvnni"); },
-    &fma_math,
-    6,
+    "avx_vnni", [] { return avx2.supported() && __builtin_cpu_supports("avxvnni"); }, &fma_math, 6,
     {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 
 }  // namespace owlet

@@ -20,15 +20,14 @@ struct FloatMath {
   // y (count, size) = q * scales, with one scale per row.
   void (*dequantize)(const int8_t* q, const float* scales, int64_t count, int64_t size, float* y);
 
-  // softmax(q K^T / sqrt(size)) V of one head: q (size), keys and values (count, size) -> y (size).
-  // next: the address that will be read after the values, for prefetching.
-  void (*attend)(const float* q, const float* keys, const float* values, int64_t count, int64_t size, float* scratch,
-                 float* y, const void* next);
-
-  // The same for int8 keys and values, with one scale per row.
-  void (*attend_int8)(const float* q, const int8_t* keys, const float* key_scales, const int8_t* values,
+  // softmax(q K^T / sqrt(size)) V of one head: q (size), keys and values (count, size) -> y (size). Scales: one per row
+  // of int8, null for floats. next: the address that will be read after the values, for prefetching.
+  template <typename T>
+  using Attend = void(const float* q, const T* keys, const float* key_scales, const T* values,
                       const float* value_scales, int64_t count, int64_t size, float* scratch, float* y,
                       const void* next);
+  Attend<float>* attend;
+  Attend<int8_t>* attend_int8;
 
   // attend for up to kQueries queries, q_stride apart, at positions pos, pos + 1, ...: each sees the keys up to its own
   // position. The results are y_stride apart.

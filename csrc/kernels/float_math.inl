@@ -85,8 +85,7 @@ TARGET inline void dot_keys(const float* q, const T* keys, int64_t row, int64_t 
   for (; d + kLanes <= size; d += kLanes)
     for (int i = 0; i < 4; ++i) sum[i] = add_product(sum[i], load(q + d), load(keys + i * row + d));
   if (d < size)
-    for (int i = 0; i < 4; ++i)
-      sum[i] = add_product(sum[i], load(q + d, size - d), load(keys + i * row + d, size - d));
+    for (int i = 0; i < 4; ++i) sum[i] = add_product(sum[i], load(q + d, size - d), load(keys + i * row + d, size - d));
   sums_of(sum, scores);
   for (int i = 0; i < 4; ++i) scores[i] *= scale;
 }
@@ -105,11 +104,9 @@ TARGET inline void mix_values(const float* weights, const T* values, int64_t cou
   for (int v = 0; v < Vecs; ++v) store(sum[v], y + v * kLanes);
 }
 
-// key_scales and value_scales have one scale per int8 row, and are null for floats.
 template <typename T>
-TARGET inline void attend_to(const float* q, const T* keys, const float* key_scales, const T* values,
-                             const float* value_scales, int64_t count, int64_t size, float* scores, float* y,
-                             const void* next) {
+TARGET void attend(const float* q, const T* keys, const float* key_scales, const T* values, const float* value_scales,
+                   int64_t count, int64_t size, float* scores, float* y, const void* next) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(size));
   const int64_t bytes = count * size * sizeof(T), head_start = std::min(kAhead, bytes);
   const auto* next_keys = reinterpret_cast<const char*>(keys) + head_start;
@@ -155,17 +152,6 @@ TARGET inline void attend_to(const float* q, const T* keys, const float* key_sca
     store(rest, size - d, y + d);
   }
   for (d = 0; d < size; ++d) y[d] *= inverse;
-}
-
-TARGET void attend(const float* q, const float* keys, const float* values, int64_t count, int64_t size, float* scratch,
-                   float* y, const void* next) {
-  attend_to<float>(q, keys, nullptr, values, nullptr, count, size, scratch, y, next);
-}
-
-TARGET void attend_int8(const float* q, const int8_t* keys, const float* key_scales, const int8_t* values,
-                        const float* value_scales, int64_t count, int64_t size, float* scratch, float* y,
-                        const void* next) {
-  attend_to<int8_t>(q, keys, key_scales, values, value_scales, count, size, scratch, y, next);
 }
 
 // ---- many queries: a lane is a query
@@ -239,4 +225,4 @@ TARGET void attend_block(const float* q, int64_t q_stride, int64_t queries, int6
   }
 }
 
-constexpr FloatMath math = {rms_norm, rope, dequantize, attend, attend_int8, attend_block};
+constexpr FloatMath math = {rms_norm, rope, dequantize, attend<float>, attend<int8_t>, attend_block};

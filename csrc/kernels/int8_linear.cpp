@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "kernels.h"
-#include "numerics.h"
 
 // Compiles a function for wider vectors too; the loader chooses one of them. FLOAT_CLONES have fused multiply-adds,
 // which take a hundred times as long in software.
@@ -140,7 +139,7 @@ void Int8Linear::forward(const QuantizedTokens& x, int64_t tokens, const float* 
   }
 }
 
-void Int8Linear::read_row(int64_t n, int64_t K, float* y) const {
+void Int8Linear::read_row(int64_t n, float* y) const {
   const uint8_t* row = packed + n / kPanelRows * ceil_div(K, 4) * kQuadBytes + n % kPanelRows * 4;
   for (int64_t k = 0; k < K; ++k) y[k] = static_cast<float>(row[k / 4 * kQuadBytes + k % 4] - 128) * scale[n];
 }

@@ -6,24 +6,36 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <string>
 #include <vector>
 
 #include "float_math.h"
+#include "numerics.h"
 
 namespace owlet {
 
-// Packed weights are uint8 (ceil(N/64), ceil(K/4), 64, 4): panels of 64 rows, in which 4 consecutive k of a row (a
-// quad) are adjacent. That is the operand shape of vpdpbusd, tdpbsud, sdot and dp4a, and a panel is read from front to
-// back. A value is stored as w + 128, because vpdpbusd needs one unsigned operand. Padding is 128, a zero weight.
+// Packed weights on a CPU are uint8 (ceil(N/64), ceil(K/4), 64, 4): panels of 64 rows, in which 4 consecutive k of a
+// row (a quad) are adjacent. That is the operand shape of vpdpbusd, tdpbsud, sdot and dp4a, and a panel is read from
+// front to back. A value is stored as w + 128, because vpdpbusd needs one unsigned operand. Padding is 128, a zero.
 constexpr int kPanelRows = 64;
 constexpr int kQuadBytes = 4 * kPanelRows;  // one quad of every row of a panel
+
+// Packed weights on a GPU are int8 (ceil(N/8), ceil(K/64), 8, 64), zero past N and K. A tile of 8 rows x 64 k is 512
+// contiguous bytes: one load of a warp takes a tile and gives each lane its operands of the tensor cores.
+constexpr int kTileRows = 8, kTileK = 64, kTileBytes = kTileRows * kTileK;
 
 // The activations of a token start on a cache line: loading a tile register from elsewhere takes ten times as long.
 constexpr int kLine = 64;
 constexpr int64_t row_bytes(int64_t quads) { return (4 * quads + kLine - 1) / kLine * kLine; }
+
+inline int32_t load_quad(const int8_t* q) {
+  int32_t quad;
+  std::memcpy(&quad, q, 4);
+  return quad;
+}
 
 // Kernels sum q * (w + 128), starting from -128 * sum(q), so no partial sum exceeds 128 * 127 * K.
 constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
@@ -81,16 +93,19 @@ class QuantizedTokens {
 
 enum class Activation { none, silu, swiglu };
 
-struct Int8Linear {
-  int64_t N;
-  const uint8_t* packed;
+template <typename Packed>
+struct LinearOf {
+  int64_t N, K;
+  const Packed* packed;
   const float* scale;  // (N)
   const float* bias;   // (N) or null
   // swiglu: rows of w alternate gate and up, and y has N / 2 columns: silu(gate) * up.
   Activation activation;
 
-  int64_t columns() const { return activation == Activation::swiglu ? N / 2 : N; }
+  OWLET_HOST_DEVICE int64_t columns() const { return activation == Activation::swiglu ? N / 2 : N; }
+};
 
+struct Int8Linear : LinearOf<uint8_t> {
   // The number of parallel tasks. Each is one panel for a block of tokens.
   int64_t tasks(int64_t tokens) const;
 
@@ -100,7 +115,7 @@ struct Int8Linear {
                float* y) const;
 
   // y (K) = row n of the matrix, times its scale.
-  void read_row(int64_t n, int64_t K, float* y) const;
+  void read_row(int64_t n, float* y) const;
 };
 
 }  // namespace owlet

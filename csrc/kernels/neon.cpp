@@ -6,8 +6,6 @@
 #include <sys/auxv.h>
 #endif
 
-#include <cstring>
-
 #include "kernels.h"
 
 #define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
@@ -30,9 +28,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int
       int8x16_t w[Vecs];
       for (int v = 0; v < Vecs; ++v) w[v] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(panel_quad + 16 * v), offset));
       for (int t = 0; t < Tokens; ++t) {
-        int32_t quad;
-        std::memcpy(&quad, q + t * row_bytes(quads) + 4 * i, 4);
-        const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(quad));
+        const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(load_quad(q + t * row_bytes(quads) + 4 * i)));
         for (int v = 0; v < Vecs; ++v) sum[t][v] = vdotq_s32(sum[t][v], w[v], a);
       }
     }
@@ -53,10 +49,7 @@ bool supported() {
 }  // namespace
 
 const Kernel neon = {
-    "neon",
-    supported,
-    &neon_math,
-    6,
+    "neon", supported, &neon_math, 6,
     {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 
 }  // namespace owlet

@@ -2,6 +2,7 @@
 // (-ffp-contract=off, nvcc -fmad=false).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -57,28 +58,19 @@ OWLET_HOST_DEVICE inline float exp_range(float x) {
   return x > 89.0f ? 89.0f : x;  // there 2^n in exp_approx has the bits of inf
 }
 
-// a * b + c, rounded once.
-OWLET_HOST_DEVICE inline float fused(float a, float b, float c) {
-#ifdef __CUDACC__
-  return fmaf(a, b, c);
-#else
-  return __builtin_fmaf(a, b, c);
-#endif
-}
-
 // e^x to 1 ulp, inf from 88.4 on: x = n ln 2 + r, with e^r from Cephes' polynomial and 2^n from its bits. x must come
 // from exp_range.
 OWLET_HOST_DEVICE inline float exp_approx(float x) {
-  const float shifted = fused(x, 1.44269504f, kRound);
+  const float shifted = std::fma(x, 1.44269504f, kRound);
   const float n = shifted - kRound;
-  const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, x));
+  const float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));
   float p = 1.9875691500e-4f;
-  p = fused(p, r, 1.3981999507e-3f);
-  p = fused(p, r, 8.3334519073e-3f);
-  p = fused(p, r, 4.1665795894e-2f);
-  p = fused(p, r, 1.6666665459e-1f);
-  p = fused(p, r, 5.0000001201e-1f);
-  p = fused(p, r * r, r) + 1.0f;
+  p = std::fma(p, r, 1.3981999507e-3f);
+  p = std::fma(p, r, 8.3334519073e-3f);
+  p = std::fma(p, r, 4.1665795894e-2f);
+  p = std::fma(p, r, 1.6666665459e-1f);
+  p = std::fma(p, r, 5.0000001201e-1f);
+  p = std::fma(p, r * r, r) + 1.0f;
   return p * float_of((bits_of(shifted) << 23) + 0x3f800000);
 }
 

@@ -244,7 +244,7 @@ double dot_peak(int threads, const std::string& isa) {
 PYBIND11_MODULE(owlet_probe, m) {
   using pybind11::arg;
   m.def("read_bandwidth", owlet::read_bandwidth, arg("bytes"), arg("threads"),
-        pybind11::call_guard<pybind11::gil_scoped_release>(), "GB/s at which threads can read this many bytes of memory.");
+        pybind11::call_guard<pybind11::gil_scoped_release>(), "GB/s at which threads can read this much memory.");
   m.def("dot_peak", owlet::dot_peak, arg("threads"), arg("isa"),
         "GOP/s of the instruction set's int8 dot product, from registers. ValueError if this CPU does not have it.");
 }

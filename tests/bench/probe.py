@@ -9,16 +9,18 @@ from types import ModuleType
 from setuptools import Distribution
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-BUILD = Path(__file__).resolve().parents[2] / "build/probe"
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build/probe"
 
 
 @functools.cache
 def probe() -> ModuleType:
-    """owlet_probe, compiled the first time that it is asked for."""
-    # without -fopenmp for the linker: as in setup.py, for the OpenMP runtime that torch brings
+    """The module owlet_probe, compiled when it is older than its sources."""
+    # as in setup.py, linking without -fopenmp uses the OpenMP runtime that torch brings
     flags = ["-O3", *(["-fopenmp"] if sys.platform == "linux" else [])]
-    extension = CppExtension("owlet_probe", [str(SOURCE)], extra_compile_args=flags)
+    headers = [str(path) for path in (ROOT / "csrc").glob("**/*.h")]
+    extension = CppExtension("owlet_probe", [str(ROOT / "tests/bench/probe.cpp")], depends=headers,
+                             extra_compile_args=flags)
     build = BuildExtension.with_options(use_ninja=False)(Distribution({"ext_modules": [extension]}))
     build.build_lib = build.build_temp = str(BUILD)
     build.ensure_finalized()

@@ -14,7 +14,7 @@ inline float __bfloat162float(__nv_bfloat16 x) {
   return value;
 }
 
-// To the nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; a NaN stays a NaN.
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

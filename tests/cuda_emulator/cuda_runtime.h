@@ -1,7 +1,6 @@
-// As much of CUDA as csrc/cuda uses, on a CPU, for tests where there is no GPU: the threads of a block take turns, in
-// an order drawn anew each round, some warps more often than others, and hand over only where they wait for each
-// other. So results that hang on an order that nothing ensures do not stay the same, and sanitizers see every access
-// to memory.
+// The part of CUDA that csrc/cuda uses, on a CPU, for tests without a GPU. The threads of a block run in turn, in a new
+// random order each round and some warps more often than others, and switch only where they wait for each other. So
+// results that depend on an order that nothing guarantees change, and sanitizers see every memory access.
 #pragma once
 
 #include <setjmp.h>
@@ -49,7 +48,7 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 using cudaStream_t = void*;
 constexpr int cudaDevAttrMultiProcessorCount = 0;
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-// few, so that blocks have more than one piece of work
+// a low number, so that every block has several tiles
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 2, cudaSuccess; }
 
 template <typename Kernel>
@@ -73,7 +72,7 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   jmp_buf where;
   bool begun, done;
-  std::vector<std::vector<Copy>> groups;  // of asynchronous copies, the last one open
+  std::vector<std::vector<Copy>> groups;  // groups of asynchronous copies; the last one is open
 };
 
 struct Barrier {
@@ -95,7 +94,7 @@ inline int lane() { return threadIdx.x % kWarp; }
 inline int warp() { return threadIdx.x / kWarp; }
 inline Thread& self() { return threads[threadIdx.x]; }
 
-// swapcontext would ask the system for the signal mask each time, which takes longer than all the rest.
+// Unlike swapcontext, this makes no system call for the signal mask, which would take most of the time.
 inline void yield() {
   if (!_setjmp(self().where)) _longjmp(scheduler, 1);
 }
@@ -113,14 +112,14 @@ inline void Barrier::wait(int threads) {
 
 inline void wait_for_warp() { warp_barriers[warp()].wait(kWarp); }
 
-// Everybody's values in, then read(all of the warp's).
+// All lanes store their values; then each returns read(the values of the whole warp).
 template <typename Read>
 auto exchange(std::array<int, 6> mine, Read read) {
   auto& values = exchanged[warp()];
   values[lane()] = mine;
   wait_for_warp();
   const auto result = read(values);
-  wait_for_warp();  // before anybody overwrites them
+  wait_for_warp();  // before a lane overwrites them
   return result;
 }
 
@@ -132,7 +131,7 @@ inline void entry() {
 
 inline void resume() {
   Thread& thread = self();
-  if (_setjmp(scheduler)) return;  // comes back here
+  if (_setjmp(scheduler)) return;  // yield() comes back here
   if (thread.begun) _longjmp(thread.where, 1);
   thread.begun = true;
   ucontext_t context;
@@ -151,7 +150,7 @@ inline void run_block() {
   }
   static std::mt19937 random(1);
   std::vector<int> order(count);
-  std::vector<unsigned> pause(warp_barriers.size());  // rounds that a warp sits out, on average, for each that it runs
+  std::vector<unsigned> pause(warp_barriers.size());  // rounds that a warp skips, on average, per round that it runs
   for (int i = 0; i < count; ++i) order[i] = i;
   for (unsigned& rounds : pause) rounds = random() % 3 * 4;
   for (bool all = false; !order.empty(); all = !progress) {
@@ -172,16 +171,16 @@ inline void run_block() {
   }
 }
 
-inline void run(dim3 grid, int threads_a_block, const std::function<void()>& kernel) {
+inline void run(dim3 grid, int threads_per_block, const std::function<void()>& kernel) {
   body = &kernel;
   gridDim = grid;
-  blockDim = dim3(threads_a_block);
-  for (int i = threads.size(); i < threads_a_block; ++i) {
+  blockDim = dim3(threads_per_block);
+  for (int i = threads.size(); i < threads_per_block; ++i) {
     threads.emplace_back();
     threads.back().stack.reset(new char[kStack]);
   }
   block_barrier = {};
-  warp_barriers.assign((threads_a_block + kWarp - 1) / kWarp, {});
+  warp_barriers.assign((threads_per_block + kWarp - 1) / kWarp, {});
   exchanged.resize(warp_barriers.size());
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {

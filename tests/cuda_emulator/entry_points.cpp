@@ -1,4 +1,4 @@
-// csrc/cuda for ctypes.
+// The entry points of csrc/cuda for ctypes.
 #include "../../csrc/cuda/decoder.h"
 #include "../../csrc/cuda/primitives.cuh"
 
@@ -27,8 +27,8 @@ void int8_linear(int bits, const void* x, int64_t tokens, int64_t K, const float
   function(x, tokens, K, norm, eps, packed, N, scale, bias, activation, residual, y);
 }
 
-// tensors: cos, sin, embedding, norm, head; then of each layer input_norm, qkv, q_norm, k_norm, o, post_norm,
-// gate_up, down. Matrices are two: packed, scale.
+// tensors: cos, sin, embedding, norm, head; then input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down of each
+// layer. A matrix is two tensors: packed, scale.
 void decode(int64_t n_embd, int64_t n_head, int64_t n_kv_head, int64_t head_dim, int64_t n_hidden, int64_t vocab_size,
             int64_t n_layer, float eps, const void* const* tensors, const int64_t* tokens, const int64_t* pos,
             int64_t batch, float* keys, float* values, int64_t length, float* logits) {
@@ -48,7 +48,8 @@ void decode(int64_t n_embd, int64_t n_head, int64_t n_kv_head, int64_t head_dim,
       hidden(batch * n_hidden), scale(batch);
   std::vector<int8_t> q(cuda::scratch_bytes(batch, widest));
   if (cuda::decode(model, {tokens, pos, batch, keys, values, length, logits},
-                   {x.data(), qkv.data(), attn_out.data(), hidden.data(), {q.data(), scale.data()}}, nullptr) != cudaSuccess)
+                   {x.data(), qkv.data(), attn_out.data(), hidden.data(), {q.data(), scale.data()}},
+                   nullptr) != cudaSuccess)
     std::abort();
 }
 }
