@@ -7,6 +7,7 @@ checksum of all they hold: neither safetensors nor torch.load notices a flipped 
 import contextlib
 import hashlib
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cli import UserError
-from files import atomic_path, copy_file, newest, one_line, read_json, write_json
+from files import atomic_path, newest, one_line, read_json, write_json
 from model import GPT, GPTConfig, rope_table
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -126,9 +127,10 @@ def is_quantized(folder: Path) -> bool:
 def load_model(folder: Path | str, dropout: float = 0.0) -> GPT:
     """Load a folder written by owlet or transformers (Qwen3, Llama), as fp32, in eval mode."""
     folder = Path(folder)
-    if is_quantized(folder):
+    hf = read_config(folder)
+    if "quantization_config" in hf:
         raise UserError(f"{folder}: a quantized folder; expected an fp32 one")
-    config = replace(config_from_hf(read_config(folder)), dropout=dropout)
+    config = replace(config_from_hf(hf), dropout=dropout)
     state = {name: tensor.float() for name, tensor in read_tensors(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}  # older Llamas store what is computed anyway
     if config.tie_embeddings:
@@ -213,7 +215,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists():
-            copy_file(Path(source) / name, Path(folder) / name)
+            with atomic_path(Path(folder) / name) as temporary:
+                shutil.copyfile(Path(source) / name, temporary)
 
 
 # ---------------------------------------------------------------- tensors
@@ -341,15 +344,15 @@ def write_run(folder: Path, settings: dict, data_sha256: str) -> None:
     write_json(folder / "run.json", {"settings": settings, "data_sha256": data_sha256})
 
 
-def read_run(folder: Path) -> tuple[dict, str]:
-    """What write_run wrote, in today's names. Older runs have it in their state."""
+def read_run(folder: Path, state: dict | None = None) -> tuple[dict, str]:
+    """What write_run wrote, in today's names. Older runs have it in their state, which is read if it is not given."""
     if (folder / "run.json").exists():
         run = read_json(folder / "run.json")
         missing = {"settings", "data_sha256"} - run.keys()
         if missing:
             raise UserError(f"{folder}/run.json: {', '.join(sorted(missing))} is missing")
         return run["settings"], run["data_sha256"]
-    state, _ = read_last_state(folder)
+    state = state or read_last_state(folder)[0]
     settings = {"warmdown" if name == "decay_share" else name: value for name, value in state["config"].items()}
     return settings | ({"size": "base"} if settings["size"] == "seed" else {}), state["data_sha256"]
 

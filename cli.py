@@ -48,7 +48,7 @@ def parse(config_class: type[Config], description: str, args: Sequence[str] | No
 
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, default: Any) -> None:
-    name, options = flag_name(field.name), {}
+    name, options = f"--{field.name.replace('_', '-')}", {}
     about = field.metadata or flag(None, "").metadata
     if get_origin(kind) in (Union, types.UnionType):  # X | None
         kind = next(part for part in get_args(kind) if part is not type(None))
@@ -69,10 +69,6 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, d
         parser.add_argument(field.name, nargs="?", **options)
     else:
         parser.add_argument(name, **options)
-
-
-def flag_name(field: str) -> str:
-    return f"--{field.replace('_', '-')}"
 
 
 def _number(kind: type, low: float | None, high: float) -> Callable[[str], Any]:

@@ -9,7 +9,6 @@ import fcntl
 import glob
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,11 +53,6 @@ def _remove_stale(path: Path) -> None:
                 os.kill(int(pid), 0)  # sends nothing: asks whether the process is there
             except (ProcessLookupError, ValueError):
                 left.unlink(missing_ok=True)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    with atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -346,9 +346,9 @@ def quantize_state(model: GPT) -> dict[str, Tensor]:
 
 def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device: torch.device) -> Int8GPT:
     """The int8 model from quantize_state's tensors, on the device."""
-    make, table_kind = LINEARS[backend], LINEARS[backend] if backend == "owlet" else ReferenceLinear
+    make = LINEARS[backend]
     if backend == "owlet" and device.type == "cpu":
-        make = table_kind = partial(KernelLinear, pack=owlet_kernels.Panels(matrix_shapes(config)).pack)
+        make = partial(KernelLinear, pack=owlet_kernels.Panels(matrix_shapes(config)).pack)
 
     def linear(prefix: str, *names: str, activation: str = "none") -> Int8Linear:
         weights = [state[f"{prefix}{name}.weight"] for name in names]
@@ -367,9 +367,10 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device:
         model.model.layers[i] = Int8Block(block, partial(linear, f"model.layers.{i}."))
     embedding = "model.embed_tokens"
     model.lm_head = linear("", embedding if config.tie_embeddings else "lm_head")
-    tied = config.tie_embeddings and backend != "torch.ao"  # whose layout has no rows to read
-    model.model["embed_tokens"] = Int8Embedding(model.lm_head if tied else table_kind(
-        state[f"{embedding}.weight"].to(device), state[f"{embedding}.weight_scale"].to(device)))
+    table = ReferenceLinear if backend == "torch.ao" else make  # torch.ao's layout has no rows to read
+    model.model["embed_tokens"] = Int8Embedding(
+        model.lm_head if config.tie_embeddings and table is make else
+        table(state[f"{embedding}.weight"].to(device), state[f"{embedding}.weight_scale"].to(device)))
     model = model.eval().requires_grad_(False).to(device)
     model.backend = backend
     if backend == "owlet":

@@ -133,7 +133,7 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
     state, damage = read_last_state(out)
     if damage:
         note(damage)
-    settings, _ = read_run(out)
+    settings, state["data_sha256"] = read_run(out, state)
     saved = TrainConfig(**settings | {"out": out, "data": Path(settings["data"]), "resume": False})
     config = parse(TrainConfig, DESCRIPTION, args, saved)
     for name in FIXED:
@@ -230,7 +230,7 @@ class Run:
             self.model.load_state_dict(state["model"])
         self.data = TokenData(config.data, config.block_size, ranks.device, config.seed)
         self.data_sha256 = self.data.meta["train"]["sha256"]
-        if state is not None and read_run(config.out)[1] != self.data_sha256:
+        if state is not None and state["data_sha256"] != self.data_sha256:
             raise UserError(f"--resume: {config.out} was trained on other data than {config.data} now holds")
         self.dtype = pick_dtype(config.dtype, ranks.device, self.model.config.n_embd)
         self.wrapped = parallelize(self.model, ranks, config.parallel, self.dtype, config.compile == "on").train()

@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import int8
 from cli import UserError, parse, run
-from files import atomic_path, write_json
+from files import write_json, write_text
 from generate import BUCKET, generate
 from int8 import quantize_rows, quantize_tokens
 from machine import peak_flops
@@ -251,8 +251,7 @@ def main() -> None:
     print(text)
     write_json(config.out / "cuda.json", {"machine": machine, "copy_bandwidth": bandwidth, "bf16_peak": peak,
                                           "products": few + many, "decoding": models})
-    with atomic_path(config.out / "cuda.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(config.out / "cuda.md", text)
 
 
 if __name__ == "__main__":

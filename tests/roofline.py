@@ -11,7 +11,7 @@ import pytest
 import torch
 from bench.probe import probe
 
-from files import atomic_path
+from files import write_text
 from machine import cpu_name
 
 owlet_kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
@@ -60,7 +60,6 @@ def publish(request: pytest.FixtureRequest, name: str, header: list[str], rows: 
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, alignment, *rows)]
     peaks = ", ".join(f"{isa} {probe().dot_peak(1, isa):,.0f}" for isa in owlet_kernels.isas())
     text = "\n".join([*lines, "", f"{note} {', '.join(machine().values())}; int8 peaks, GOP/s a thread: {peaks}.", ""])
-    with atomic_path(OUT / name) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(OUT / name, text)
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(f"\n\n{text}")
