@@ -167,6 +167,7 @@ def save_weights(state: dict[str, Tensor], config: GPTConfig, folder: Path) -> N
 def write_model(folder: Path, state: dict[str, Tensor], hf: dict) -> None:
     """The weights first and config.json last: a folder with a config.json has its weights."""
     write_tensors(folder / "model.safetensors", state)
+    # docs/log.md, "Sampling defaults"
     generation = {"do_sample": True, "temperature": 0.8, "top_k": 50,
                   "bos_token_id": hf["bos_token_id"], "eos_token_id": hf["eos_token_id"]}
     write_json(folder / "generation_config.json", generation)

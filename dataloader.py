@@ -111,7 +111,7 @@ def evaluate(model: nn.Module, data: TokenData, limit: int | None = None, ranks:
              dtype: torch.dtype = torch.float32) -> float:
     """Mean validation loss in nats a token, of `limit` tokens; the ranks share the sequences among them."""
     starts = data.validation_starts(limit)
-    # as many sequences at a time as keep their fp32 logits below 128 MB
+    # as many sequences at a time as keep their fp32 logits below 128 MB (docs/log.md, "Evaluation")
     batch = max(1, min(8192, 2**25 // data.meta["vocab_size"]) // data.block_size)
     rank, world = (ranks.rank, ranks.world) if ranks is not None else (0, 1)
     was_training = model.training

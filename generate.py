@@ -15,7 +15,9 @@ from torch import Tensor
 from cli import UserError
 from model import GPT, KVCache
 
-BUCKET = 256  # a graph reads a fixed number of keys, those not there yet masked: one graph for each multiple of this
+# A graph reads a fixed number of keys and masks those not there yet: one graph for each multiple of this
+# (docs/log.md, "Token as one CUDA graph").
+BUCKET = 256
 
 
 # ---------------------------------------------------------------- the sampler

@@ -321,7 +321,10 @@ class Int8GPT(GPT):
 
     @torch.inference_mode()
     def decoder_agrees(self) -> bool:
-        """Whether the decoder gives one token the logits that PyTorch gives it over the same weights."""
+        """Whether the decoder gives one token the logits that PyTorch gives it over the same weights.
+
+        The bound: docs/log.md, "First use on a GPU".
+        """
         token, caches = torch.zeros(1, 1, dtype=torch.long, device=self.device), [self.new_cache(1, 1) for _ in "12"]
         ours = self(token, cache=StaticKVCache(caches[0]) if self.device.type == "cuda" else caches[0])[0]
         theirs = GPT.forward(self, token, cache=caches[1])[0]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIZES = {  # shapes that have a name: 0.9M, 11M, 26M and 85M parameters with 256 tokens
+SIZES = {  # docs/log.md, "Sizes": 0.9M, 11M, 26M and 85M parameters with 256 tokens
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128},
     "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256},
     "base": {"n_layer": 8, "n_head": 8, "n_embd": 512, "block_size": 512},
@@ -34,7 +34,7 @@ class GPTConfig:
     n_hidden: int | None = None  # SwiGLU width; None: 8/3 n_embd, rounded up to a multiple of 64
     qk_norm: bool = True  # True: Qwen3; False: Llama
     tie_embeddings: bool = True
-    rope_theta: float = 1_000.0  # a tenth of the usual 10,000: contexts here are short
+    rope_theta: float = 1_000.0  # a tenth of the usual: contexts here are short (docs/log.md, "RoPE base")
     norm_eps: float = 1e-6
     dropout: float = 0.0
     bos: int | None = None  # begin- and end-of-text tokens, if the tokenizer has some
@@ -190,7 +190,7 @@ class GPT(nn.Module):
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters():  # docs/log.md, "Initialization"
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.zeros_(parameter)  # every block starts as the identity
             elif parameter.dim() == 2:

@@ -92,7 +92,10 @@ def batches_of_a_shape(params: list[Tensor]) -> list[list[Tensor]]:
 
 
 def make_optimizers(model: GPT, muon_lr: float, adam_lr: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, with its products in dtype, and AdamW for everything else."""
+    """Muon for the blocks' matrices, with its products in dtype, and AdamW for everything else.
+
+    The constants: docs/log.md, "Optimizer".
+    """
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     in_muon = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in in_muon]

@@ -37,7 +37,7 @@ from int8 import (
 from machine import cpu_name, resident_bytes
 from model import GPT, GPTConfig
 
-LONGEST = 1024  # tokens of context in the comparison, of models that have more
+LONGEST = 1024  # tokens of context in the comparison, of models that have more (docs/log.md, "Tests and tools")
 
 # ---------------------------------------------------------------- what it costs, what it brings
 

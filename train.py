@@ -61,7 +61,7 @@ DESCRIPTION = "Train a GPT on prepared tokens, in one process or under torchrun.
 
 @dataclass
 class TrainConfig:
-    """The defaults, all tuned for tiny (docs/log.md says how); SIZE_DEFAULTS replaces some for other sizes."""
+    """The defaults are tiny's (docs/log.md, "Training recipe"); SIZE_DEFAULTS replaces some for other sizes."""
 
     size: Literal["tiny", "small", "base", "medium"] = flag(
         "tiny", "Sets the defaults below: tiny 0.9M, small 11M, base 26M, medium 85M parameters.", positional=True,

@@ -21,7 +21,7 @@ namespace {
 const FloatMath& floats() { return *kernel().floats; }
 
 // The most tokens that go through the model together (but at least one of each sequence). More tokens read the weights
-// less often; fewer keep the activations between two products in the cache.
+// less often; fewer keep the activations between two products in the cache (docs/log.md, "Rows per pass").
 constexpr int64_t kMaxRows = 256;
 
 // Writes x (size) to row `row` of a cache.
@@ -68,7 +68,7 @@ class Decoder::Barrier {
   }
 
  private:
-  static constexpr int kSpins = 2000;  // about 50 us
+  static constexpr int kSpins = 2000;  // about 50 us (docs/log.md, "Spin barriers")
 
   static void pause() {
 #if defined(__x86_64__)

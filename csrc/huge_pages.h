@@ -1,4 +1,4 @@
-// Memory for data that is read from front to back again and again.
+// Memory for data that is read from front to back again and again (docs/log.md, "Huge pages").
 #pragma once
 
 #include <cstdint>

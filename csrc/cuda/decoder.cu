@@ -6,7 +6,7 @@
 namespace owlet::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // docs/log.md, "CUDA attention"
 constexpr int kWarps = kThreads / kWarp;
 
 // x (batch, n_embd) := the tokens' rows of the table. Each block takes one token.

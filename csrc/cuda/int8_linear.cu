@@ -129,7 +129,8 @@ struct Output {
 
 // A block takes one tile of 8 output channels after another. Its warps split the tile's k and add their sums last.
 // If the tokens fit into kOwnBytes, every block quantizes all of x for itself, which is faster than a launch of
-// quantize_kernel. The next weights are loaded while a block quantizes and while it adds sums.
+// quantize_kernel. The next weights are loaded while a block quantizes and while it adds sums. The constants of both
+// kernels: docs/log.md, "gemv and gemm".
 constexpr int kInFlight = 4;  // loads per thread
 constexpr int kOwnTokens = 4;
 constexpr int kOwnBytes = 16384;

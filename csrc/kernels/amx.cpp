@@ -14,7 +14,7 @@
 namespace owlet {
 namespace {
 
-constexpr int kVnniTokens = 6;  // up to this many tokens are faster without tiles
+constexpr int kVnniTokens = 6;  // up to this many tokens are faster without tiles (docs/log.md, "AMX tiles")
 
 template <int Tokens>
 TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int32_t* acc) {

@@ -11,7 +11,8 @@
 namespace owlet {
 namespace {
 
-// The prefetch distance in bytes. The hardware prefetcher alone leaves a fifth of the L2 cache's bandwidth unused.
+// The prefetch distance in bytes. The hardware prefetcher alone leaves a fifth of the L2 cache's bandwidth unused
+// (docs/log.md, "Prefetch distance and streams").
 constexpr int64_t kAhead = 2048;
 
 TARGET inline void add_quad(__m512i sum[4], const uint8_t* w, const int8_t* q, int64_t ahead) {

@@ -24,7 +24,8 @@ namespace {
 
 constexpr int kLanes = 16;
 
-constexpr int64_t kAhead = 4096;  // the prefetch distance for keys and values, in bytes
+// The prefetch distance for keys and values, in bytes (docs/log.md, "Prefetch in attention").
+constexpr int64_t kAhead = 4096;
 
 // Every sum has this order: add the upper half to the lower, then add neighbours three times.
 inline float sum_of(const float* x) {

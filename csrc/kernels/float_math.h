@@ -8,7 +8,7 @@
 
 namespace owlet {
 
-constexpr int kQueries = 32;  // the most that one attend_block takes
+constexpr int kQueries = 32;  // the most that one attend_block takes (docs/log.md, "Blocks of attention")
 
 struct FloatMath {
   // y = x / rms(x) * weight, each (size); y may be x.

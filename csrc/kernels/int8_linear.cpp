@@ -17,7 +17,8 @@
 namespace owlet {
 namespace {
 
-// The tokens of one parallel task: many read a panel less often, few give every thread a task.
+// The tokens of one parallel task: many read a panel less often, few give every thread a task
+// (docs/log.md, "Rows per pass").
 constexpr int64_t kTaskTokens = 96;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -20,6 +20,7 @@ namespace owlet {
 // Packed weights on a CPU are uint8 (ceil(N/64), ceil(K/4), 64, 4): panels of 64 rows, in which 4 consecutive k of a
 // row (a quad) are adjacent. That is the operand shape of vpdpbusd, tdpbsud, sdot and dp4a, and a panel is read from
 // front to back. A value is stored as w + 128, because vpdpbusd needs one unsigned operand. Padding is 128, a zero.
+// See docs/log.md, "Panels".
 constexpr int kPanelRows = 64;
 constexpr int kQuadBytes = 4 * kPanelRows;  // one quad of every row of a panel
 
@@ -44,7 +45,7 @@ constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
 // over k.
 using DotPanel = void(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int32_t* acc);
 
-constexpr int kMaxTileTokens = 32;
+constexpr int kMaxTileTokens = 32;  // docs/log.md, "Tokens per kernel call"
 
 struct Kernel {
   const char* name;
