@@ -1,8 +1,10 @@
 """Rules of the house: imports go one way, no file imports a script, and names that are written down exist."""
 
 import ast
+import dataclasses
 import functools
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 import profile_run
+import train
 
 SCRIPTS = {"train", "sample", "quantize", "profile_run", "prepare", "setup"}
 FILES = {path.stem: path for path in [*ROOT.glob("*.py"), ROOT / "data" / "prepare.py"]}
@@ -62,3 +65,19 @@ def test_every_function_of_a_phase_exists(function):
     assert callable(found)
     code = getattr(found, "__wrapped__", found)
     assert getattr(code, "__qualname__", name) == name  # as a profile has it
+
+
+def test_pointers_into_the_log_of_decisions_resolve():
+    """Each is one line's `docs/log.md, "heading"`."""
+    headings = set(re.findall("^#+ (.+)$", (ROOT / "docs/log.md").read_text(), re.M))
+    texts = {path: path.read_text() for path in [*FILES.values(), *(ROOT / "csrc").glob("**/*.*")]}
+    pointers = [(path.name, heading) for path, text in texts.items()
+                for heading in re.findall(r'docs/log\.md, "(.+?)"', text)]
+    assert len(pointers) == sum(text.count("docs/log.md") for text in texts.values()) > 0
+    assert not [pointer for pointer in pointers if pointer[1] not in headings]
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(train.TrainConfig)])
+def test_every_default_of_training_is_explained(name):
+    text = "".join((ROOT / "docs" / file).read_text() for file in ("log.md", "training.md"))
+    assert re.search(rf"`{name}\b|--{name.replace('_', '-')}\b", text)
