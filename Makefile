@@ -1,12 +1,12 @@
 # make demo    from a fresh clone to a trained, quantized, talking model (under 10 minutes on 2 cores)
-# make test    all tests        make bench   timings (some 5 minutes)        make lint   ruff
+# make test    the tests        make test-long    the long ones        make bench   timings        make lint   ruff
 # Each makes .venv and builds the kernels when they are missing; nothing done is done again.
 
 PYTHON ?= python3
 BIN := .venv/bin
 CXX ?= c++
 
-.PHONY: demo test bench lint kernels clean
+.PHONY: demo test test-long bench lint kernels clean
 .DELETE_ON_ERROR:
 
 .venv/requirements: requirements.txt
@@ -52,6 +52,10 @@ out/demo-int8/comparison.json: out/demo/.trained | build/kernels
 
 test: .venv/requirements-dev build/kernels
 	$(BIN)/python -m pytest
+
+# random kills, sanitizers, compilers for other machines, more of what restarts and of the emulated GPU
+test-long: .venv/requirements-dev build/kernels
+	$(BIN)/python -m pytest -m long --kills 5
 
 # Threads stay on their cores; the tables printed hold more than pytest-benchmark's own, which quiet leaves out.
 bench: build/kernels

@@ -1,10 +1,14 @@
-"""What the tests share: a small text, prepared once, and scripts run in this process."""
+"""What the tests share: a small text, prepared once, and scripts run in this process or forked from one like it."""
 
+import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU is what these tests are about
@@ -14,6 +18,7 @@ import pytest
 import torch
 
 import cli
+import train
 from int8 import int8_linear_reference
 from model import GPT, GPTConfig
 
@@ -53,6 +58,52 @@ def data(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder (bytes)."""
     out = tmp_path_factory.mktemp("data") / "wood"
     return prepare.prepare(prepare.PrepareConfig(input=(text_file,), out=out))
+
+
+# ---------------------------------------------------------------- train.py in processes of its own
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest"])
+
+
+def fork_train(log: Path, *flags: object, ranks: int = 1, changes: str = "") -> list[BaseProcess]:
+    """Start `ranks` processes of train.py, as torchrun would; what they print goes to `log`.
+
+    They are forked from a process that has imported torch once, which takes seconds. `changes` is code that runs before
+    train.main, with rank, train and die (kill -9 of itself) at hand.
+    """
+    with pytest.MonkeyPatch.context() as patch:  # the server imports this module, from where pytest found it
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [str(flag) for flag in flags]
+    processes = [FORKS.Process(target=_train, args=(log, rank, ranks, port, changes, words)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def end_well(processes: list[BaseProcess], log: Path) -> str:
+    """What they printed, once all have ended well."""
+    for process in processes:
+        process.join(240)
+    said = log.read_text()
+    assert [process.exitcode for process in processes] == [0] * len(processes), said
+    return said
+
+
+def _train(log: Path, rank: int, ranks: int, port: int, changes: str, words: list[str]) -> None:
+    with log.open("a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
+                       "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.argv = ["train.py", *words]
+    exec(changes, {"rank": rank, "train": train, "die": lambda *_: os.kill(os.getpid(), signal.SIGKILL)})
+    cli.run(train.main)
 
 
 @pytest.fixture

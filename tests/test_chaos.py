@@ -1,6 +1,6 @@
 """Training killed at any moment, and inside any save, ends as a run that nobody disturbed, to the last bit.
 
-    pytest tests/test_chaos.py --kills 200 -s       prints its progress and a summary
+    pytest tests/test_chaos.py -m long -k again --kills 200 -s       prints its progress and a summary
 """
 
 import itertools
@@ -15,11 +15,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, end_well, fork_train
 from test_train import SMALL, assert_same_checkpoint, assert_same_run
 
 import sample
@@ -35,7 +36,7 @@ from checkpoint import (
 )
 from cli import UserError
 
-TRAIN = [sys.executable, ROOT / "train.py", *SMALL, "--max-steps", "60"]
+TRAIN = [*SMALL, "--max-steps", "60"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
@@ -54,7 +55,7 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
 def undisturbed(data, tmp_path_factory) -> tuple[Path, float]:
     """A run's folder, and the seconds it took."""
     out, began = tmp_path_factory.mktemp("whole") / "run", time.monotonic()
-    finish(start([*TRAIN, "--data", data, "--out", out]))
+    end_well(fork_train(out.with_name("log"), *TRAIN, "--data", data, "--out", out), out.with_name("log"))
     return out, time.monotonic() - began
 
 
@@ -66,23 +67,25 @@ def trained(undisturbed, tmp_path) -> Path:
 
 # ---------------------------------------------------------------- kill -9
 
+@pytest.mark.long
 def test_a_run_killed_again_and_again_ends_as_if_it_were_not(undisturbed, data, tmp_path, request):
     kills, seed = request.config.getoption("kills"), request.config.getoption("kills_seed")
     rng, lost, in_saves, finished = random.Random(seed), [], 0, 0
     print(f"\nseed {seed}; the undisturbed run took {undisturbed[1]:.1f} s")
     while len(lost) < kills:
-        out, kept = tmp_path / f"run{finished}", None
+        out, log, kept = tmp_path / f"run{finished}", tmp_path / "log", None
         while True:
-            process = start([*TRAIN, "--data", data, "--out", out, *([] if kept is None else ["--resume"])])
+            log.write_text("")
+            process, = fork_train(log, *TRAIN, "--data", data, "--out", out, *([] if kept is None else ["--resume"]))
             if len(lost) == kills or not kill(process, out, undisturbed[1], rng):
                 break
             in_saves += saving(out)
             kept = kept_step(out)
             lost.append(last_logged_step(out) - (kept or 0))
             print(f"kill {len(lost)}: step {kept or 0} is kept, {lost[-1]} more were logged")
-        said, warned = finish(process)
+        said = end_well([process], log)
         assert kept == 60 or f"steps {kept or 0} to 60" in said
-        assert "note:" not in warned
+        assert "note:" not in said
         assert_same_run(out, undisturbed[0])
         shutil.rmtree(out)
         finished += 1
@@ -90,18 +93,19 @@ def test_a_run_killed_again_and_again_ends_as_if_it_were_not(undisturbed, data, 
           f"same to the last bit; steps to repeat: {sum(lost) / kills:.1f} on average, {max(lost)} at most")
 
 
-def kill(process: subprocess.Popen, out: Path, seconds: float, rng: random.Random) -> bool:
-    """Kill it within its first `seconds`, rather late than early, since start-up takes most of a short run;
-    or, every other time, in a save that follows. False: it had ended before.
+def kill(process: BaseProcess, out: Path, seconds: float, rng: random.Random) -> bool:
+    """Kill it within its first `seconds`, rather late than early; or, every other time, in a save that follows.
+    False: it had ended before.
     """
     aimed, delay = rng.random() < 0.5, rng.uniform(0, 0.03)
     until = time.monotonic() + seconds * rng.random() ** (1 if aimed else 0.5)
-    while process.poll() is None and (time.monotonic() < until or (aimed and not saving(out))):
+    while process.exitcode is None and (time.monotonic() < until or (aimed and not saving(out))):
         time.sleep(0.001)
     if aimed:
         time.sleep(delay)
     process.kill()
-    return process.wait() != 0
+    process.join()
+    return process.exitcode != 0
 
 
 def saving(out: Path) -> bool:
@@ -205,14 +209,16 @@ checkpoint.write_json = lambda path, value: write_json(path, value) if path.name
 @pytest.mark.parametrize("part, kept", [
     ("train.write_state = die", None), ("train.save_weights = die", 10), (AFTER_THE_WEIGHTS, 10)])
 def test_a_kill_inside_the_first_save_loses_nothing_that_was_saved(script, undisturbed, data, tmp_path, part, kept):
-    mortal, out = train_script(tmp_path / "mortal.py", part), tmp_path / "run"
-    assert start([sys.executable, mortal, "--data", data, "--out", out, *TRAIN[2:]]).wait() == -signal.SIGKILL
+    out = tmp_path / "run"
+    mortal, = fork_train(tmp_path / "log", "--data", data, "--out", out, *TRAIN, changes=part)
+    mortal.join()
+    assert mortal.exitcode == -signal.SIGKILL
     assert kept_step(out) == kept and not (out / "config.json").exists()
     if kept:  # even where it was the last one
         code, said, err = script(train.main, "--resume", "--out", out, "--max-steps", kept)
         assert code == 0 and "trained for 10 steps already" in said and load_model(out), err
         (out / "config.json").unlink()
-    code, _, err = script(train.main, "--data", data, "--out", out, *TRAIN[2:], *(["--resume"] if kept else []))
+    code, _, err = script(train.main, "--data", data, "--out", out, *TRAIN, *(["--resume"] if kept else []))
     assert code == 0, err
     assert_same_run(out, undisturbed[0])
 
@@ -233,8 +239,8 @@ train.update = after(train.update, lambda n: attempt == 0 and (rank, n) == (1, 1
 
 
 def test_torchrun_restarts_killed_ranks_in_their_own_folder(data, tmp_path):
-    command = [*SMALL, "--max-steps", "60", "--data", data]
-    finish(start([*TORCHRUN, ROOT / "train.py", *command], cwd=tmp_path))
+    command, log = [*SMALL, "--max-steps", "60", "--data", data], tmp_path / "log"
+    end_well(fork_train(log, *command, "--out", tmp_path / "out" / "wood-tiny", ranks=2), log)
     mortal = train_script(tmp_path / "mortal.py", MORTAL)
     out, err = finish(start([*TORCHRUN, "--max-restarts=2", mortal, *command], cwd=tmp_path))
     assert "wood-tiny-2: tiny" in out and re.search("steps [12]0 to 60", out), out  # 10: the second was being written
@@ -243,6 +249,7 @@ def test_torchrun_restarts_killed_ranks_in_their_own_folder(data, tmp_path):
     assert not (tmp_path / "out" / "wood-tiny-3").exists()
 
 
+@pytest.mark.long
 def test_a_save_goes_on_when_another_rank_dies(data, tmp_path):
     """And the restart finds its folder where torchrun was started without a name of its own for the launch."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -253,6 +260,7 @@ def test_a_save_goes_on_when_another_rank_dies(data, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["wood-tiny"]
 
 
+@pytest.mark.long
 def test_another_launch_of_the_same_name_is_another_run(data, tmp_path):
     named = [*TORCHRUN, "--rdzv-id=book", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", ROOT / "train.py"]
     for _ in range(2):
@@ -261,15 +269,17 @@ def test_another_launch_of_the_same_name_is_another_run(data, tmp_path):
 
 
 def test_ranks_that_found_different_states_do_not_begin(trained, tmp_path):
-    changed = train_script(tmp_path / "changed.py", """
+    changes, log = """
 import checkpoint
 name = ("train_state.pt", "train_state.previous.pt")[rank]
 train.read_last_state = lambda out: (checkpoint.read_state(out / name), None)
-""")
-    process = start([*TORCHRUN, changed, "--resume", "--out", trained, "--max-steps", "70"])
-    _, err = process.communicate(timeout=240)
-    assert process.returncode != 0
-    assert f"different states to go on from, rank by rank: step 60 of {trained}, step 50 of {trained}" in err, err
+""", tmp_path / "log"
+    processes = fork_train(log, "--resume", "--out", trained, "--max-steps", 70, ranks=2, changes=changes)
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 2
+    said = log.read_text()
+    assert f"different states to go on from, rank by rank: step 60 of {trained}, step 50 of {trained}" in said, said
 
 
 # ---------------------------------------------------------------- damage
@@ -337,14 +347,16 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
         assert refused > 50
 
 
-def test_of_two_processes_one_trains_in_a_folder(script, trained):
-    command = [*TRAIN[:-1], "1000000", "--eval-every", "1000000", "--resume", "--out", trained]
-    process = start(command, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    assert str(trained) in process.stdout.readline()  # it has begun
+def test_of_two_processes_one_trains_in_a_folder(script, trained, tmp_path):
+    flags, log = [*TRAIN[:-1], "1000000", "--eval-every", "1000000", "--resume", "--out", trained], tmp_path / "log"
+    process, = fork_train(log, *flags)
+    while not (log.exists() and str(trained) in log.read_text()):  # until it has begun
+        assert process.exitcode is None
+        time.sleep(0.01)
     code, _, err = script(train.main, "--resume", "--out", trained, "--max-steps", 70)
     assert code == 2 and err.count("\n") == 1 and "another process" in err
     process.kill()
-    process.communicate()
+    process.join()
     code, out, err = script(train.main, "--resume", "--out", trained, "--max-steps", 70)
     assert code == 0 and "steps 60 to 70" in out, err
 

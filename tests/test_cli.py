@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import prepare
@@ -30,7 +31,7 @@ def checkpoint_folder(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "wood"
     config = train.TrainConfig(data=data, out=out, n_layer=1, n_embd=16, n_head=2, block_size=16, batch_size=4,
                                max_steps=2, eval_tokens=500, device="cpu")
-    assert train.train(config, train.Ranks("cpu", None)) == 0
+    assert train.train(config, train.Ranks("cpu", threads=1)) == 0
     return out
 
 
@@ -291,25 +292,28 @@ def test_int8_folders_sample_like_fp32_ones(script, folder):
 
 # ---------------------------------------------------------------- the process
 
-@pytest.mark.parametrize("name", ["data/prepare.py", "train.py", "sample.py", "quantize.py"])
-def test_help(name):
-    done = subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True, check=True)
-    assert "usage:" in done.stdout and "default" in done.stdout
+@pytest.mark.parametrize("main", [prepare.main, train.main, sample.main, quantize.main], ids=lambda f: f.__module__)
+def test_help(script, main):
+    code, out, _ = script(main, "--help")
+    assert code == 0 and "usage:" in out and "default" in out
 
 
-def small_files_only() -> None:
-    """Writing past 20 KB fails from here on: a disk that fills up, without filling one."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+@pytest.fixture
+def small_files_only() -> Iterator[None]:
+    """Writing past 20 KB fails: a disk that fills up, without filling one."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_while_saving_loses_nothing(data, folder):
+def test_a_full_disk_while_saving_loses_nothing(script, data, folder, small_files_only):
     before = tree(folder)
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--resume", "--out", folder, "--max-steps", "6",
-                           "--eval-every", "2"], capture_output=True, text=True, timeout=120,
-                          preexec_fn=small_files_only)
-    assert done.returncode == 2, done.stderr
-    assert "could not be written" in done.stderr.strip().splitlines()[-1]
+    code, _, err = script(train.main, "--resume", "--out", folder, "--max-steps", 6, "--eval-every", 2,
+                          "--threads", 1)
+    assert code == 2, err
+    assert "could not be written" in err.strip().splitlines()[-1]
     after = tree(folder)
     assert not list(folder.glob(".*tmp"))
     for name in ("train_state.pt", "model.safetensors", "config.json"):
@@ -318,23 +322,21 @@ def test_a_full_disk_while_saving_loses_nothing(data, folder):
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small disk takes root on Linux")
 @pytest.mark.parametrize("megabytes", [2, 8])
-def test_a_full_disk_is_one_line_and_loses_nothing(data, tmp_path, megabytes):
+def test_a_full_disk_is_one_line_and_loses_nothing(script, data, tmp_path, megabytes):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", disk]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this machine may not mount a small disk")
     try:
-        command = [sys.executable, ROOT / "train.py", "--data", data, "--out", disk / "run", "--max-steps", "3",
-                   "--batch-size", "2", "--block-size", "16", "--eval-tokens", "100"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 2, done.stderr
-        assert "Traceback" not in done.stderr and "could not be written" in done.stderr.splitlines()[-1]
+        code, _, err = script(train.main, "--data", data, "--out", disk / "run", "--max-steps", 3, "--batch-size", 2,
+                              "--block-size", 16, "--eval-tokens", 100, "--threads", 1)
+        assert code == 2 and "Traceback" not in err and "could not be written" in err.splitlines()[-1], err
         assert (disk / "run" / "train_state.pt").exists() == (megabytes == 8)  # 7 MB, and behind it the model, 3.5 MB
         assert not (disk / "run" / "config.json").exists()
         assert not list(disk.rglob(".*.tmp"))
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "--lazy", disk], check=True)  # this process has its log open there
 
 
 def test_ctrl_c_leaves_without_a_traceback(folder):

@@ -25,7 +25,8 @@ EMULATOR = ROOT / "tests" / "cuda_emulator"
 TARGETS = [75, 80, 86, 89, 90, 100]
 ACTIVATIONS = ["none", "silu", "swiglu"]
 # up to 4 tokens, which gemv quantizes itself; one to four groups of 16; whole and partial blocks of 128 for gemm
-TOKENS = [1, 3, 4, 5, 16, 17, 33, 64, 65, 130]
+TOKENS = [M if M in (1, 5, 65) else pytest.param(M, marks=pytest.mark.long) for M in
+          (1, 3, 4, 5, 16, 17, 33, 64, 65, 130)]
 
 
 # --- on the emulator ----------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def test_sums_are_exact(library, M, N):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("M", [2, 20, 70])
+@pytest.mark.parametrize("M", [2, 20, pytest.param(70, marks=pytest.mark.long)])
 @pytest.mark.parametrize("N", [130, 131])
 def test_equals_reference(library, M, N, activation, dtype):
     N += N % 2 if activation == "swiglu" else 0
@@ -152,7 +153,7 @@ def int8_model(**changes) -> Int8GPT:
 @pytest.mark.parametrize("changes", [
     {}, {"qk_norm": False}, {"tie_embeddings": False}, {"n_head": 4, "n_kv_head": 2, "head_dim": 32},
     {"n_head": 1, "n_embd": 128, "n_hidden": 100}], ids=str)
-@pytest.mark.parametrize("B", [1, 6])
+@pytest.mark.parametrize("B", [1, pytest.param(6, marks=pytest.mark.long)])
 def test_decoder_equals_the_model(library, B, changes):
     """At positions where one key, one warp, all warps, or some warps a second time have keys."""
     model = int8_model(**changes)
@@ -173,6 +174,7 @@ def test_decoder_equals_the_model(library, B, changes):
     assert apart.median() < 1e-4 and apart.max() < 0.1
 
 
+@pytest.mark.long
 def test_reads_and_writes_within_bounds():
     """Some tests from above with every access checked. The sanitizer must be loaded when Python starts."""
     found = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
@@ -181,7 +183,7 @@ def test_reads_and_writes_within_bounds():
     environment = os.environ | {"LD_PRELOAD": found, "OWLET_SANITIZER": "address", "OMP_NUM_THREADS": "1",
                                 "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     chosen = "(sums and 66) or (decoder and n_kv_head and 6)"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-m", "", "-k", chosen]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -189,6 +191,7 @@ def test_reads_and_writes_within_bounds():
 # --- compiled -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
 @pytest.mark.parametrize("source", sorted(CUDA.glob("*.cu")), ids=lambda path: path.name)
 def test_compiles_for_every_target(source, tmp_path):
@@ -202,6 +205,7 @@ def test_compiles_for_every_target(source, tmp_path):
     assert spilt and max(spilt) <= 32  # registers spilt to memory; none with CUDA 13.0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
 @pytest.mark.parametrize("source", ["ops.cpp", "cuda/ops.cpp"])
 def test_operators_compile_for_cuda(source, tmp_path):

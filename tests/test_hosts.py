@@ -98,6 +98,7 @@ def test_two_hosts_give_the_losses_of_one_process(hosts, one, data, tmp_path):
     assert losses(out, "val_loss") == pytest.approx(losses(one, "val_loss"), abs=SAME)
 
 
+@pytest.mark.long
 def test_a_host_that_loses_its_rank_starts_it_again(hosts, one, data, tmp_path):
     out = tmp_path / "two"
     started = start(hosts, out, "--data", data, "--max-steps", "40")

@@ -475,7 +475,8 @@ def test_runs_on_torchs_threads(threads):
     "compiler, flags, runner",
     [
         ("c++", ["-O2"], []),
-        ("c++", ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], []),
+        pytest.param("c++", ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], [],
+                     marks=pytest.mark.long),
         ("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"]),
     ],
     ids=["native", "sanitized", "aarch64"],

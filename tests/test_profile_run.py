@@ -48,14 +48,11 @@ def record(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(data, tmp_path_factory):
     """A short run of the repository's train.py, profiled: its folder and the finished process."""
     folder = tmp_path_factory.mktemp("train")
-    write(folder, "book.txt", "It was the best of times, it was the worst of times. " * 100)
-    made = python(folder, ROOT / "data" / "prepare.py", "--input", "book.txt")
-    assert made.returncode == 0, made.stderr
-    done = profiled(folder, "--out", "run", "--top", 40, ROOT / "train.py", "tiny", "--n-layer", 1, "--n-embd", 32,
-                    "--block-size", 32, "--max-steps", 8, "--eval-every", 4, "--threads", 1)
+    done = profiled(folder, "--out", "run", "--top", 40, ROOT / "train.py", "tiny", "--data", data, "--n-layer", 1,
+                    "--n-embd", 32, "--block-size", 32, "--max-steps", 8, "--eval-every", 4, "--threads", 1)
     assert done.returncode == 0, done.stderr
     return folder, done
 

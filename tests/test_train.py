@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same
+from conftest import ROOT, assert_same, end_well, fork_train
 
 import train
 from checkpoint import load_model, read_run, read_safetensors, read_state, write_state
@@ -76,8 +76,8 @@ def test_log_agrees_with_the_saved_model(run, data, tmp_path):
     assert losses(out, "val_loss")[20] == pytest.approx(loss, rel=1e-6)
 
 
-COMPILED = pytest.param(["--compile", "on", "--dtype", "bfloat16"], id="compiled", marks=pytest.mark.skipif(
-    not can_compile(torch.device("cpu")), reason="torch.compile needs a C++ compiler"))
+COMPILED = pytest.param(["--compile", "on", "--dtype", "bfloat16"], id="compiled", marks=[
+    pytest.mark.long, pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="needs a C++ compiler")])
 
 
 @pytest.mark.parametrize("flags", [pytest.param([], id="plain"), COMPILED,
@@ -131,15 +131,13 @@ def stop_at(step: int):
 def test_killed_run_resumes_from_its_last_checkpoint(run, data, tmp_path):
     whole = run(tmp_path / "whole", "--max-steps", 40)
     out = tmp_path / "killed"
-    command = [sys.executable, ROOT / "train.py", "--data", data, "--out", out, *SMALL, "--max-steps", "40"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process, = fork_train(tmp_path / "log", "--data", data, "--out", out, *SMALL, "--max-steps", 40)
     until = time.monotonic() + 60
     while not (out / "train_state.pt").exists() and time.monotonic() < until:
         time.sleep(0.01)
     process.kill()
-    process.wait()
-    subprocess.run([sys.executable, ROOT / "train.py", "--resume", "--out", out], check=True, stdout=subprocess.DEVNULL,
-                   timeout=300)
+    process.join()
+    end_well(fork_train(tmp_path / "log", "--resume", "--out", out), tmp_path / "log")
     assert_same_run(whole, out)
 
 
@@ -149,17 +147,13 @@ def test_accumulated_parts_make_the_same_step(run, tmp_path):
     assert losses(parts) == pytest.approx(losses(whole), abs=SAME)
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-
-
 @pytest.mark.parametrize("flags", [[], ["--grad-accum", "2"], ["--parallel", "fsdp", "--grad-accum", "2"]],
                          ids=["ddp", "accumulated", "fsdp"])
 def test_two_ranks_give_the_losses_of_one(run, data, tmp_path, flags):
     one = run(tmp_path / "one", "--max-steps", 20)
     two = tmp_path / "two"
-    done = subprocess.run([*TORCHRUN, "--data", data, "--out", two, *SMALL, "--max-steps", "20", *flags],
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    end_well(fork_train(log, "--data", data, "--out", two, *SMALL, "--max-steps", 20, *flags, ranks=2), log)
     assert losses(two) == pytest.approx(losses(one), abs=SAME)
     assert losses(two, "val_loss") == pytest.approx(losses(one, "val_loss"), abs=SAME)
     first, second = weights(one), weights(two)
@@ -167,10 +161,9 @@ def test_two_ranks_give_the_losses_of_one(run, data, tmp_path, flags):
 
 
 def test_fsdp_in_bfloat16_learns_like_ddp(data, tmp_path):
-    flags = ["--data", data, *SMALL, "--max-steps", "20", "--dtype", "bfloat16"]
+    flags, log = ["--data", data, *SMALL, "--max-steps", 20, "--dtype", "bfloat16"], tmp_path / "log"
     for parallel in ("ddp", "fsdp"):
-        subprocess.run([*TORCHRUN, "--out", tmp_path / parallel, "--parallel", parallel, *flags], check=True,
-                       capture_output=True, timeout=300)
+        end_well(fork_train(log, "--out", tmp_path / parallel, "--parallel", parallel, *flags, ranks=2), log)
     ddp, fsdp = (losses(tmp_path / parallel) for parallel in ("ddp", "fsdp"))
     assert fsdp == pytest.approx(ddp, abs=0.02)
 
@@ -178,9 +171,8 @@ def test_fsdp_in_bfloat16_learns_like_ddp(data, tmp_path):
 def test_one_process_goes_on_where_fsdp_stopped_and_fsdp_where_one_did(run, tmp_path):
     whole, out = run(tmp_path / "whole", "--max-steps", 30, "--warmdown", 0), tmp_path / "parts"
     run(out, "--max-steps", 10, "--warmdown", 0)
-    done = subprocess.run([*TORCHRUN, "--resume", "--out", out, "--parallel", "fsdp", "--max-steps", "20"],
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    end_well(fork_train(log, "--resume", "--out", out, "--parallel", "fsdp", "--max-steps", 20, ranks=2), log)
     run(out, "--resume", "--max-steps", 30, "--parallel", "ddp", "--warmdown", 0)
     assert losses(out) == pytest.approx(losses(whole), abs=SAME)
     first, second = weights(whole), weights(out)
@@ -189,8 +181,9 @@ def test_one_process_goes_on_where_fsdp_stopped_and_fsdp_where_one_did(run, tmp_
 
 def test_a_stop_under_torchrun_saves_and_resumes(run, data, tmp_path):
     whole, out = run(tmp_path / "whole", "--max-steps", 60), tmp_path / "two"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
     flags = [*SMALL, "--max-steps", "1000000", "--eval-every", "1000000"]
-    process = subprocess.Popen([*TORCHRUN, "--data", data, "--out", out, *flags],
+    process = subprocess.Popen([*torchrun, "--data", data, "--out", out, *flags],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while not ((out / "log.jsonl").exists() and losses(out)) and time.monotonic() < until:
@@ -201,8 +194,8 @@ def test_a_stop_under_torchrun_saves_and_resumes(run, data, tmp_path):
     step = read_state(out / "train_state.pt")["step"]
     assert step % 10 == 0 and 10 <= step < 1_000_000
     last = str(step + 10)
-    subprocess.run([*TORCHRUN, "--resume", "--out", out, "--max-steps", last], check=True, capture_output=True,
-                   timeout=300)
+    log = tmp_path / "log"
+    end_well(fork_train(log, "--resume", "--out", out, "--max-steps", last, ranks=2), log)
     assert read_state(out / "train_state.pt")["step"] == int(last)
     assert losses(out)[10] == pytest.approx(losses(whole)[10], abs=SAME)
 
