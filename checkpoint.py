@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cli import UserError
 from files import atomic_path, newest, one_line, read_json, write_json
-from model import GPT, GPTConfig, rope_table
+from model import GPT, GPTConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -146,9 +146,7 @@ def load_model(folder: Path | str, dropout: float = 0.0) -> GPT:
 def empty_model(config: GPTConfig, kind: type[GPT] = GPT) -> GPT:
     """A model whose parameters are on the meta device: shapes without memory, to be replaced by loaded ones."""
     with torch.device("meta"):
-        model = kind(config)
-    model.cos, model.sin = rope_table(config)
-    return model
+        return kind(config)
 
 
 def save_model(model: GPT, folder: Path | str) -> None:

@@ -444,7 +444,8 @@ def load_quantized(folder: Path, backend: str = "auto", device: torch.device | s
         del expected["lm_head.weight"]
     for name, tensor in list(expected.items()):
         if tensor.dim() == 2:
-            expected[name], expected[f"{name}_scale"] = torch.empty_like(tensor, dtype=torch.int8), tensor[:, 0]
+            expected[name] = torch.empty(tensor.shape, dtype=torch.int8, device="meta")
+            expected[f"{name}_scale"] = torch.empty(len(tensor), device="meta")
     check_tensors(folder, expected, state)
     device = torch.device(device)
     return build(config, state, pick_backend(backend, device), device)

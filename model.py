@@ -92,8 +92,9 @@ class KVCache:
 
 def rope_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles, (block_size, head_dim / 2) (Su et al., 2021)."""
-    exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-    positions = torch.arange(config.block_size).float()
+    cpu = torch.device("cpu")  # also of a model on the meta device, whose weights alone are to come
+    exponent = torch.arange(0, config.head_dim, 2, device=cpu).float() / config.head_dim
+    positions = torch.arange(config.block_size, device=cpu).float()
     angles = torch.outer(positions, 1.0 / config.rope_theta**exponent)
     return angles.cos(), angles.sin()
 
@@ -177,12 +178,18 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # random numbers for a meta tensor would import half a compiler, a second's work
+            super().reset_parameters()
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.n_embd),
+            "embed_tokens": Embedding(config.vocab_size, config.n_embd),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
             "norm": RMSNorm(config.n_embd, eps=config.norm_eps),
         })
@@ -193,7 +200,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():  # docs/log.md, "Initialization"
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.zeros_(parameter)  # every block starts as the identity
-            elif parameter.dim() == 2:
+            elif parameter.dim() == 2 and not parameter.is_meta:
                 nn.init.normal_(parameter, std=0.02)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

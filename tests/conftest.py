@@ -22,6 +22,9 @@ import train
 from int8 import int8_linear_reference
 from model import GPT, GPTConfig
 
+# Threads wait for each other by spinning: on a machine with other work, two can take ten times as long as one.
+torch.set_num_threads(1)
+
 # A test run started in the background ignores Ctrl-C, and the processes it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

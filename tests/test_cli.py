@@ -339,6 +339,21 @@ def test_a_full_disk_is_one_line_and_loses_nothing(script, data, tmp_path, megab
         subprocess.run(["umount", "--lazy", disk], check=True)  # this process has its log open there
 
 
+def test_loading_a_model_imports_no_compiler(script, folder):
+    """As many an operation on the meta device does, for a second of every start of sample.py."""
+    assert script(quantize.main, "--no-compare")[0] == 0
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import checkpoint, int8
+        checkpoint.load_model({str(folder)!r})
+        int8.load_quantized({str(folder.with_name("wood-int8"))!r}, "reference")
+        print([name for name in ("torch._dynamo", "torch.fx.experimental.symbolic_shapes") if name in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_ctrl_c_leaves_without_a_traceback(folder):
     process = subprocess.Popen([sys.executable, ROOT / "sample.py", "--max-new-tokens", "1000000"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -477,7 +477,7 @@ def test_runs_on_torchs_threads(threads):
         ("c++", ["-O2"], []),
         pytest.param("c++", ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], [],
                      marks=pytest.mark.long),
-        ("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"]),
+        pytest.param("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"], marks=pytest.mark.long),
     ],
     ids=["native", "sanitized", "aarch64"],
 )
