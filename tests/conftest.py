@@ -63,25 +63,27 @@ def data(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare.prepare(prepare.PrepareConfig(input=(text_file,), out=out))
 
 
-# ---------------------------------------------------------------- train.py in processes of its own
+# ---------------------------------------------------------------- processes of their own
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["conftest"])
+def forks() -> multiprocessing.context.ForkServerContext:
+    """Processes forked from one that has imported this module, and so torch, which takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest"])
+    with pytest.MonkeyPatch.context() as patch:  # where pytest found this module
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    return context
 
 
 def fork_train(log: Path, *flags: object, ranks: int = 1, changes: str = "") -> list[BaseProcess]:
     """Start `ranks` processes of train.py, as torchrun would; what they print goes to `log`.
 
-    They are forked from a process that has imported torch once, which takes seconds. `changes` is code that runs before
-    train.main, with rank, train and die (kill -9 of itself) at hand.
+    `changes` is code that runs before train.main, with rank, train and die (kill -9 of itself) at hand.
     """
-    with pytest.MonkeyPatch.context() as patch:  # the server imports this module, from where pytest found it
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     words = [str(flag) for flag in flags]
-    processes = [FORKS.Process(target=_train, args=(log, rank, ranks, port, changes, words)) for rank in range(ranks)]
+    processes = [forks().Process(target=_train, args=(log, rank, ranks, port, changes, words)) for rank in range(ranks)]
     for process in processes:
         process.start()
     return processes

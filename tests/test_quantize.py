@@ -6,7 +6,7 @@ import multiprocessing
 
 import pytest
 import torch
-from conftest import assert_same_choice, random_model, step_by_step
+from conftest import assert_same_choice, forks, random_model, step_by_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -35,6 +35,13 @@ def backend(request):
     if request.param == "owlet" and int8.owlet_kernels is None:
         pytest.skip("the kernels are not built: python setup.py build_ext")
     return request.param
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """quantize.py measures each model's memory in a process that is forked, which need not load torch first."""
+    context = forks()
+    monkeypatch.setattr(quantize.multiprocessing, "get_context", lambda method: context)
 
 
 @pytest.fixture(scope="session")
@@ -181,7 +188,7 @@ def test_folder_round_trip(fields, backend, tmp_path):
     assert ("lm_head.weight" in stored) is not model.config.tie_embeddings
 
 
-def test_models_of_others_can_be_quantized_and_still_end(script, tmp_path):
+def test_models_of_others_can_be_quantized_and_still_end(script, quick, tmp_path):
     config = LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, bos_token_id=1,
                          num_attention_heads=2, max_position_embeddings=5000, eos_token_id=[5, 10])
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llama", max_shard_size="10KB")
@@ -224,7 +231,7 @@ def hide_kernels(monkeypatch):
     monkeypatch.setattr(int8, "why_no_kernels", "owlet's int8 kernels are not built", raising=False)
 
 
-def test_without_the_extension_the_table_says_who_computed(trained, script, monkeypatch):
+def test_without_the_extension_the_table_says_who_computed(trained, script, quick, monkeypatch):
     hide_kernels(monkeypatch)
     code, out, err = script(quantize.main, "--checkpoint", trained, "--eval-tokens", 500)
     assert code == 0 and "| owlet's format by torch.ao |" in out and "| owlet int8 |" not in out
@@ -252,7 +259,7 @@ def test_a_model_of_one_layer_takes_a_quarter_of_the_memory():
 
 # ---------------------------------------------------------------- the script
 
-def test_quantize_script_compares(trained, script):
+def test_quantize_script_compares(trained, script, quick):
     code, out, err = script(quantize.main, "--checkpoint", trained, "--eval-tokens", 2000)
     assert code == 0, err
     result = json.loads((trained.with_name("wood-int8") / "comparison.json").read_text())
