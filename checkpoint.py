@@ -312,8 +312,7 @@ def read_state(path: Path, mmap: bool = False) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no training state to resume from") from None
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
-        raise UserError(f"{path}: not a training state (damaged, or a pickle, which owlet never "
-                        f"runs): {one_line(error)}") from error
+        raise UserError(f"{path}: not a training state (damaged, or a pickle, which owlet never runs)") from error
     if expected != found:
         raise UserError(f"{path}: not a training state (damaged, or not owlet's): its checksum is not that of "
                         "what it holds")

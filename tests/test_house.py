@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import importlib
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -81,3 +83,10 @@ def test_pointers_into_the_log_of_decisions_resolve():
 def test_every_default_of_training_is_explained(name):
     text = "".join((ROOT / "docs" / file).read_text() for file in ("log.md", "training.md"))
     assert re.search(rf"`{name}\b|--{name.replace('_', '-')}\b", text)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_clean_removes_build_products_only():
+    """Never a model, never a book."""
+    said = subprocess.run(["make", "--dry-run", "clean"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["rm", "-rf", ".venv", "build", "*.so"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from prepare import PrepareConfig, clean_plain, encode, pieces, plain_markdown, train_tokenizer
 
 from cli import UserError
+from dataloader import TokenData
 
 BYTES = train_tokenizer([], 256)
 BPE = train_tokenizer([make_text(2000)], 290)
@@ -147,3 +148,26 @@ def test_a_refused_text_leaves_earlier_data_alone(data, tmp_path, text_file):
     with pytest.raises(UserError):
         prepare.prepare(PrepareConfig(input=(text_file, tmp_path / "bad"), out=out))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_killed_before_meta_json_the_new_files_are_refused(tmp_path, monkeypatch):
+    """Old counts must not describe new tokens. Preparing once more makes all valid."""
+    (tmp_path / "a.txt").write_text(make_text(2000, seed=1))
+    config = PrepareConfig(input=(tmp_path / "a.txt",), out=tmp_path / "data")
+    prepare.prepare(config)
+    TokenData(tmp_path / "data", 32)
+    (tmp_path / "a.txt").write_text(make_text(2000, seed=1).replace("Owl", "Elk"))  # as many bytes
+    write_json = prepare.write_json
+
+    def die(path, value):
+        if path.name == "meta.json":
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "write_json", die)
+        prepare.prepare(config)
+    with pytest.raises(UserError, match=r"bin: expected the tokens that meta\.json describes, got others"):
+        TokenData(tmp_path / "data", 32)
+    prepare.prepare(config)
+    TokenData(tmp_path / "data", 32)

@@ -238,6 +238,33 @@ def test_without_the_extension_the_table_says_who_computed(trained, script, quic
     assert err.count("not built") == 1
 
 
+def test_torch_ao_holds_each_matrix_once():
+    q, scale = quantize_rows(torch.randn(64, 300))
+    assert all(buffer.numel() <= 64 for buffer in LINEARS["torch.ao"](q, scale).buffers())
+
+
+def test_a_decoder_that_differs_is_found_and_left_out(tiny, monkeypatch, capsys):
+    if int8.owlet_kernels is None:
+        pytest.skip("the kernels are not built")
+    model = int8.quantize(tiny, "owlet")
+    assert model.decoder_agrees()
+
+    class Wrong:
+        right = model.decoder
+
+        def forward(self, *args: object) -> torch.Tensor:
+            return self.right.forward(*args) + torch.randn(256)
+
+    model.decoder = Wrong()
+    assert not model.decoder_agrees()
+    model.config.head_dim = 16  # which the GPU's decoder takes
+    monkeypatch.setattr(int8.Int8GPT, "device", torch.device("cuda"))  # where the answer counts
+    monkeypatch.setattr(model, "make_decoder", Wrong)
+    monkeypatch.setattr(model, "decoder_agrees", lambda: False)
+    int8.add_decoder(model)
+    assert model.decoder is None and "differs from PyTorch on this GPU" in capsys.readouterr().err
+
+
 def test_without_the_extension_the_next_best_is_used_and_said(monkeypatch, capsys):
     hide_kernels(monkeypatch)
     assert int8.pick_backend("auto", torch.device("cpu")) == "torch.ao"

@@ -1,6 +1,9 @@
 """Training: the same losses resumed, interrupted, accumulated and spread over ranks."""
 
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +16,8 @@ import torch
 from conftest import ROOT, assert_same, end_well, fork_train
 
 import train
-from checkpoint import load_model, read_run, read_safetensors, read_state, write_state
+from checkpoint import load_model, read_run, read_safetensors, read_state, save_model, write_state
+from cli import UserError
 from dataloader import TokenData, evaluate
 from distributed import Ranks
 from machine import can_compile
@@ -235,6 +239,26 @@ def test_validation_covers_the_text_or_spreads(data):
     assert len(some) == 10 and some[0] == 0 and some[-1] == every[-1] and set(some) <= set(every)
 
 
+def test_tokens_are_those_that_meta_json_describes(data, tmp_path):
+    copy = Path(shutil.copytree(data, tmp_path / "data", copy_function=shutil.copyfile))  # other times, same bytes
+    assert torch.equal(TokenData(copy, 32).batch(0, 4, 1)[0][0], TokenData(data, 32).batch(0, 4, 1)[0][0])
+    tokens = bytearray((copy / "val.bin").read_bytes())
+    tokens[100] ^= 1
+    (copy / "val.bin").write_bytes(tokens)
+    with pytest.raises(UserError, match=r"val\.bin: expected the tokens that meta\.json describes, got others"):
+        TokenData(copy, 32)
+
+
+def test_a_file_cut_off_under_a_run_is_named(data, tmp_path):
+    """Whatever memory held would be tokens else."""
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    texts = TokenData(copy, 32)
+    os.truncate(copy / "train.bin", texts.tokens["train"])  # half of its bytes
+    with pytest.raises(UserError, match=r"train\.bin: ends before token"):
+        for index in range(texts.tokens["train"] // 32):
+            texts.batch(index, 1, 1)
+
+
 def test_schedule_is_a_trapezoid():
     config = TrainConfig(max_steps=100, warmup_steps=10, warmdown=0.4)
     scales = [lr_scale(step, config) for step in range(100)]
@@ -256,6 +280,29 @@ def test_fine_tuning_starts_from_the_given_weights(run, script, data, tmp_path):
     tuned = run(tmp_path / "tuned", "--max-steps", 10, "--init-from", base, "--muon-lr", "1e-4", "--adam-lr", "1e-4")
     assert losses(tuned)[10] < losses(base)[10] - 1
     assert load_model(tuned).config == load_model(base).config
+
+
+def test_a_fine_tuned_model_has_the_name_of_its_source(script, tiny, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(tiny, tmp_path / "published")
+    code, out, err = script(train.main, "--data", data, "--init-from", "published", *SMALL, "--max-steps", 1)
+    assert code == 0, err
+    assert "out/wood-published: fine-tuning published, " in out and "tiny" not in out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["wood-published"]
+
+
+def test_the_first_estimate_does_not_count_compilation(script, data, tmp_path, monkeypatch):
+    update, steps = train.update, []
+
+    def compiling(*args: object) -> None:
+        update(*args)
+        steps.append(1)
+        time.sleep(5 * (len(steps) == 1))
+
+    monkeypatch.setattr(train, "update", compiling)
+    code, out, _ = script(train.main, "--data", data, "--out", tmp_path / "run", *SMALL, "--max-steps", 50)
+    first = next(line for line in out.splitlines() if line.startswith("step 10/50"))
+    assert code == 0 and float(re.search(r", ([\d.]+)s left$", first)[1]) < 10, out  # 25 s more, had it been counted
 
 
 def test_best_model_is_kept_when_later_ones_are_worse(run, tmp_path):

@@ -1,0 +1,101 @@
+"""Files are whole or absent, whoever else writes them, and as private as the user wants them."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import save_file
+
+import checkpoint
+from checkpoint import read_safetensors, read_state, write_state, write_tensors
+from cli import StopSignals, UserError
+from files import atomic_path, write_text
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)], ids=oct)
+def test_permissions_are_those_of_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "text", "x")
+        write_tensors(tmp_path / "tensors", {"x": torch.ones(2)})  # a library that has its own idea of them
+        write_state(tmp_path / "state", {"step": 1})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {mode}
+
+
+def test_two_processes_that_write_one_file_do_not_mix(tmp_path):
+    path = tmp_path / "file"
+    with atomic_path(path) as ours:
+        ours.write_text("ours, half")
+        other = f"import files, pathlib; files.write_text(pathlib.Path({str(path)!r}), 'theirs')"
+        subprocess.run([sys.executable, "-c", other], cwd=ROOT, check=True)
+        assert path.read_text() == "theirs" and ours.read_text() == "ours, half"
+        ours.write_text("ours")
+    assert path.read_text() == "ours" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    ended, alive = tmp_path / f".file.{dead.pid}.tmp", tmp_path / f".file.{os.getppid()}.tmp"
+    ended.touch()
+    alive.touch()
+    write_text(tmp_path / "file", "x")
+    assert set(tmp_path.iterdir()) == {tmp_path / "file", alive}
+
+
+def test_what_fails_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    write_text(path, "before")
+    with pytest.raises(UserError, match="file: could not be written: no"), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise OSError("no")
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_reading_and_writing_leave_the_warnings_of_other_threads_alone(tmp_path, monkeypatch):
+    """catch_warnings changes the filters of the whole process, and checkpoints are written in a thread."""
+    torch.save({"step": 1}, tmp_path / "foreign", pickle_protocol=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(warnings, "catch_warnings", lambda *_, **__: pytest.fail("the filters were changed"))
+        write_state(tmp_path / "state", {"step": 1, "x": torch.ones(2)})
+        assert read_state(tmp_path / "state")["step"] == 1
+        with pytest.raises(UserError, match="not a training state"):
+            read_state(tmp_path / "foreign")
+
+
+def test_only_what_has_a_checksum_is_hashed(tmp_path, monkeypatch):
+    save_file({"x": torch.ones(2)}, tmp_path / "foreign.safetensors")
+    write_tensors(tmp_path / "ours.safetensors", {"x": torch.ones(2)})
+    monkeypatch.setattr(checkpoint, "checksum", lambda tensors: "another")
+    assert read_safetensors(tmp_path / "foreign.safetensors")["x"].tolist() == [1, 1]
+    with pytest.raises(UserError, match="damaged"):
+        read_safetensors(tmp_path / "ours.safetensors")
+
+
+def test_a_signal_during_a_print_is_only_noted(capfd):
+    """A handler that printed would interrupt a write to the same stream, which Python refuses."""
+    said = []
+    with StopSignals() as signals:
+        write, signals_sent = sys.stdout.write, []
+
+        def interrupted(text: str) -> int:
+            signal.raise_signal(signal.SIGTERM)
+            signals_sent.append(1)
+            return write(text)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.stdout, "write", interrupted)
+            print("x", end="")
+        assert signals.asked == signal.SIGTERM and signals_sent
+        assert capfd.readouterr() == ("x", "")
+        signals.say_once(said.append)
+        signals.say_once(said.append)
+    assert len(said) == 1 and said[0].startswith("SIGTERM: saving and stopping")
