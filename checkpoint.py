@@ -9,11 +9,9 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,28 +32,25 @@ warnings.filterwarnings("ignore", "Detected pickle protocol")
 
 # ---------------------------------------------------------------- config.json
 
+FIELDS = {  # the name in config.json: the name in GPTConfig
+    "vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "head_dim": "head_dim",
+    "hidden_size": "n_embd", "intermediate_size": "n_hidden", "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings", "bos_token_id": "bos", "eos_token_id": "eos",
+}
+
+
 def config_to_hf(config: GPTConfig) -> dict:
     """config.json, readable by transformers 4 (rope_theta) and 5 (rope_parameters)."""
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.block_size,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "head_dim": config.head_dim,
-        "hidden_size": config.n_embd,
-        "intermediate_size": config.n_hidden,
+        **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False,
         "attention_dropout": config.dropout,
-        "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": config.bos,
-        "eos_token_id": config.eos,
         "dtype": "float32",
         "torch_dtype": "float32",
     }
@@ -85,23 +80,12 @@ def config_from_hf(hf: dict) -> GPTConfig:
             refuse(feature, hf[feature])
     if set(hf.get("layer_types") or ["full_attention"]) != {"full_attention"}:
         refuse("layer_types", hf["layer_types"])
+    defaults = {"num_key_value_heads": None, "head_dim": 128 if qwen else None, "rms_norm_eps": 1e-6,
+                "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None}  # as in transformers
+    rope_theta = hf.get("rope_parameters", {}).get("rope_theta", hf.get("rope_theta", 10_000.0))
     try:
-        return GPTConfig(
-            vocab_size=hf["vocab_size"],
-            block_size=hf["max_position_embeddings"],
-            n_layer=hf["num_hidden_layers"],
-            n_head=hf["num_attention_heads"],
-            n_kv_head=hf.get("num_key_value_heads"),
-            head_dim=hf.get("head_dim", 128 if qwen else None),  # transformers' defaults
-            n_embd=hf["hidden_size"],
-            n_hidden=hf["intermediate_size"],
-            qk_norm=qwen,
-            tie_embeddings=hf.get("tie_word_embeddings", False),
-            rope_theta=hf.get("rope_parameters", {}).get("rope_theta", hf.get("rope_theta", 10_000.0)),
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            bos=hf.get("bos_token_id"),
-            eos=hf.get("eos_token_id"),
-        )
+        return GPTConfig(**{ours: (defaults | hf)[theirs] for theirs, ours in FIELDS.items()},
+                         qk_norm=qwen, rope_theta=rope_theta)
     except KeyError as error:
         raise UserError(f"config.json: {error} is missing") from None
     except ValueError as error:
@@ -353,19 +337,3 @@ def read_run(folder: Path, state: dict | None = None) -> tuple[dict, str]:
     state = state or read_last_state(folder)[0]
     settings = {"warmdown" if name == "decay_share" else name: value for name, value in state["config"].items()}
     return settings | ({"size": "base"} if settings["size"] == "seed" else {}), state["data_sha256"]
-
-
-class Background:
-    """A thread that does one job at a time. The next `start` or `wait` raises what a job raised."""
-
-    def __init__(self) -> None:
-        self.thread, self.job = ThreadPoolExecutor(1), None
-
-    def start(self, job: Callable[..., None], *args: Any) -> None:
-        self.wait()
-        self.job: Future | None = self.thread.submit(job, *args)
-
-    def wait(self) -> None:
-        job, self.job = self.job, None
-        if job is not None:
-            job.result()

@@ -38,7 +38,7 @@ PHASES = {  # phase -> its functions, as readable() writes them; none of them ca
     "backward": ["torch/_tensor.py:Tensor.backward"],
     "optimizer": ["muon.py:update"],
     "evaluation": ["dataloader.py:evaluate"],
-    "checkpoint and log": ["train.py:snapshot", "checkpoint.py:Background.wait",  # files are written in a thread
+    "checkpoint and log": ["train.py:snapshot", "train.py:Run.wait_for_save",  # files are written in a thread
                            "runlog.py:RunLog.__init__", "runlog.py:RunLog.add"],
     "waiting for other ranks": ["distributed.py:Ranks.sum", "distributed.py:Ranks.all_values"],
     "set-up": ["distributed.py:Ranks.__init__", "train.py:build_model", "muon.py:make_optimizers",

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import (
-    Background,
     copy_tokenizer,
     holds_model,
     load_model,
@@ -248,11 +248,11 @@ class Run:
         if ranks.is_main:
             at_exit.enter_context(lock(config.out, launch()))
             copy_tokenizer(config.data, config.out)
-        self.saves = Background()
+        self.saver, self.saving = ThreadPoolExecutor(1), None
         title = f"{config.out.name}: {self.model.num_params() / 1e6:.1f}M parameters on {config.data.name}"
         self.log = RunLog(config.out, self.first, self.data.bits_per_nat, title) if ranks.is_main else None
         self.signals = at_exit.enter_context(StopSignals())
-        at_exit.callback(self.saves.wait)  # before signals kill again: torchrun sends one when another rank has died
+        at_exit.callback(self.wait_for_save)  # before signals kill again: torchrun sends one when another rank has died
 
         # what is measured between two reports
         self.bar = tqdm(total=config.max_steps, initial=self.first, unit="step", dynamic_ncols=True,
@@ -340,14 +340,20 @@ class Run:
         """Copy weights and optimizers, and write them while training goes on."""
         trained = snapshot(self.model, self.optimizers, self.ranks)
         if self.ranks.is_main:
-            self.saves.start(save_checkpoint, self.config, self.model.config, trained, self.better, done, self.best,
-                             self.data_sha256, self.log)
+            self.wait_for_save()
+            self.saving = self.saver.submit(save_checkpoint, self.config, self.model.config, trained, self.better,
+                                            done, self.best, self.data_sha256, self.log)
         self.began = time.perf_counter()
+
+    def wait_for_save(self) -> None:
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.result()  # raises what the save raised
 
     def finish(self, done: int) -> int:
         """Wait for the last save, say what came of it; the exit code."""
         self.bar.close()
-        self.saves.wait()
+        self.wait_for_save()
         if self.log:
             self.log.board.close()
         out = self.config.out
