@@ -1,5 +1,5 @@
 # make demo    from a fresh clone to a trained, quantized, talking model (under 10 minutes on 2 cores)
-# make test    the tests        make test-long    the long ones        make bench   timings        make lint   ruff
+# make test    the tests        make test-long    the long ones        make bench   timings        make lint   style
 # Each makes .venv and builds the kernels when they are missing; nothing done is done again.
 
 PYTHON ?= python3
@@ -63,6 +63,7 @@ bench: build/kernels
 
 lint: .venv/requirements-dev
 	$(BIN)/ruff check
+	@if [ -x $(BIN)/actionlint ]; then $(BIN)/actionlint; fi
 
 # build products only: never a model, never a book
 clean:
