@@ -38,6 +38,8 @@ def why_no_cuda() -> str | None:
     nvcc = Path(CUDA_HOME or "") / "bin/nvcc"
     if not nvcc.exists():
         return "no nvcc found"
+    if not (Path(CUDA_HOME) / "include/cuda_runtime.h").exists():
+        return f"no CUDA headers in {CUDA_HOME}/include; name the toolkit's folder in CUDA_HOME"
     version = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     if version is None or version[1] != torch.version.cuda.split(".")[0]:
         return f"{nvcc} is of CUDA {version and version[1]}, torch of {torch.version.cuda}"
