@@ -1,12 +1,12 @@
-"""Where does the time go? cProfile around any script of this repository, with the script's own arguments.
+"""Where does the time go? Runs any script of this repository under cProfile, with the script's own arguments.
 
     python profile_run.py train.py tiny --max-steps 50     -> profile-train.prof and profile-train.png
     python profile_run.py --torch sample.py --max-new-tokens 100
     python profile_run.py --compare before.prof after.prof
-    torchrun --nproc_per_node=2 profile_run.py train.py    one profile a rank; rank 0 reports
+    torchrun --nproc_per_node=2 profile_run.py train.py    one profile per rank; rank 0 reports
 
-The script runs as it would alone: its output, its exit code, Ctrl-C. The report follows on standard error.
-The .prof file is pstats' own format: `python -m pstats FILE` and snakeviz read it too.
+The script behaves as without the profiler: same output, exit code and Ctrl-C. The report goes to standard error.
+The .prof file has pstats' format: `python -m pstats FILE` and snakeviz read it too.
 """
 
 import cProfile
@@ -15,8 +15,9 @@ import os
 import random
 import re
 import sys
-import time
-from collections import Counter, defaultdict
+import timeit
+from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +25,21 @@ from types import CodeType, FunctionType, ModuleType
 
 from cli import UserError, flag, parse, run
 
-# files, matplotlib and torch are imported where they are used, after the script has run: what is imported before it is
-# missing from the phase "Python import" (as torch is under --torch, which needs it first).
+# files, matplotlib and torch are imported after the script has run. A module imported earlier would be missing from the
+# phase "Python import", as torch is under --torch.
 
-Func = tuple[str, int, str]  # file, line, name; pstats' key
-Call = tuple[int, int, float, float]  # calls that are not recursive, all calls, own seconds, cumulative seconds
-Stats = dict[Func, tuple[int, int, float, float, dict[Func, Call]]]  # the same four, then by caller; pstats' value
+Func = tuple[str, int, str]  # file, line, name: pstats' key
+Row = tuple[int, int, float, float]  # calls without recursive ones, all calls, own seconds, cumulative seconds
+Stats = dict[Func, tuple[int, int, float, float, dict[Func, Row]]]  # a Row, and the Row of each caller: pstats' value
 
 IMPORT, REST = "Python import", "everything else"
-PHASES = {  # phase -> its functions, as readable() writes them; none of them calls another of the same phase
+PHASES = {  # phase -> functions as readable() writes them; no function calls another one of its phase
     "data": ["dataloader.py:TokenData.batch"],
     "forward": ["dataloader.py:forward_loss"],
     "backward": ["torch/_tensor.py:Tensor.backward"],
     "optimizer": ["muon.py:update"],
     "evaluation": ["dataloader.py:evaluate"],
-    "checkpoint and log": ["train.py:snapshot", "train.py:Run.wait_for_save",  # files are written in a thread
+    "checkpoint and log": ["train.py:snapshot", "train.py:Run.wait_for_save",  # a thread writes the files
                            "runlog.py:RunLog.__init__", "runlog.py:RunLog.add"],
     "waiting for other ranks": ["distributed.py:Ranks.sum", "distributed.py:Ranks.all_values"],
     "set-up": ["distributed.py:Ranks.__init__", "train.py:build_model", "muon.py:make_optimizers",
@@ -53,6 +54,7 @@ PHASES = {  # phase -> its functions, as readable() writes them; none of them ca
     IMPORT: ["<frozen importlib._bootstrap>:_find_and_load"],
 }
 PHASE_OF = {function: phase for phase, functions in PHASES.items() for function in functions}
+IMPORT_FRAMES = ("<frozen importlib", "builtins.__import__", "importlib/__init__.py:import_module")
 
 
 @dataclass
@@ -64,29 +66,12 @@ class ProfileConfig:
     compare: tuple[Path, ...] = flag((), "Two .prof files, before and after, to compare. Takes no script.")
 
 
-def read_args(args: list[str]) -> tuple[ProfileConfig, list[str]]:
-    """Our options, and the script's command line: all from the first word on that is not ours."""
-    values = {"--out": 1, "--top": 1, "--compare": 2}  # words that follow an option
-    end = 0
-    while end < len(args) and args[end].startswith("-"):
-        end += 1 + values.get(args[end], 0)
-    description = "cProfile around any script: profile_run.py [OPTIONS] SCRIPT [ARGUMENTS OF THE SCRIPT]"
-    config, command = parse(ProfileConfig, description, args[:end]), args[end:]
-    if config.compare and (len(config.compare) != 2 or command):
-        raise UserError(f"--compare: expected two .prof files and no script, got {' '.join(args)}")
-    if not config.compare and not command:
-        raise UserError("expected a script to run, as in: profile_run.py train.py tiny --max-steps 50")
-    if not config.compare and not Path(command[0]).is_file():
-        raise UserError(f"{command[0]}: expected a Python script, found no such file")
-    return config, command
-
-
-# ---------------------------------------------------------------- running and recording
+# ---------------------------------------------------------------- recording
 
 def run_script(command: list[str], profile: cProfile.Profile, operators: AbstractContextManager) -> int:
-    """Run a script as `python SCRIPT ARGS...` would, under both profilers; returns its exit code."""
+    """Run a script as `python SCRIPT ARGS...` would, under both profilers. Returns its exit code."""
     path = Path(command[0]).resolve()
-    main = ModuleType("__main__")  # stays: pickles, dataclasses and spawned processes look for it by name
+    main = ModuleType("__main__")  # stays: pickle, dataclasses and spawned processes look it up by name
     main.__file__ = str(path)
     sys.modules["__main__"], sys.argv, our_path = main, command, sys.path[:]
     sys.path[0] = str(path.parent)
@@ -108,64 +93,57 @@ def run_script(command: list[str], profile: cProfile.Profile, operators: Abstrac
         sys.path[:] = our_path
 
 
-def snapshot(profile: cProfile.Profile) -> Stats:
-    """What was recorded, in pstats' form.
+def add(table: dict, key: object, row: tuple) -> None:
+    """Add a row of numbers to the table's row for `key`."""
+    table[key] = tuple(map(sum, zip(table[key], row, strict=True))) if key in table else row
 
-    Unlike cProfile's own, the names have their class in them (Block.forward), and functions that share
-    file, line and name (generated code, reloaded modules) are summed, where cProfile keeps the last.
+
+def snapshot(profile: cProfile.Profile) -> Stats:
+    """The recorded calls in pstats' form.
+
+    Unlike cProfile's own snapshot, names contain the class (Block.forward), and functions with the same
+    file, line and name (generated code, reloaded modules) are summed, where cProfile keeps the last one.
     """
-    totals: dict[Func, list] = defaultdict(lambda: [0, 0, 0.0, 0.0])
-    edges: dict[Func, dict[Func, list]] = defaultdict(lambda: defaultdict(lambda: [0, 0, 0.0, 0.0]))
+    totals: dict[Func, Row] = {}
+    callers: dict[Func, dict[Func, Row]] = {}
 
     def label(code: CodeType | str) -> Func:
-        if isinstance(code, str):  # written in C: no file; the address of an object is news in every run
+        if isinstance(code, str):  # a function in C has no file; an object's address differs from run to run
             return "~", 0, re.sub(r" at 0x[0-9a-f]+", "", code)
         return code.co_filename, code.co_firstlineno, code.co_qualname
 
+    def row(entry: object) -> Row:
+        return entry.callcount - entry.reccallcount, entry.callcount, entry.inlinetime, entry.totaltime
+
     for entry in profile.getstats():
-        for callee, row in [(entry, totals[label(entry.code)]),
-                            *((callee, edges[label(callee.code)][label(entry.code)]) for callee in entry.calls or ())]:
-            row[0] += callee.callcount - callee.reccallcount
-            row[1] += callee.callcount
-            row[2] += callee.inlinetime
-            row[3] += callee.totaltime
-    return {func: (*row, {caller: tuple(call) for caller, call in edges[func].items()})
-            for func, row in totals.items()}
+        add(totals, label(entry.code), row(entry))
+        for callee in entry.calls or ():
+            add(callers.setdefault(label(callee.code), {}), label(entry.code), row(callee))
+    return {func: (*total, callers.get(func, {})) for func, total in totals.items()}
 
 
 def cost_per_call() -> float:
     """Seconds that cProfile adds to a call on this machine, measured on a Python function that calls one in C."""
-    def call() -> int:
-        return len("")
-
-    # Many functions in random order: with one alone cProfile's tables stay in cache, and a call costs a third.
-    many = 3 * [FunctionType(call.__code__.replace(), globals()) for _ in range(2000)]
-    random.Random(0).shuffle(many)
-
-    def timed() -> float:
-        start = time.perf_counter()
-        for function in many:
-            function()
-        return time.perf_counter() - start
-
-    plain = min(timed() for _ in range(5))
+    # Many functions in random order: with a single one cProfile's tables stay in cache, and a call costs a third.
+    functions = [FunctionType((lambda: len("")).__code__.replace(), globals()) for _ in range(2000)]
+    many = random.Random(0).choices(functions, k=6000)
+    timer = timeit.Timer(lambda: [function() for function in many])
+    plain = min(timer.repeat(number=1))
     with cProfile.Profile():
-        profiled = min(timed() for _ in range(5))
+        profiled = min(timer.repeat(number=1))
     return max(0.0, profiled - plain) / (2 * len(many))
 
 
 def read_profile(path: Path) -> Stats:
     try:
         stats = marshal.loads(path.read_bytes())
-        for (_file, _line, _name), (_primitive, _calls, own, cumulative, callers) in stats.items():
-            own + cumulative, callers.items()  # TypeError or AttributeError where the file holds something else
+        by_function(stats)  # fails where the file holds something else
     except (EOFError, ValueError, TypeError, AttributeError, MemoryError):
-        raise UserError(f"{path}: expected a profile as cProfile writes them; this is another file, "
-                        "or a damaged one") from None
+        raise UserError(f"{path}: expected a profile in cProfile's format; it is damaged or another file") from None
     return stats
 
 
-# ---------------------------------------------------------------- names, phases
+# ---------------------------------------------------------------- names and phases
 
 def readable(func: Func) -> str:
     """train.py:evaluate, torch/nn/functional.py:linear, torch._C._nn.linear: no absolute path, no line."""
@@ -182,19 +160,18 @@ def total_seconds(stats: Stats) -> float:
 
 
 def by_phase(stats: Stats) -> dict[str, tuple[float, int]]:
-    """Phase -> (seconds, calls), longest first; the seconds are disjoint and sum to the total.
+    """Phase -> (seconds, calls), longest first. The seconds are disjoint and sum to the total.
 
-    A phase's function called by another phase's counts there: the forward pass of an evaluation is
-    evaluation. An import is an import wherever it happens: the phase around it is shorter by as much.
+    A phase that runs inside another one counts as the outer one: the forward pass of an evaluation is
+    evaluation. Imports are the exception: an import is always "Python import", never the phase around it.
     """
     phase_of = {func: phase for func in stats if (phase := PHASE_OF.get(readable(func)))}
     seconds, calls = Counter(), Counter()
     for func, phase in phase_of.items():
         _, number, _, cumulative, callers = stats[func]
-        inside = [call for caller, call in callers.items()
-                  if phase != IMPORT and phase_of.get(caller, phase) != phase]
-        seconds[phase] += cumulative - sum(cumulative for _, _, _, cumulative in inside)
-        calls[phase] += number - sum(number for _, number, _, _ in inside)
+        inside = [row for caller, row in callers.items() if phase_of.get(caller, phase) != phase != IMPORT]
+        calls[phase] += number - sum(row[1] for row in inside)
+        seconds[phase] += cumulative - sum(row[3] for row in inside)
     seconds.subtract(imports_inside(stats, phase_of))
     seconds = Counter({phase: amount for phase, amount in seconds.items() if amount >= 1e-4})
     seconds[REST] = total_seconds(stats) - seconds.total()
@@ -202,27 +179,23 @@ def by_phase(stats: Stats) -> dict[str, tuple[float, int]]:
 
 
 def imports_inside(stats: Stats, phase_of: dict[Func, str]) -> Counter[str]:
-    """Phase -> seconds of imports within it, however many calls below its function.
+    """Phase -> seconds of the imports anywhere below its functions.
 
-    A profile knows direct callers only. So the seconds climb from caller to caller, shared among several
-    as the cumulative time is, until they arrive at a phase, at the import of an outer module, or at the top.
+    A profile records direct callers only. So the seconds are passed up from callee to callers, in proportion
+    to each caller's cumulative seconds, until they reach a phase, the import of an outer module, or the top.
     """
-    machinery = {func for func in stats if func[0].startswith("<frozen importlib")
-                 or readable(func) in ("builtins.__import__", "importlib/__init__.py:import_module")}
-    climbing: Counter[Func] = Counter()
-    for func in machinery:
-        for caller, (_, _, _, cumulative) in stats[func][4].items():
-            climbing[caller] += cumulative
+    frames = {func for func in stats if readable(func).startswith(IMPORT_FRAMES)}
     arrived: Counter[str] = Counter()
-    for _ in range(100):  # calls one above the other; nearly all arrive within twenty
+    climbing = {func: sum(row[3] for row in stats[func][4].values()) for func in frames}
+    for _ in range(100):  # levels of the call stack; nearly all arrive within twenty
         higher: Counter[Func] = Counter()
-        for func in climbing.keys() - machinery:
-            if func in phase_of:
-                arrived[phase_of[func]] += climbing[func]
-            elif whole := sum(cumulative for _, _, _, cumulative in stats[func][4].values()):
-                for caller, (_, _, _, cumulative) in stats[func][4].items():
-                    higher[caller] += climbing[func] * cumulative / whole
-        climbing = Counter({func: amount for func, amount in higher.items() if amount > 1e-6})
+        for func, amount in climbing.items():
+            callers = {caller: row[3] for caller, row in stats[func][4].items()}
+            whole = sum(callers.values()) or 1.0
+            for caller in callers.keys() - frames:
+                target, key = (arrived, phase_of[caller]) if caller in phase_of else (higher, caller)
+                target[key] += amount * callers[caller] / whole
+        climbing = {func: amount for func, amount in higher.items() if amount > 1e-9}
     return arrived
 
 
@@ -230,26 +203,24 @@ def by_function(stats: Stats) -> dict[str, tuple[float, float, int]]:
     """Readable name -> (own seconds, cumulative seconds, calls)."""
     rows: dict[str, tuple[float, float, int]] = {}
     for func, (_, calls, own, cumulative, _) in stats.items():
-        before = rows.get(name := readable(func), (0.0, 0.0, 0))
-        rows[name] = before[0] + own, before[1] + cumulative, before[2] + calls
+        add(rows, readable(func), (own, cumulative, calls))
     return rows
 
 
 def hottest(stats: Stats, top: int, key: int = 0) -> list[tuple[str, tuple[float, float, int]]]:
     """The `top` functions by own (key 0) or cumulative (key 1) seconds, without the frames of import and exec."""
-    rows = [row for row in by_function(stats).items()
-            if not row[0].startswith(("<frozen importlib", "builtins.__import__", "builtins.exec"))]
+    rows = [row for row in by_function(stats).items() if not row[0].startswith((*IMPORT_FRAMES, "builtins.exec"))]
     return sorted(rows, key=lambda row: -row[1][key])[:top]
 
 
-# ---------------------------------------------------------------- what it says
+# ---------------------------------------------------------------- reports
 
 def clock(seconds: float, sign: str = "") -> str:
     return f"{seconds:{sign}.2f} s" if abs(seconds) >= 1 else f"{seconds * 1e3:{sign}.1f} ms"
 
 
 def report(stats: Stats, command: str, top: int, cost: float) -> str:
-    """The phases, two tables of functions, and what to think of them; cost in seconds per call."""
+    """The phases, two tables of functions, and how to read them; cost in seconds per call."""
     total, calls = total_seconds(stats), sum(number for _, number, _, _, _ in stats.values())
     lines = [f"{command}: {clock(total)} under cProfile", "", f"{'time':>10} {'share':>7} {'calls':>11}  phase"]
     lines += [f"{clock(seconds):>10} {seconds / total:7.1%} {f'{number:,}' if number else '':>11}  {phase}"
@@ -260,60 +231,55 @@ def report(stats: Stats, command: str, top: int, cost: float) -> str:
                   for name, row in hottest(stats, top, key)]
     return "\n".join([*lines, "",
         f"cProfile's own cost: about {clock(cost * calls)} ({cost * calls / total:.1%}) over {calls:,} calls.",
-        "It sees the main thread's Python: an operator is one line (--torch looks inside), other threads and",
-        "processes are none, and CUDA's work counts where the program waits for it (.item(), .cpu())."])
+        "It sees the Python of the main thread: an operator is one line (--torch looks inside), other threads and",
+        "processes are missing, and CUDA's work counts where the program waits for it (.item(), .cpu())."])
 
 
 def plot(stats: Stats, command: str, top: int, path: Path) -> None:
     """Bars: the phases above, the functions with the most own time below."""
     from matplotlib.figure import Figure
 
-    from files import atomic_path
-
     total = total_seconds(stats)
     panels = {"phases": [(phase, seconds) for phase, (seconds, _) in by_phase(stats).items()],
               "functions by own time": [(name, own) for name, (own, _, _) in hottest(stats, top)]}
     heights = [len(rows) + 1.5 for rows in panels.values()]
     figure = Figure(figsize=(10, 0.26 * sum(heights) + 0.6), layout="constrained")
-    axes = figure.subplots(2, height_ratios=heights)
-    for axis, color, (title, rows) in zip(axes, ("#08519c", "#6baed6"), panels.items(), strict=True):
-        names, seconds = zip(*reversed(rows), strict=True)
-        bars = axis.barh([name if len(name) < 60 else f"…{name[-58:]}" for name in names], seconds, color=color)
-        axis.bar_label(bars, [f"{clock(s)}  {s / total:.1%}" for s in seconds], padding=4, fontsize=9)
-        axis.set_title(title, fontsize=10, loc="left", color=color)
-        axis.margins(x=0.16, y=0.02)  # room for the longest bar's label
-        axis.tick_params(left=False, labelsize=9)
-        axis.spines[:].set_visible(False)
-        axis.xaxis.set_visible(False)
     figure.suptitle(f"{command if len(command) < 90 else command[:89] + '…'}: {clock(total)}", fontsize=12)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    for axis, (title, rows) in zip(figure.subplots(2, height_ratios=heights), panels.items(), strict=True):
+        names, seconds = zip(*reversed(rows), strict=True)
+        bars = axis.barh([name if len(name) < 60 else f"…{name[-58:]}" for name in names], seconds, color="#6baed6")
+        axis.bar_label(bars, [f"{clock(s)}  {s / total:.1%}" for s in seconds], padding=4)
+        axis.set(title=title, xticks=[], xmargin=0.2, ymargin=0.02)  # xmargin: room for the longest bar's label
+        axis.spines[:].set_visible(False)
+    figure.savefig(path, format="png", dpi=120)
 
 
 def compare(before: Stats, after: Stats, top: int) -> str:
     """Phases, then the functions whose own time changed most: seconds before and after, difference, ratio."""
-    def table(heading: str, old: dict[str, float], new: dict[str, float], limit: int | None = None) -> list[str]:
-        lines = [f"{'before':>10} {'after':>10} {'change':>11} {'ratio':>7}  {heading}"]
+    def table(seconds: Callable[[Stats], dict[str, float]], limit: int | None = None) -> list[str]:
+        old, new, lines = seconds(before), seconds(after), []
         for name in sorted(old | new, key=lambda name: -abs(new.get(name, 0) - old.get(name, 0)))[:limit]:
             a, b = old.get(name, 0.0), new.get(name, 0.0)
             ratio = f"{b / a:.2f}" if a and b else "new" if b else "gone"
             lines.append(f"{clock(a):>10} {clock(b):>10} {clock(b - a, '+'):>11} {ratio:>7}  {name}")
         return lines
 
-    totals = [{"total": total_seconds(stats)} for stats in (before, after)]
-    phases = [{phase: seconds for phase, (seconds, _) in by_phase(stats).items()} for stats in (before, after)]
-    owns = [{name: own for name, (own, _, _) in by_function(stats).items()} for stats in (before, after)]
-    return "\n".join([*table("phase", *phases), *table("", *totals)[1:], "", *table("function, own time", *owns, top)])
+    heading = f"{'before':>10} {'after':>10} {'change':>11} {'ratio':>7}"
+    return "\n".join([
+        f"{heading}  phase", *table(lambda stats: {phase: seconds for phase, (seconds, _) in by_phase(stats).items()}),
+        *table(lambda stats: {"total": total_seconds(stats)}), "",
+        f"{heading}  function, own time",
+        *table(lambda stats: {name: own for name, (own, _, _) in by_function(stats).items()}, top)])
 
 
 # ---------------------------------------------------------------- command line
 
 def record(config: ProfileConfig, command: list[str]) -> int:
-    """Run the script under the profilers, write the files, report; returns the script's exit code."""
+    """Run the script under the profilers, write the files, report. Returns the script's exit code."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     shown = f"{config.out or 'profile-' + Path(command[0]).stem}{f'-rank{rank}' if world > 1 else ''}"
     stem = Path(shown).absolute()  # the script may change the folder
-    if not os.access(stem.parent, os.W_OK):  # said now, not after hours
+    if not os.access(stem.parent, os.W_OK):  # refused before the script runs for hours
         raise UserError(f"--out {shown}: expected a folder to write to, {stem.parent.name}/ is none")
     operators = nullcontext()
     if config.torch:
@@ -323,38 +289,47 @@ def record(config: ProfileConfig, command: list[str]) -> int:
     cost, profile = cost_per_call(), cProfile.Profile()
     code = run_script(command, profile, operators)
 
-    stats = snapshot(profile)
-    if not stats:  # not even compiled
+    stats, title = snapshot(profile), " ".join([Path(command[0]).name, *command[1:]])
+    if not stats:  # the script did not compile
         return code
     from files import atomic_path
 
-    files = [f"{shown}.prof"]
-    with atomic_path(Path(f"{stem}.prof")) as temporary:
-        temporary.write_bytes(marshal.dumps(stats))
+    writers = {".prof": lambda path: path.write_bytes(marshal.dumps(stats))}
     if config.torch:
-        files.append(f"{shown}.trace.json")
-        with atomic_path(Path(f"{stem}.trace.json")) as temporary:
-            operators.export_chrome_trace(str(temporary))
-    sys.stdout.flush()  # the report comes after the script's own words
+        writers[".trace.json"] = lambda path: operators.export_chrome_trace(str(path))
     if rank == 0:
-        files.append(f"{shown}.png")
-        title = " ".join([Path(command[0]).name, *command[1:]])
-        plot(stats, title, config.top, Path(f"{stem}.png"))
-        print("", report(stats, title, config.top, cost), sep="\n", file=sys.stderr)
+        writers[".png"] = lambda path: plot(stats, title, config.top, path)
+    for ending, write in writers.items():
+        with atomic_path(Path(f"{stem}{ending}")) as temporary:
+            write(temporary)
+    if rank == 0:
+        parts = [report(stats, title, config.top, cost)]
         if config.torch:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             table = operators.key_averages().table(f"self_{device}_time_total", config.top, max_name_column_width=48)
-            print("", table, sep="\n", file=sys.stderr)
-        print("", f"-> {', '.join(files)}", sep="\n", file=sys.stderr)
+            parts.append(table)
+        parts.append(f"-> {', '.join(shown + ending for ending in writers)}")
+        sys.stdout.flush()  # the report comes after the script's own output
+        print("", "\n\n".join(parts), sep="\n", file=sys.stderr)
     return code
 
 
 def main() -> None:
-    config, command = read_args(sys.argv[1:])
+    args, end = sys.argv[1:], 0  # the first word that is neither an option nor its value is the script
+    while end < len(args) and args[end].startswith("-"):
+        end += 1 + {"--out": 1, "--top": 1, "--compare": 2}.get(args[end], 0)
+    description = "cProfile around any script: profile_run.py [OPTIONS] SCRIPT [ARGUMENTS OF THE SCRIPT]"
+    config, command = parse(ProfileConfig, description, args[:end]), args[end:]
     if config.compare:
+        if len(config.compare) != 2 or command:
+            raise UserError(f"--compare: expected two .prof files and no script, got {' '.join(args)}")
         print(compare(*map(read_profile, config.compare), config.top))
-    else:
-        sys.exit(record(config, command))
+        return
+    if not command:
+        raise UserError("expected a script to run, as in: profile_run.py train.py tiny --max-steps 50")
+    if not Path(command[0]).is_file():
+        raise UserError(f"{command[0]}: expected a Python script, found no such file")
+    sys.exit(record(config, command))
 
 
 if __name__ == "__main__":
