@@ -214,10 +214,10 @@ def report(stats: Stats, command: str, top: int, cost: float) -> str:
     """The phases, two tables of functions, and how to read them; cost in seconds per call."""
     total, calls = total_seconds(stats), sum(number for _, number, _, _, _ in stats.values())
     lines = [f"{command}: {clock(total)} under cProfile"]
-    for heading, kind, rows in (("time", "phase", [(phase, *row) for phase, row in by_phase(stats).items()]),
-                                ("own time", "function", hottest(stats, top)),
-                                ("with callees", "function", hottest(stats, top, 1))):
-        lines += ["", f"{heading:>12} {'share':>7} {'calls':>11}  {kind}"]
+    phases = [(phase, *row) for phase, row in by_phase(stats).items()]
+    tables = {"time": phases, "own time": hottest(stats, top), "with callees": hottest(stats, top, 1)}
+    for heading, rows in tables.items():
+        lines += ["", f"{heading:>12} {'share':>7} {'calls':>11}  {'phase' if rows is phases else 'function'}"]
         lines += [f"{clock(seconds):>12} {seconds / total:7.1%} {f'{number:,}' if number else '':>11}  {name}"
                   for name, seconds, number in rows]
     return "\n".join([*lines, "",

