@@ -1,5 +1,6 @@
-"""The probes of the machine's limits: no test can know the figures, only that they are positive and finite."""
+"""The C++ of the benchmarks. No test can know the machine's limits, only that they are positive and finite."""
 
+import importlib
 import math
 import os
 import subprocess
@@ -68,3 +69,10 @@ def test_read_bandwidth_refuses_too_few_bytes(owlet_probe, size):
 def test_dot_peak_refuses(owlet_probe, isa):
     with pytest.raises(ValueError, match=f"instruction set '{isa}' is unknown or not supported by this CPU"):
         owlet_probe.dot_peak(1, isa)
+
+
+def test_every_rung_of_the_ladder_equals_the_reference(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests/bench")
+    rungs = importlib.import_module("bench_ladder").rungs(512, 64)  # it checks each against the reference
+    assert "packed in panels" in rungs
+    assert "avx512_vnni" not in owlet_kernels.isas() or "vpdpbusd" in rungs
