@@ -26,7 +26,7 @@ struct Product {          // y[n] = x_scale * scale[n] * sum over k of w[n, k] *
   float* y;  // (N)
 };
 
-// Computes rows [begin, end), which are whole blocks.
+// Computes rows [begin, end), both multiples of 256.
 using Rung = void(const Product& p, int64_t begin, int64_t end);
 constexpr int64_t kBlock = 4 * kPanelRows;
 
@@ -95,7 +95,7 @@ __attribute__((target("avx512f,avx512vnni"))) void vpdpbusd(const Product& p, in
     for (int64_t k = 0; k < p.K; k += 4) {
       const __m512i a = _mm512_set1_epi32(load_quad(p.q + k));
       for (int i = 0; i < Panels; ++i) {
-        const uint8_t* w = p.panels + (n + i * kPanelRows) * p.K + k / 4 * kQuadBytes;
+        const uint8_t* w = p.panels + (n + i * kPanelRows) * p.K + k * kPanelRows;
         for (int v = 0; v < 4; ++v) {
           if (Ahead) _mm_prefetch(w + Ahead + 64 * v, Level);
           sum[i][v] = _mm512_dpbusd_epi32(sum[i][v], _mm512_loadu_si512(w + 64 * v), a);
