@@ -102,7 +102,7 @@ def measure(N: int, K: int, rounds: int) -> dict[str, list[str]]:
 
 @dataclass
 class LadderConfig:
-    mib: tuple[int, ...] = flag((24, 128), "Sizes of the int8 matrix in MiB: for the last cache, and for memory.", 1)
+    mib: tuple[int, ...] = flag((12, 128), "Sizes of the int8 matrix in MiB: for the last cache, and for memory.", 1)
     rounds: int = flag(15, "Turns of each rung.", 2)
 
 
