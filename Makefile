@@ -59,7 +59,7 @@ test-long: .venv/requirements-dev build/kernels
 
 # Threads stay on their cores; the tables printed hold more than pytest-benchmark's own, which quiet leaves out.
 bench: build/kernels
-	OMP_PROC_BIND=true $(BIN)/python -m pytest --benchmark-quiet tests/bench_kernels.py tests/bench_inference.py
+	OMP_PROC_BIND=true $(BIN)/python -m pytest --benchmark-quiet tests/bench/bench_kernels.py tests/bench/bench_inference.py
 
 lint: .venv/requirements-dev
 	$(BIN)/ruff check

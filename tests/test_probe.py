@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench.probe import probe
+from probe import probe
 
 owlet_kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
 

@@ -1,7 +1,7 @@
 """owlet's training beside that of a plain GPT-2: how long until the loss is the same.
 
-    python tests/bench_loss.py                       on the newest folder under data/, made with --vocab-size 256
-    python tests/bench_loss.py --data data/mybook --steps 300 600
+    python tests/bench/bench_loss.py                       on the newest folder under data/, made with --vocab-size 256
+    python tests/bench/bench_loss.py --data data/mybook --steps 300 600
 
 A contender is a process, timed from its start to its end: importing, evaluating and saving are paid for. They take
 turns (A B C A B C ...), so that a slow minute of the machine is everybody's, and each round has a seed of its own.
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_model as load_weights
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import gpt2
 
@@ -30,7 +30,7 @@ from dataloader import TokenData, evaluate
 from files import atomic_path, newest, write_json
 from machine import cpu_name
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LEARNING_RATES = {"GPT-2, as published": 1e-3, "GPT-2, learning rate tuned": 3e-3}
 # The baseline's shape of batch, and as many tokens an evaluation as it looks at in both splits.
 SHAPE = ["--block-size", gpt2.BLOCK, "--batch-size", gpt2.BATCH, "--eval-every", gpt2.EVAL_EVERY,
@@ -49,7 +49,7 @@ class Contender:
             command = ["train.py", "tiny", "--data", data, "--out", out, "--seed", seed, "--max-steps", self.steps,
                        *SHAPE]
         else:
-            command = ["tests/gpt2.py", data, out, self.learning_rate, seed]
+            command = ["tests/bench/gpt2.py", data, out, self.learning_rate, seed]
         shutil.rmtree(out, ignore_errors=True)  # an earlier contest's
         out.mkdir(parents=True)
         with (out / "said.txt").open("w") as said:

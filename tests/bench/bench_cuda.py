@@ -1,12 +1,12 @@
 """int8 on a GPU beside what else there is, and beside what the hardware allows:
 
-    python tests/bench_cuda.py                     some 3 minutes; tables, also in out/cuda/cuda.md and .json
+    python tests/bench/bench_cuda.py                     some 3 minutes; tables, also in out/cuda/cuda.md and .json
 
 Products are recorded in one CUDA graph that goes, again and again, through as many copies of the matrix as overflow
 the second level cache (for prompts, where weights are a small part of the work: four), so that neither launches nor
 the cache count; contenders take turns, medians. Limits are measured in the same
 run: bandwidth by copying 2 GB (read and written), arithmetic by a bf16 product of 8192 x 8192 matrices. For training
-see tests/bench_train.py --sizes medium.
+see tests/bench/bench_train.py --sizes medium.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import int8
 from cli import UserError, parse, run

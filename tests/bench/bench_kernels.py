@@ -1,4 +1,4 @@
-"""Timings of owlet::int8_linear, by pytest-benchmark:  python -m pytest tests/bench_kernels.py
+"""Timings of owlet::int8_linear, by pytest-benchmark:  python -m pytest tests/bench/bench_kernels.py
 
 Every matrix of a model, for one token to several hundred, beside what the machine allows; fp32 and torch.ao
 on one of them. A round takes every one of as many copies of the matrix as weigh what the whole model does,

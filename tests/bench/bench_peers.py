@@ -1,8 +1,8 @@
 """owlet's int8 beside that of others: the same random weights through every engine, on the CPU.
 
     pip install -r requirements-peers.txt
-    python tests/bench_peers.py                              base and medium, on 1 and on 2 threads
-    python tests/bench_peers.py --sizes base --engines owlet llama.cpp-Q8_0 --rounds 9
+    python tests/bench/bench_peers.py                              base and medium, on 1 and on 2 threads
+    python tests/bench/bench_peers.py --sizes base --engines owlet llama.cpp-Q8_0 --rounds 9
 
 Each engine lives in a process of its own, bound to as many cores as it may use, and is stopped (SIGSTOP) but when
 it is its turn: threads of one that wait by spinning do not disturb another, and none has to wait in another way
@@ -32,7 +32,7 @@ from tokenizers import models
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "data"))
+sys.path.extend(str(Path(__file__).resolve().parents[2] / folder) for folder in (".", "data"))
 
 from prepare import BYTES, train_tokenizer
 

@@ -1,7 +1,7 @@
 """How a training step scales over ranks: measured here, and modelled for 4 and 8.
 
-    python tests/bench_scaling.py                                  1 and 2 ranks: a core each, or a GPU each
-    python tests/bench_scaling.py --ranks 1 2 4 8 --sizes base     on a machine that has them
+    python tests/bench/bench_scaling.py                                  1 and 2 ranks: a core each, or a GPU each
+    python tests/bench/bench_scaling.py --ranks 1 2 4 8 --sizes base     on a machine that has them
 
 Measured is train.py's own step, not compiled. The ranks of each number live in processes of their own from beginning
 to end and wait for their turn on a pipe; turns go round by round (A B C A B C ...), so that a slow minute of the
@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from cli import UserError, parse, run
 from dataloader import forward_loss

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.probe import probe
+from probe import probe
 
 from files import write_text
 from machine import cpu_name
 
 owlet_kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
 
-OUT = Path(__file__).resolve().parent.parent / "out/bench"
+OUT = Path(__file__).resolve().parents[2] / "out/bench"
 THREADS = [int(n) for n in os.environ.get("OWLET_BENCH_THREADS", "1,2").split(",")]
 GPT2_VOCAB = 50257
 

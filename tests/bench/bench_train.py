@@ -1,8 +1,8 @@
 """What a training step costs: train.py's, beside a plain loop over the same model.
 
-    python tests/bench_train.py                        small, on 2 threads
-    python tests/bench_train.py --sizes tiny small --threads 1 --rounds 9
-    python tests/bench_train.py --sizes medium         on a GPU, if there is one
+    python tests/bench/bench_train.py                        small, on 2 threads
+    python tests/bench/bench_train.py --sizes tiny small --threads 1 --rounds 9
+    python tests/bench/bench_train.py --sizes medium         on a GPU, if there is one
 
 plain is PyTorch as it comes: fp32 (on a GPU bf16, by autocast), eager, AdamW for all parameters. plain Muon is the
 same with torch.optim.Muon for the matrices that train.py has Muon for. owlet is the step of a long run of train.py
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from cli import UserError, parse, run
 from dataloader import forward_loss

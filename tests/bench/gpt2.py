@@ -1,6 +1,6 @@
 """The baseline of bench_loss.py: a plain GPT-2, trained in nanoGPT's way for CPUs.
 
-    python tests/gpt2.py DATA OUT LEARNING_RATE SEED
+    python tests/bench/gpt2.py DATA OUT LEARNING_RATE SEED
 
 Karpathy's recipe (github.com/karpathy/nanoGPT, README, "I only have a macbook"), in our own words: 4 layers, 4 heads,
 128 wide, learned positions, LayerNorm without bias, GELU, AdamW. Imports no more than it needs: starting up counts.

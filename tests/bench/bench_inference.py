@@ -1,4 +1,4 @@
-"""Inference timings, by pytest-benchmark:  python -m pytest tests/bench_inference.py
+"""Inference timings, by pytest-benchmark:  python -m pytest tests/bench/bench_inference.py
 
 Prompt, decode and batched decode of each model size, for fp32, torch.ao and owlet, beside what the machine
 allows. pytest-benchmark times owlet; the untimed set-up of each of its rounds times the others, so that the
