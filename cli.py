@@ -53,7 +53,7 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, d
     if get_origin(kind) in (Union, types.UnionType):  # X | None
         kind = next(part for part in get_args(kind) if part is not type(None))
     if get_origin(kind) is tuple:  # tuple[X, ...]
-        kind, options["nargs"] = get_args(kind)[0], "*"
+        kind, options["nargs"] = get_args(kind)[0], "+"
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     options |= {"default": default, "help": about["help"] + ("" if shown in (None, "") else f" (default: {shown})")}
     if kind is bool:  # --name, and --no-name where that changes something

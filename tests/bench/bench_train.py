@@ -1,67 +1,68 @@
-"""What a training step costs: train.py's, beside a plain loop over the same model.
+"""What a training step costs: train.py's step beside a plain loop over the same model.
 
     python tests/bench/bench_train.py                        small, on 2 threads
     python tests/bench/bench_train.py --sizes tiny small --threads 1 --rounds 9
     python tests/bench/bench_train.py --sizes medium         on a GPU, if there is one
 
-plain is PyTorch as it comes: fp32 (on a GPU bf16, by autocast), eager, AdamW for all parameters. plain Muon is the
-same with torch.optim.Muon for the matrices that train.py has Muon for. owlet is the step of a long run of train.py
-(compiled, in the dtype that suits the machine), owlet float32 the same in fp32. They take turns, so that a slow moment
-of the machine is everybody's. The peak is what a large matrix product reaches in that dtype, measured in the same run.
+plain is PyTorch as it comes: fp32 (on a GPU bf16, by autocast), eager, AdamW for all parameters. plain Muon has
+torch.optim.Muon for the matrices that train.py has Muon for. owlet is the step of a long run of train.py: compiled, in
+the dtype that suits the machine. owlet float32 is the same in fp32. The peak is what a large matrix product reaches in
+that dtype. It is measured in the same run, in turn with the steps.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from report import machine_name, publish, table, take_turns
 from torch import Tensor, nn
-from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-
-from cli import UserError, parse, run
+from cli import flag, parse, run
 from dataloader import forward_loss
 from distributed import Ranks, parallelize
-from files import write_json
-from machine import can_compile, cpu_name, peak_flops, pick_dtype
-from model import GPT
+from machine import can_compile, peak_flops, pick_dtype
+from model import GPT, SIZES, GPTConfig
 from muon import make_optimizers, update
-from train import TrainConfig, build_model, defaults
 
-VOCABULARY = 256
+BATCH, VOCABULARY = 16, 256
+RATES = 0.02, 3e-3  # learning rates of Muon and AdamW: the time of a step does not depend on them
+
+Step = Callable[[Tensor, Tensor], None]  # trains a model on x, y (B, T)
 
 
-Step = Callable[[Tensor, Tensor], None]  # trains a model by a batch
+def new_model(size: str) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(VOCABULARY, **SIZES[size])).train()
 
 
-def owlet_step(config: TrainConfig, ranks: Ranks) -> Step:
-    model = new_model(config, ranks)
-    dtype = pick_dtype(config.dtype, ranks.device, config.n_embd)
-    wrapped = parallelize(model, ranks, config.parallel, dtype, config.compile == "on")
-    optimizers = optimizers_of(model, config)
+def owlet_step(size: str, ranks: Ranks, name: Literal["auto", "float32"]) -> Step:
+    model = new_model(size)
+    dtype = pick_dtype(name, ranks.device, model.config.n_embd)
+    wrapped = parallelize(model, ranks, dtype=dtype, compile=can_compile(ranks.device))
+    optimizers = make_optimizers(model, *RATES, pick_dtype(name, ranks.device, 256))  # as in train.py
 
     def step(x: Tensor, y: Tensor) -> None:
         forward_loss(wrapped, x, y, dtype).backward()
-        update(model, optimizers, (config.muon_lr, config.adam_lr))
+        update(model, optimizers, RATES)
 
     return step
 
 
-def plain_step(config: TrainConfig, ranks: Ranks, dtype: torch.dtype, muon: bool) -> Step:
-    model = new_model(config, ranks)
+def plain_step(size: str, ranks: Ranks, dtype: torch.dtype, muon: bool) -> Step:
+    model = new_model(size).to(ranks.device)
     optimizers = [torch.optim.AdamW(model.parameters())]
     if muon:
-        matrices, others = (optimizer.param_groups[0]["params"] for optimizer in optimizers_of(model, config))
+        matrices, others = (optimizer.param_groups[0]["params"] for optimizer in make_optimizers(model, *RATES, dtype))
         optimizers = [torch.optim.Muon(matrices), torch.optim.AdamW(others)]
 
     def step(x: Tensor, y: Tensor) -> None:
         forward_loss(model, x, y, dtype).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -69,66 +70,52 @@ def plain_step(config: TrainConfig, ranks: Ranks, dtype: torch.dtype, muon: bool
     return step
 
 
-def optimizers_of(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    return make_optimizers(model, config.muon_lr, config.adam_lr, pick_dtype(config.dtype, model.device, 256))
+def seconds(step: Step, x: Tensor, y: Tensor) -> float:
+    start = time.perf_counter()
+    step(x, y)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def new_model(config: TrainConfig, ranks: Ranks) -> GPT:
-    torch.manual_seed(0)
-    return build_model(config, VOCABULARY).to(ranks.device).train()
+def measure(size: str, ranks: Ranks, rounds: int) -> list[list[str]]:
+    """Rows of the table."""
+    device, block = ranks.device, SIZES[size]["block_size"]
+    auto = pick_dtype("auto", device, SIZES[size]["n_embd"])
+    plain = auto if device.type == "cuda" else torch.float32
+    steps = {"plain": (plain, plain_step(size, ranks, plain, muon=False)),
+             "plain Muon": (plain, plain_step(size, ranks, plain, muon=True)),
+             "owlet float32": (torch.float32, owlet_step(size, ranks, "float32")),
+             "owlet": (auto, owlet_step(size, ranks, "auto"))}
+    x, y = torch.randint(VOCABULARY, (2, BATCH, block), device=device)
+    calls = {name: partial(seconds, step, x, y) for name, (_, step) in steps.items()}
+    calls |= {dtype: partial(peak_flops, device, dtype) for dtype in (torch.float32, auto)}
+    found = take_turns(calls, rounds, warmup=2, title=size)
+    rows = []
+    for name, (dtype, _) in steps.items():
+        speed, peak = BATCH * block / statistics.median(found[name]), max(found[dtype])
+        ratio = statistics.median(a / b for a, b in zip(found["plain"], found[name], strict=True))
+        rows.append([size, name, str(dtype).removeprefix("torch."), f"{speed:,.0f}", f"{ratio:.2f}x",
+                     f"{new_model(size).estimate_mfu(speed, peak):.0%}", f"{peak / 1e9:,.0f}"])
+    return rows
 
 
 @dataclass
 class TrainBenchConfig:
-    sizes: tuple[Literal["tiny", "small", "base", "medium"], ...] = ("small",)
-    threads: int = 2
-    rounds: int = 7
-    """Steps of each that count; two more warm up."""
-    out: Path = Path("out/train")
-    """Folder for train.json."""
+    sizes: tuple[Literal["tiny", "small", "base", "medium"], ...] = flag(("small",), "Models to train.")
+    threads: int = flag(2, "CPU threads.", 1, 4096)
+    rounds: int = flag(7, "Steps of each that count; two more are the warm-up.", 1)
+    out: Path = flag(Path("out/train"), "Folder for train.md and train.json.")
 
 
 def main() -> None:
-    flags = parse(TrainBenchConfig, "What a training step costs, beside a plain loop over the same model.")
-    for name, value in (("threads", flags.threads), ("rounds", flags.rounds)):
-        if value < 1:
-            raise UserError(f"--{name}: expected 1 or more, got {value}")
-    ranks, rows = Ranks("auto", flags.threads), []
-    device = ranks.device
-    for size in flags.sizes:
-        config = replace(defaults(size), compile="on" if can_compile(device) else "off")
-        dtype = pick_dtype("auto", device, config.n_embd)
-        plain = dtype if device.type == "cuda" else torch.float32
-        steps = {"plain": (plain_step(config, ranks, plain, muon=False), plain),
-                 "plain Muon": (plain_step(config, ranks, plain, muon=True), plain),
-                 "owlet float32": (owlet_step(replace(config, dtype="float32"), ranks), torch.float32),
-                 "owlet": (owlet_step(config, ranks), dtype)}
-        tokens = torch.randint(VOCABULARY, (2, config.batch_size, config.block_size), device=device)
-        seconds, peaks = {name: [] for name in steps}, {torch.float32: 0.0, dtype: 0.0}
-        for turn in tqdm(range(flags.rounds + 2), desc=size, disable=None, leave=False):
-            for name, (step, _) in steps.items():
-                seconds[name].append(timed(step, *tokens))
-                seconds[name] = seconds[name][-max(1, turn - 1):]  # without those that warm up
-            peaks = {kind: max(best, peak_flops(device, kind)) for kind, best in peaks.items()}
-        for name, (_, kind) in steps.items():
-            speed = tokens[0].numel() / statistics.median(seconds[name])
-            ratio = statistics.median(a / b for a, b in zip(seconds["plain"], seconds[name], strict=True))
-            mfu = new_model(config, ranks).estimate_mfu(speed, peaks[kind])
-            rows.append([size, name, str(kind).removeprefix("torch."), f"{speed:,.0f}", f"{ratio:.2f}x", f"{mfu:.0%}",
-                         f"{peaks[kind] / 1e9:,.0f}"])
+    flags = parse(TrainBenchConfig, "What a training step costs: train.py's step beside a plain loop.")
+    ranks = Ranks("auto", flags.threads)
     header = ["size", "step", "dtype", "tokens/s", "over plain", "of matmul peak", "peak, GFLOP/s"]
-    print("\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * 3 + ["--:"] * 4, *rows)))
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {flags.threads} threads"
-    print(f"{machine}, torch {torch.__version__}; medians of {flags.rounds} steps in turn")
-    write_json(flags.out / "train.json", {"machine": machine, "header": header, "rows": rows})
-
-
-def timed(step: Step, x: Tensor, y: Tensor) -> float:
-    began = time.perf_counter()
-    step(x, y)
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    rows = [row for size in flags.sizes for row in measure(size, ranks, flags.rounds)]
+    machine = machine_name(ranks.device.type == "cuda")
+    publish(flags.out / "train", f"{table(header, rows, left=3)}\n\n{machine}, {flags.threads} threads; "
+            f"medians of {flags.rounds} steps in turn", {"machine": machine, "header": header, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python tests/bench/gpt2.py DATA OUT LEARNING_RATE SEED
 
 Karpathy's recipe (github.com/karpathy/nanoGPT, README, "I only have a macbook"), in our own words: 4 layers, 4 heads,
-128 wide, learned positions, LayerNorm without bias, GELU, AdamW. Imports no more than it needs: starting up counts.
+128 wide, learned positions, LayerNorm without bias, GELU, AdamW. It imports no more than it needs, since the time to
+start counts.
 """
 
 import json
@@ -56,15 +57,15 @@ class GPT2(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def learning_rate(step: int, most: float) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
+def learning_rate(step: int, peak: float) -> float:
+    """Linear warm-up to the peak, then a cosine down to a tenth of it."""
     if step < WARMUP:
-        return most * (step + 1) / (WARMUP + 1)
-    return most * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))))
+        return peak * (step + 1) / (WARMUP + 1)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))))
 
 
-def train(data: Path, out: Path, most: float, seed: int) -> None:
-    """Train on a folder of data/prepare.py; OUT/model.safetensors is the best of the models evaluated."""
+def train(data: Path, out: Path, peak_rate: float, seed: int) -> None:
+    """Train on a folder made by data/prepare.py. out/model.safetensors is the best of the models evaluated."""
     meta = json.loads((data / "meta.json").read_text())
     splits = {split: np.memmap(data / f"{split}.bin", dtype=meta["dtype"], mode="r") for split in ("train", "val")}
     torch.manual_seed(seed)
@@ -81,12 +82,12 @@ def train(data: Path, out: Path, most: float, seed: int) -> None:
 
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
-    # fused, which nanoGPT has on GPUs alone: it is faster on CPUs too
+    # nanoGPT has fused on GPUs only, but it is faster on CPUs too
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}],
                                   betas=(0.9, 0.99), weight_decay=0.1, fused=True)
     for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, most)
+            group["lr"] = learning_rate(step, peak_rate)
         model(*batch("train"))[1].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -100,5 +101,5 @@ def train(data: Path, out: Path, most: float, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    data, out, most, seed = sys.argv[1:]
-    train(Path(data), Path(out), float(most), int(seed))
+    data, out, peak_rate, seed = sys.argv[1:]
+    train(Path(data), Path(out), float(peak_rate), int(seed))

@@ -3,9 +3,10 @@
 import functools
 import importlib
 import sys
-from pathlib import Path
 from types import ModuleType
 
+import pytest
+from report import ROOT, machine_name
 from setuptools import Distribution
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
