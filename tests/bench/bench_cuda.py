@@ -207,18 +207,21 @@ def main() -> None:
         rows = products(DECODE, [1, 4, 16], engines, config.rounds)
         rows += products(PROMPT, [2048], engines, config.rounds)
     models = [row for size in config.sizes for row in decoding(size, config.tokens, config.rounds)]
+    for row in rows + models:
+        row["of_copying"] = row["gigabytes_per_second"] * 1e9 / bandwidth
+    for row in rows:
+        row["of_peak"] = row["teraops_per_second"] * 1e12 / peak
 
     machine = f"{machine_name(gpu=True)}, CUDA {torch.version.cuda}"
     text = "\n\n".join([
         f"{machine}; copies {bandwidth / 1e9:,.0f} GB/s, bf16 products {peak / 1e12:,.0f} TFLOP/s",
-        table(["matrix", "tokens", "engine", "us", "weights, GB/s", "of copying", "TOP/s", "of bf16 peak"],
-              [[f"{row['N']} x {row['K']}", str(row["tokens"]), row["engine"], f"{row['microseconds']:.1f}",
-                f"{row['gigabytes_per_second']:,.0f}", f"{row['gigabytes_per_second'] * 1e9 / bandwidth:.0%}",
-                f"{row['teraops_per_second']:,.0f}", f"{row['teraops_per_second'] * 1e12 / peak:.0%}"]
-               for row in rows]),
-        table(["model, decoding", "tokens/s", "weights, GB/s", "of copying"],
-              [[row["model"], f"{row['tokens_per_second']:,.0f}", f"{row['gigabytes_per_second']:,.0f}",
-                f"{row['gigabytes_per_second'] * 1e9 / bandwidth:.0%}"] for row in models])])
+        table(rows, {
+            "matrix": "{N} x {K}", "tokens": "{tokens}", "engine": "{engine}", "µs": "{microseconds:.1f}",
+            "weights, GB/s": "{gigabytes_per_second:,.0f}", "of copying": "{of_copying:.0%}",
+            "TOP/s": "{teraops_per_second:,.0f}", "of bf16 peak": "{of_peak:.0%}"}),
+        table(models, {
+            "model, decoding": "{model}", "tokens/s": "{tokens_per_second:,.0f}",
+            "weights, GB/s": "{gigabytes_per_second:,.0f}", "of copying": "{of_copying:.0%}"})])
     publish(config.out / "cuda", text, {"machine": machine, "copy_bandwidth": bandwidth, "bf16_peak": peak,
                                         "products": rows, "decoding": models})
 

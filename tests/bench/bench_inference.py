@@ -7,7 +7,6 @@ picture of it. report.py says how to choose sizes and threads.
 """
 
 import itertools
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from probe import Limits, int8_machine
-from report import GPT2_VOCAB, OUT, THREADS, picture, publish, random_model, sizes, table, uncaptured
+from report import GPT2_VOCAB, OUT, THREADS, picture, publish, random_model, sizes, summary, table, uncaptured
 from torch import Tensor
 
 import int8
@@ -23,7 +22,6 @@ from generate import generate
 from model import GPT, GPTConfig
 
 ROUNDS = {"tiny": 9, "small": 7, "base": 5, "medium": 3}  # medium in fp32 takes seconds a round
-NOISY = 0.1  # spread, as a share of the median, from which a figure is marked
 ENGINES = {"fp32": "#bdbdbd", "torch.ao": "#9ecae1", "owlet": "#08519c"}
 rows: list[dict] = []
 
@@ -84,19 +82,13 @@ def bench_inference(benchmark, request, models, threads, phase):
 
     tokens = work.batch * work.new or work.prompt
     operations = 2 * (tokens * sum(layers) + (tokens if work.new else 1) * head)  # a prompt needs its last logits only
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+    speed = {name: summary([tokens / value for value in values]) for name, values in seconds.items()}
+    figures = limits.figures(tokens / speed["owlet"]["median"], max(work.new, 1), operations)
     benchmark.extra_info |= {
-        "size": size, "phase": phase, "threads": threads, "tokens": tokens,
-        "tokens_per_second": {name: tokens / median[name] for name in median},
-        "spread": {name: middle_half(times) for name, times in seconds.items()},
-        **limits.figures(median["owlet"], max(work.new, 1), operations)}
+        "size": size, "phase": phase, "threads": threads, "speed": speed, **figures,
+        "speed_up": {name: speed[name]["median"] / speed["fp32"]["median"] for name in ENGINES},
+        "limit": tokens / figures["limit_seconds"]}
     rows.append(benchmark.extra_info)
-
-
-def middle_half(times: list[float]) -> float:
-    """How far the middle half of the rounds spreads, as a share of the median."""
-    low, median, high = statistics.quantiles(times, method="inclusive")
-    return (high - low) / median
 
 
 # ---------------------------------------------------------------- report
@@ -107,25 +99,21 @@ def report(request: pytest.FixtureRequest) -> Iterator[None]:
     if not rows:
         return
     rows.sort(key=lambda row: list(PHASES).index(row["phase"]))  # stable: sizes stay in order
-    header = ["phase", "size", "threads", *(f"{name} tok/s" for name in ENGINES), "torch.ao / fp32", "owlet / fp32",
-              "owlet GB/s", "owlet GOP/s", "limit tok/s", "limited by", "of limit"]
-    note = ("Medians of rounds that take turns; ~ marks those whose middle half spreads over more than "
-            f"{NOISY:.0%}. The limit is the time to read the int8 weights or to multiply by them, whichever is longer, "
-            "at the speeds probed before and after; attention, norms and sampling come on top.")
+    text = table(rows, {
+        "phase": "{phase}", "size": "{size}", "threads": "{threads}",
+        "fp32 tok/s": "{speed[fp32][median]:,.0f} ±{speed[fp32][spread]:.0%}",
+        "torch.ao tok/s": "{speed[torch.ao][median]:,.0f} ±{speed[torch.ao][spread]:.0%}",
+        "owlet tok/s": "{speed[owlet][median]:,.0f} ±{speed[owlet][spread]:.0%}",
+        "torch.ao / fp32": "{speed_up[torch.ao]:.2f}", "owlet / fp32": "{speed_up[owlet]:.2f}",
+        "owlet GB/s": "{gigabytes_per_second:.1f}", "owlet GOP/s": "{gigaops_per_second:,.0f}",
+        "limit tok/s": "{limit:,.0f}", "limited by": "{limited_by}", "of limit": "{share_of_limit:.0%}"})
+    note = ("Medians of rounds that take turns, and how far the farthest round is from them. The limit is the time to "
+            "read the int8 weights or to multiply by them, whichever is longer, at the speeds probed before and after; "
+            "attention, norms and sampling come on top.")
     machine = int8_machine()
     plot(machine.split(";")[0])
     with uncaptured(request):
-        publish(OUT / "inference", f"{table(header, [cells(row) for row in rows])}\n\n{note} {machine}.",
-                {"machine": machine, "rows": rows})
-
-
-def cells(row: dict) -> list[str]:
-    speeds = row["tokens_per_second"]
-    return [row["phase"], row["size"], str(row["threads"]),
-            *(("~" if row["spread"][name] > NOISY else "") + f"{speeds[name]:,.0f}" for name in ENGINES),
-            *(f"{speeds[name] / speeds['fp32']:.2f}" for name in ("torch.ao", "owlet")),
-            f"{row['gigabytes_per_second']:.1f}", f"{row['gigaops_per_second']:,.0f}",
-            f"{row['tokens'] / row['limit_seconds']:,.0f}", row["limited_by"], f"{row['share_of_limit']:.0%}"]
+        publish(OUT / "inference", f"{text}\n\n{note} {machine}.", {"machine": machine, "rows": rows})
 
 
 def plot(title: str) -> None:
@@ -136,10 +124,10 @@ def plot(title: str) -> None:
             shown = [row for row in rows if (row["threads"], row["phase"]) == (threads, phase)]
             for i, (name, color) in enumerate(ENGINES.items()):
                 bars = axis.bar([at + (i - 1) * 0.27 for at in range(len(shown))],
-                                [row["tokens_per_second"][name] for row in shown], width=0.25, color=color, label=name)
+                                [row["speed"][name]["median"] for row in shown], width=0.25, color=color, label=name)
                 inside = {"label_type": "center", "rotation": 90, "color": "white"}  # clear of the limit's line
                 axis.bar_label(bars, fmt="{:,.0f}", fontsize=6.5, **inside if name == "owlet" else {})
-            axis.hlines([row["tokens"] / row["limit_seconds"] for row in shown],
+            axis.hlines([row["limit"] for row in shown],
                         [at + 0.13 for at in range(len(shown))], [at + 0.41 for at in range(len(shown))],
                         color="black", label="owlet's limit")
             axis.set_xticks(range(len(shown)), [row["size"] for row in shown])

@@ -7,9 +7,7 @@ in a model: a single matrix would stay in the second-level cache. The table is p
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
-from operator import itemgetter
 
 import pytest
 import torch
@@ -90,16 +88,12 @@ def report(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if not rows:
         return
-    header = ["matrix", "tokens", "engine"]
-    header += [f"{name}, {n} T" for n in THREADS for name in ("µs", "GB/s", "GOP/s", "of limit")]
-    cells = []
-    for (matrix, tokens, engine), group in itertools.groupby(rows, itemgetter("matrix", "tokens", "engine")):
-        cells.append([matrix, str(tokens), engine])
-        for row in group:  # one for each number of threads
-            cells[-1] += [f"{row['microseconds']:,.0f}", f"{row['gigabytes_per_second']:.1f}",
-                          f"{row['gigaops_per_second']:,.0f}", f"{row['share_of_limit']:.0%}"]
+    text = table(rows, {
+        "matrix": "{matrix}", "tokens": "{tokens}", "engine": "{engine}", "threads": "{threads}",
+        "µs": "{microseconds:,.0f}", "GB/s": "{gigabytes_per_second:.1f}", "GOP/s": "{gigaops_per_second:,.0f}",
+        "of limit": "{share_of_limit:.0%}"})
     note = ("Medians. GB/s are of the weights as each engine holds them. The limit is the time to read the int8 "
             "weights or to multiply by them, whichever is longer, at the speeds probed in the same run.")
     machine = int8_machine()
     with uncaptured(request):
-        publish(OUT / "kernels", f"{table(header, cells)}\n\n{note} {machine}.", {"machine": machine, "rows": rows})
+        publish(OUT / "kernels", f"{text}\n\n{note} {machine}.", {"machine": machine, "rows": rows})

@@ -78,15 +78,17 @@ class Recipe:
 
 def loss_table(recipes: list[Recipe]) -> str:
     """Medians; losses with the lowest and the highest, times also as shares of each baseline's."""
-    baselines = recipes[:len(BASELINES)]
+    published, tuned = (statistics.median(recipe.seconds) for recipe in recipes[:2])
     rows = []
     for recipe in recipes:
-        seconds, loss = statistics.median(recipe.seconds), statistics.median(recipe.loss)
-        rows.append([recipe.name, f"{recipe.parameters:,}", f"{recipe.steps:,}",
-                     f"{loss:.3f} ({min(recipe.loss):.3f} to {max(recipe.loss):.3f})", f"{seconds:.1f}",
-                     *(f"{seconds / statistics.median(baseline.seconds):.2f}" for baseline in baselines)])
-    return table(["", "parameters", "steps", "validation loss, nats", "seconds",
-                  *(f"of {baseline.name}" for baseline in baselines)], rows)
+        seconds = statistics.median(recipe.seconds)
+        rows.append(vars(recipe) | {
+            "seconds": seconds, "loss": statistics.median(recipe.loss), "low": min(recipe.loss),
+            "high": max(recipe.loss), "of_published": seconds / published, "of_tuned": seconds / tuned})
+    return table(rows, {
+        "": "{name}", "parameters": "{parameters:,}", "steps": "{steps:,}",
+        "validation loss, nats": "{loss:.3f} ({low:.3f} to {high:.3f})", "seconds": "{seconds:.1f}",
+        "of the published": "{of_published:.2f}", "of the tuned": "{of_tuned:.2f}"})
 
 
 def plot(recipes: list[Recipe], title: str, path: Path) -> None:

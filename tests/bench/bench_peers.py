@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from typing import Literal
 import numpy as np
 import torch
 from engines import ENGINES, Engine
-from report import GPT2_VOCAB, machine_name, picture, publish, random_model, spread, table, take_turns
+from report import GPT2_VOCAB, machine_name, picture, publish, random_model, summary, table, take_turns
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from checkpoint import load_model, save_model
@@ -52,7 +51,7 @@ def serve(name: str, folder: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         engine = ENGINES[name](folder, threads)
-        reply(size=engine.size, version=importlib.metadata.version(engine.package))
+        reply(megabytes=engine.size / 1e6, version=importlib.metadata.version(engine.package))
         for line in sys.stdin:
             request = json.loads(line)
             if request["new"]:
@@ -89,7 +88,8 @@ class Worker:
 
     def __init__(self, name: str, folder: Path, threads: int) -> None:
         self.name, self.folder, self.threads, self.process = name, folder, threads, None
-        self.row = {"decode": [], "prompt": []}  # tokens a second, one value a round
+        self.row = {"size": folder.name, "threads": threads, "engine": name}
+        self.speeds = {"decode": [], "prompt": []}  # tokens a second, one value a round
 
     def turn(self, reference: GPT, ids: list[int]) -> None:
         """The first turn starts, checks and warms up the engine, the others measure it. An error is the last turn."""
@@ -101,10 +101,10 @@ class Worker:
                 self.row |= check(self, reference, ids[:SHORT])
                 self.ask(ids, 1)
             else:
-                self.row["decode"].append((NEW - 1) / self.ask(ids[:SHORT], NEW)["decode"])
-                self.row["prompt"].append(LONG / self.ask(ids, 1)["prompt"])
+                self.speeds["decode"].append((NEW - 1) / self.ask(ids[:SHORT], NEW)["decode"])
+                self.speeds["prompt"].append(LONG / self.ask(ids, 1)["prompt"])
         except EngineError as error:
-            self.row = {"error": str(error)}
+            self.row["error"] = str(error)
 
     def start(self) -> None:
         command = [sys.executable, __file__, "--serve", self.name, str(self.folder), str(self.threads)]
@@ -176,61 +176,41 @@ def check(worker: Worker, reference: GPT, prompt: list[int]) -> dict[str, float]
     return off
 
 
-def compare(folder: Path, threads: int, names: tuple[str, ...], rounds: int) -> dict[str, dict]:
-    """Engine -> its row: speeds, or the error for which it has none."""
+def compare(folder: Path, threads: int, names: tuple[str, ...], rounds: int) -> list[dict]:
+    """A row for each engine: its speeds, or the error for which it has none."""
     reference = load_model(folder)
     ids = torch.randint(reference.config.vocab_size, (LONG,), generator=torch.Generator().manual_seed(1)).tolist()
-    workers = {name: Worker(name, folder, threads) for name in names}
+    workers = [Worker(name, folder, threads) for name in names]
     try:
-        take_turns({name: partial(worker.turn, reference, ids) for name, worker in workers.items()}, rounds + 1,
-                   warmup=0, title=f"{folder.name}, {threads} threads")
+        take_turns({worker.name: partial(worker.turn, reference, ids) for worker in workers}, rounds + 1, warmup=0,
+                   title=f"{folder.name}, {threads} threads")
     finally:
-        for worker in workers.values():
+        for worker in workers:
             worker.close()
-    return {name: worker.row for name, worker in workers.items()}
+    for row, speeds in ((worker.row, worker.speeds) for worker in workers if "error" not in worker.row):
+        row |= {phase: summary(values) for phase, values in speeds.items()}
+        row["bandwidth"] = row["decode"]["median"] * reference.num_params() / 1e9
+    return [worker.row for worker in workers]
 
 
 # ---------------------------------------------------------------- report
 
-def speed(speeds: list[float]) -> str:
-    return f"{statistics.median(speeds):,.0f} ±{spread(speeds):.0%}"
-
-
-def size_table(result: dict, size: str) -> str:
-    """GB/s are of int8 weights, one byte each, whatever the engine stores."""
-    header = [f"`{size}`, {result['weights'][size] / 1e6:.1f}M", "file MB", "logits off", "choices off"]
-    header += [f"{what}, {threads}T" for threads in result["threads"]
-               for what in ("decode tok/s", "GB/s", "prompt tok/s")]
-    cells = []
-    for name in result["engines"]:
-        rows = [result["speeds"][size][threads][name] for threads in result["threads"]]
-        about = next((row for row in rows if "error" not in row), None)
-        cells.append([name, *([f"{about['size'] / 1e6:.1f}", f"{about['logits_off']:.2%}",
-                               f"{about['choices_off']:.4f}"] if about else ["", "", ""])])
-        for row in rows:
-            if "error" in row:
-                cells[-1] += [row["error"], "", ""]
-            else:
-                bandwidth = statistics.median(row["decode"]) * result["weights"][size] / 1e9
-                cells[-1] += [speed(row["decode"]), f"{bandwidth:.1f}", speed(row["prompt"])]
-    return table(header, cells)
-
-
-def plot(result: dict, path: Path) -> None:
+def plot(rows: list[dict], title: str, path: Path) -> None:
     """A row of panels for each size, decoding and prompt; a bar for each engine and number of threads."""
-    names, threads, shape = result["engines"], result["threads"], (len(result["speeds"]), 2)
-    with picture(path, result["machine"], (11, shape[0] * (1 + 0.22 * len(names) * len(threads))), shape) as axes:
-        for axis, (size, phase) in zip(axes.flat, itertools.product(result["speeds"], ("decode", "prompt")),
-                                       strict=True):
+    sizes, threads, engines = (list(dict.fromkeys(row[key] for row in rows)) for key in ("size", "threads", "engine"))
+    height = 1 + 0.22 * len(engines) * len(threads)
+    with picture(path, title, (11, height * len(sizes)), (len(sizes), 2)) as axes:
+        for axis, (size, phase) in zip(axes.flat, itertools.product(sizes, ("decode", "prompt")), strict=True):
             for i, count in enumerate(threads):
-                medians = [statistics.median(result["speeds"][size][count][name].get(phase, [0])) for name in names]
-                places = np.arange(len(names)) + 0.8 * (i + 0.5) / len(threads)
-                bars = axis.barh(places, medians, 0.8 / len(threads), label=f"{count} thread{'s' * (count > 1)}",
+                shown = [row for row in rows if (row["size"], row["threads"]) == (size, count)]
+                speeds = [row[phase]["median"] if phase in row else 0 for row in shown]
+                places = np.arange(len(engines)) + 0.8 * (i + 0.5) / len(threads)
+                bars = axis.barh(places, speeds, 0.8 / len(threads), label=f"{count} thread{'s' * (count > 1)}",
                                  color="#08519c", alpha=1 - 0.6 * i / len(threads))
                 axis.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
-            axis.set_yticks(np.arange(len(names)) + 0.4, names, fontsize=8)
+            axis.set_yticks(np.arange(len(engines)) + 0.4, engines, fontsize=8)
             axis.invert_yaxis()
-            axis.set_title(f"{size}, {result['weights'][size] / 1e6:.0f}M: {phase}, tokens/s", fontsize=10)
+            axis.set_title(f"{size}: {phase}, tokens/s", fontsize=10)
 
 
 # ---------------------------------------------------------------- command line
@@ -251,21 +231,24 @@ def main() -> None:
     config = parse(PeersConfig, "owlet's int8 beside that of others: the same random weights through every engine.")
     if not CORES:
         raise UserError("needs Linux, which can bind a process to its cores")
-    result = {"machine": machine_name(), "threads": config.threads, "rounds": config.rounds,
-              "engines": config.engines, "weights": {}, "speeds": {}}
+    rows = []
     for size in config.sizes:
         folder = make_checkpoint(size, GPT2_VOCAB if size == "medium" else 256, config.out)
-        result["weights"][size] = load_model(folder).num_params()
-        result["speeds"][size] = {threads: compare(folder, threads, config.engines, config.rounds)
-                                  for threads in config.threads}
-    versions = {name: row["version"] for speeds in result["speeds"].values() for rows in speeds.values()
-                for name, row in rows.items() if "version" in row}
-    plot(result, config.out / "peers.png")
-    note = (f"{result['machine']}; {config.rounds} rounds, medians and the value farthest from them; "
-            f"decode: {NEW} tokens after {SHORT}, prompt: {LONG}\n"
-            f"{', '.join(f'{name} {version}' for name, version in versions.items())}\n"
+        for threads in config.threads:
+            rows += compare(folder, threads, config.engines, config.rounds)
+    measured = [row for row in rows if "error" not in row]
+    text = table(measured, {
+        "engine": "{engine}", "size": "{size}", "threads": "{threads}", "file MB": "{megabytes:.1f}",
+        "logits off": "{logits_off:.2%}", "choices off": "{choices_off:.4f}",
+        "decode tok/s": "{decode[median]:,.0f} ±{decode[spread]:.0%}", "GB/s": "{bandwidth:.1f}",
+        "prompt tok/s": "{prompt[median]:,.0f} ±{prompt[spread]:.0%}"})
+    errors = {f"{row['engine']}, {row['size']}: {row['error']}": None for row in rows if "error" in row}
+    versions = {f"{row['engine']} {row['version']}": None for row in measured}
+    note = (f"{machine_name()}; {config.rounds} rounds, medians and the value farthest from them; decode: {NEW} tokens "
+            f"after {SHORT}, prompt: {LONG}; GB/s are of one byte a weight\n{', '.join(versions)}\n"
             f"what the engines printed is in {config.out}/*.log")
-    publish(config.out / "peers", "\n\n".join([*(size_table(result, size) for size in config.sizes), note]), result)
+    plot(rows, machine_name(), config.out / "peers.png")
+    publish(config.out / "peers", "\n\n".join([text, *errors, note]), {"machine": machine_name(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from report import machine_name, picture, publish, spread, table, take_turns
+from report import machine_name, picture, publish, summary, table, take_turns
 from torch import Tensor
 
 from cli import UserError, flag, parse, run
@@ -50,7 +50,7 @@ PLACES = GPUS or len(CORES)  # for ranks
 GATHER = "all_to_all_single"  # what muon.py sends with
 STUDENT = {1: 6365, 2: 3817, 4: 2754}  # GPUs -> seconds of the student project's training (README.md)
 
-Times = dict[int, dict[str, list[float]]]  # ranks -> turn -> seconds a step, one value a round
+Times = dict[tuple[int, str], list[float]]  # ranks, turn -> ms a step, one value a round
 
 
 # ---------------------------------------------------------------- what a step sends
@@ -67,11 +67,12 @@ def meta_model(size: str) -> GPT:
 
 
 @cache
-def sent(size: str) -> tuple[list[int], int, int]:
-    """Bytes of DistributedDataParallel's gradient buckets; bytes of Muon's steps, and in how many messages."""
+def sent(size: str) -> tuple[list[float], float, int]:
+    """MB of DistributedDataParallel's gradient buckets; MB of Muon's steps, and in how many messages."""
     shapes, total = matrix_shapes(meta_model(size)), 4 * meta_model(size).num_params()
     ends = [0, *range(2**20, total, 25 * 2**20), total]  # 1 MiB, so that sending begins early, then 25 each
-    return np.diff(ends).tolist(), 4 * sum(count * math.prod(shape) for shape, count in shapes.items()), len(shapes)
+    weights = sum(count * math.prod(shape) for shape, count in shapes.items())
+    return (np.diff(ends) / 1e6).tolist(), 4e-6 * weights, len(shapes)
 
 
 # ---------------------------------------------------------------- a rank
@@ -90,11 +91,11 @@ class Rank:
         self.tokens = torch.randint(256, (2, BATCHES[size], self.model.config.block_size), device=self.device)
         self.matrices = [torch.randn(count, *shape, device=self.device)
                          for shape, count in matrix_shapes(self.model).items()]
-        self.buckets = [torch.zeros(bytes_ // 4, device=self.device) for bytes_ in sent(size)[0]]
+        self.buckets = [torch.zeros(round(megabytes * 1e6) // 4, device=self.device) for megabytes in sent(size)[0]]
         self.exchange: dict[torch.Size, tuple[Tensor, Tensor]] = {}
 
     def turn(self, name: str, sequences: int, steps: int) -> float:
-        """Seconds of a step, the mean of so many. One more is the warm-up: a turn of another shape has new memory."""
+        """Milliseconds a step, over so many. One more is the warm-up, since a turn of another shape has new memory."""
         call = partial(getattr(self, name), *self.tokens[:, :sequences])  # x and y, each (sequences, T)
         call()
         if self.world > 1:
@@ -104,7 +105,7 @@ class Rank:
         for _ in range(steps):
             call()
         self.tokens[0, 0, 0].item()
-        return (time.perf_counter() - start) / steps
+        return (time.perf_counter() - start) * 1e3 / steps
 
     def step(self, x: Tensor, y: Tensor) -> None:
         forward_loss(self.wrapped, x, y, self.dtype).backward()
@@ -174,7 +175,7 @@ class Group:
             self.pipes.append(here)
 
     def turn(self, name: str, steps: int) -> float:
-        """Seconds of a step on the slowest rank."""
+        """Milliseconds of a step on the slowest rank."""
         try:
             for pipe in self.pipes:
                 pipe.send((*self.turns[name], steps))
@@ -185,7 +186,7 @@ class Group:
     def sized_turn(self, name: str, seconds: float) -> Callable[[], float]:
         """A turn of about so many seconds, one step at least."""
         step = [self.turn(name, 1) for _ in range(2)][1]  # the first is the warm-up
-        return partial(self.turn, name, max(1, round(seconds / step)))
+        return partial(self.turn, name, max(1, round(seconds * 1e3 / step)))
 
     def close(self) -> None:
         for process in self.processes:
@@ -199,44 +200,37 @@ def measure(size: str, ranks: list[int], rounds: int, seconds: float) -> Times:
     groups = [Group(size, n) for n in ranks]
     try:
         calls = {(group.ranks, name): group.sized_turn(name, seconds) for group in groups for name in group.turns}
-        times = take_turns(calls, rounds, warmup=0, title=size)
+        return take_turns(calls, rounds, warmup=0, title=size)
     finally:
         for group in groups:
             group.close()
-    return {group.ranks: {name: times[group.ranks, name] for name in group.turns} for group in groups}
 
 
-def compare(times: Times, ranks: int, scaling: Literal["strong", "weak"]) -> dict[str, float]:
-    """Medians over the rounds. A ratio is of values from the same round."""
+def compare(times: Times, size: str, ranks: int, scaling: Literal["strong", "weak"]) -> dict:
+    """A row of the table: medians over the rounds. A ratio is of values from the same round."""
+    one, collectives = np.array(times[1, "step"]), np.array(times[ranks, "collectives"])
+    many, silent = np.array(times[ranks, scaling]), np.array(times[ranks, f"{scaling}, silent"])
     work = ranks if scaling == "weak" else 1
-    one, collectives = np.array(times[1]["step"]), np.array(times[ranks]["collectives"])
-    many, silent = np.array(times[ranks][scaling]), np.array(times[ranks][f"{scaling}, silent"])
-    values = {"one": one, "many": many, "speed_up": work * one / many, "ceiling": work * one / silent,
+    values = {"one": one, "speed_up": work * one / many, "ceiling": work * one / silent,
               "share_of_ceiling": silent / many, "collectives": collectives, "collectives_share": collectives / many,
               "exposed": many - silent, "exposed_share": 1 - silent / many}
-    return {name: float(np.median(value)) for name, value in values.items()} | {"spread": spread(many.tolist())}
+    return {"size": size, "scaling": scaling, "ranks": ranks, "many": summary(many.tolist()),
+            **{name: float(np.median(value)) for name, value in values.items()}}
 
 
 # ---------------------------------------------------------------- modelled
 
-INPUTS = {  # of the model -> the factor of the unit they are printed in, and what they are
-    "sequence": (1e3, "ms, a sequence's forward and backward"),
-    "newton_schulz": (1e3, "ms, Newton-Schulz, divided among the ranks"),
-    "fixed": (1e3, "ms, what each rank does besides"),
-    "bandwidth": (1e-9, "GB/s, from a rank to the next"),
-    "hop": (1e6, "µs, the shortest message there"),
-    "hidden": (1, "of backward, share that overlaps with sending gradients"),
-}
-MEASURED, OVERLAPS = "measured", "assumed: a GPU sends while it computes"
-Inputs = dict[str, tuple[float, str]]  # name -> value in seconds or bytes a second, source
-
-
 @dataclass
 class Model:
-    """How long a step of a size takes on any number of ranks."""
+    """How long a step of a size takes on any number of ranks. Times are in ms, bandwidth is in GB/s, which is MB/ms."""
 
     size: str
-    inputs: Inputs
+    sequence: float  # a sequence's forward and backward
+    newton_schulz: float  # divided among the ranks
+    fixed: float  # what each rank does besides
+    bandwidth: float  # from a rank to the next
+    hop: float  # the shortest message there
+    hidden: float  # of backward, the share that overlaps with sending gradients
 
     def step(self, ranks: float, sequences: float) -> float:
         """T(N) = compute + fixed + Newton-Schulz / N + exposed communication, for so many sequences a rank.
@@ -245,70 +239,64 @@ class Model:
         each, an all-gather N - 1. Backward is two thirds of compute. The last bucket is ready at its end and cannot
         overlap with it; Muon's steps overlap with nothing.
         """
-        value = {name: value for name, (value, _) in self.inputs.items()}
         buckets, matrices, messages = sent(self.size)
-        compute = value["sequence"] * sequences
-        reduce = [2 * (ranks - 1) * (bucket / ranks / value["bandwidth"] + value["hop"]) for bucket in buckets]
-        gather = (ranks - 1) * (matrices / ranks / value["bandwidth"] + messages * value["hop"])
-        exposed = max(sum(reduce) - value["hidden"] * 2 / 3 * compute, reduce[-1]) + gather
-        return compute + value["fixed"] + value["newton_schulz"] / ranks + exposed
+        compute = self.sequence * sequences
+        reduce = [2 * (ranks - 1) * (bucket / ranks / self.bandwidth + self.hop) for bucket in buckets]
+        gather = (ranks - 1) * (matrices / ranks / self.bandwidth + messages * self.hop)
+        exposed = max(sum(reduce) - self.hidden * 2 / 3 * compute, reduce[-1]) + gather
+        return compute + self.fixed + self.newton_schulz / ranks + exposed
 
-    def speed_up(self, ranks: float) -> float:
-        batch = BATCHES[self.size]
-        return self.step(1, batch) / self.step(ranks, batch / ranks)
+    def strong(self, ranks: float) -> float:
+        """A step whose batch the ranks share."""
+        return self.step(ranks, BATCHES[self.size] / ranks)
 
 
-def measured_compute(size: str, times: Times) -> Inputs:
+def measured_compute(size: str, times: Times) -> dict[str, float]:
     """From one rank's times at two batch sizes."""
-    batch, one = BATCHES[size], {name: float(np.median(values)) for name, values in times[1].items()}
-    sequence = (one["step"] - one["half"]) / (batch - batch // 2)
-    fixed = max(0.0, one["step"] - batch * sequence - one["newton_schulz"])
-    return {"sequence": (sequence, MEASURED), "newton_schulz": (one["newton_schulz"], MEASURED),
-            "fixed": (fixed, MEASURED)}
+    batch = BATCHES[size]
+    step, half, newton_schulz = (float(np.median(times[1, name])) for name in ("step", "half", "newton_schulz"))
+    sequence = (step - half) / (batch - batch // 2)
+    return {"sequence": sequence, "newton_schulz": newton_schulz,
+            "fixed": max(0.0, step - batch * sequence - newton_schulz)}
 
 
-def measured_link(size: str, times: Times) -> Inputs:
-    """From the collectives of the smallest group."""
+def measured_link(size: str, times: Times, ranks: int) -> dict[str, float]:
     buckets, matrices, messages = sent(size)
-    n = sorted(times)[1]
-    hop = float(np.median(times[n]["message"])) / (2 * (n - 1))
-    travel = float(np.median(times[n]["collectives"])) - (n - 1) * hop * (2 * len(buckets) + messages)
-    bandwidth = (n - 1) / n * (2 * sum(buckets) + matrices) / max(1e-9, travel)
-    return {"bandwidth": (bandwidth, MEASURED), "hop": (hop, MEASURED),
-            "hidden": (1, OVERLAPS) if GPUS else (0, "assumed: a rank's one core computes or sends")}
+    hop = float(np.median(times[ranks, "message"])) / (2 * (ranks - 1))
+    travel = float(np.median(times[ranks, "collectives"])) - (ranks - 1) * hop * (2 * len(buckets) + messages)
+    bandwidth = (ranks - 1) / ranks * (2 * sum(buckets) + matrices) / max(1e-9, travel)
+    return {"bandwidth": bandwidth, "hop": hop, "hidden": 1 if GPUS else 0}  # a core computes or sends
 
 
-def assumed_compute(size: str) -> Inputs:
+ASSUMED = """\
+Assumed of H100s: compute at 29 % of 989 TFLOP/s, bf16 (H100 SXM data sheet), the share that nanoGPT's README comes to,
+compiled, on A100s (600,000 steps of 491,520 tokens on 8 in 4 days); besides, seven fp32 reads and writes a parameter at
+3.35 TB/s (data sheet). Assumed of links: NVLink 80 % of 450 GB/s each way (data sheet), PCIe 28 GB/s (all-reduce of 8
+GPUs on PCIe 5, github.com/NVIDIA/nccl, issue 1639); the shortest message from NCCL's own tables (src/graph/tuning.cc;
+ring, simple); a GPU sends while it computes."""
+LINKS = {"NVLink": {"bandwidth": 0.8 * 450, "hop": 3.4e-3, "hidden": 1},
+         "PCIe": {"bandwidth": 28, "hop": 5.7e-3, "hidden": 1}}
+
+
+def assumed_compute(size: str) -> dict[str, float]:
     """An H100's."""
-    model, flops = meta_model(size), 0.29 * 989e12
-    source = ("assumed: 29 % of 989 TFLOP/s, bf16 (H100 SXM data sheet), the share that nanoGPT's README comes to, "
-              "compiled, on A100s: 600,000 steps of 491,520 tokens on 8 in 4 days")
+    model, flops = meta_model(size), 0.29 * 989e9  # a millisecond
     newton_schulz = len(COEFFICIENTS) * sum(count * (4 * min(shape)**2 * max(shape) + 2 * min(shape)**3)
                                             for shape, count in matrix_shapes(model).items())
-    return {"sequence": (model.flops_per_token() * model.config.block_size / flops, source),
-            "newton_schulz": (newton_schulz / flops, source),
-            "fixed": (28 * model.num_params() / 3.35e12,
-                      "assumed: seven fp32 reads and writes a parameter at 3.35 TB/s (H100 SXM data sheet)")}
+    return {"sequence": model.flops_per_token() * model.config.block_size / flops,
+            "newton_schulz": newton_schulz / flops, "fixed": 28 * model.num_params() / 3.35e9}
 
 
-def assumed_link(link: str) -> Inputs:
-    bandwidth, hop, source = {
-        "NVLink": (0.8 * 450e9, 3.4e-6, "80 % of 450 GB/s each way (H100 SXM data sheet)"),
-        "PCIe": (28e9, 5.7e-6, "28 GB/s, all-reduce of 8 GPUs on PCIe 5 (github.com/NVIDIA/nccl, issue 1639)")}[link]
-    return {"bandwidth": (bandwidth, f"assumed: {source}"), "hidden": (1, OVERLAPS),
-            "hop": (hop, f"assumed: NCCL's own table for {link}, ring, simple (its src/graph/tuning.cc)")}
-
-
-def make_models(times: dict[str, Times]) -> dict[str, Model]:
-    """From what was measured; and, unless ranks on GPUs were, from one GPU here or base on H100s, for two links."""
-    found = {size: Model(size, measured_compute(size, of) | measured_link(size, of))
-             for size, of in times.items() if len(of) > 1}
+def make_models(times: dict[str, Times], ranks: list[int]) -> dict[str, Model]:
+    """From what was measured. Unless that was ranks on GPUs, also one GPU here, or base on H100s, with two links."""
+    compute = {size: measured_compute(size, of) for size, of in times.items()}
+    found = {size: Model(size, **compute[size], **measured_link(size, times[size], ranks[1]))
+             for size in times if len(ranks) > 1}
     if GPUS and found:
         return found
-    alone = {size: measured_compute(size, of) for size, of in times.items()} if GPUS else \
-            {"base": assumed_compute("base")}
-    return found | {f"{size}, {'' if GPUS else 'H100s, '}{link}": Model(size, compute | assumed_link(link))
-                    for size, compute in alone.items() for link in ("NVLink", "PCIe")}
+    alone = compute if GPUS else {"base": assumed_compute("base")}
+    return found | {f"{size}, {'' if GPUS else 'H100s, '}{link}": Model(size, **alone[size], **values)
+                    for size in alone for link, values in LINKS.items()}
 
 
 def fit_student() -> tuple[float, float]:
@@ -319,36 +307,14 @@ def fit_student() -> tuple[float, float]:
 
 # ---------------------------------------------------------------- report
 
-def ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f}"
-
-
-def tables(measured: list[dict], models: dict[str, Model]) -> str:
-    rows = [[f"`{row['size']}`, {row['scaling']}, {row['ranks']} ranks", ms(row["one"]),
-             f"{ms(row['many'])} ±{row['spread']:.0%}", f"{row['speed_up']:.2f}x", f"{row['ceiling']:.2f}x",
-             f"{row['share_of_ceiling']:.0%}", f"{ms(row['collectives'])} = {row['collectives_share']:.0%}",
-             f"{ms(row['exposed'])} = {row['exposed_share']:.0%}",
-             ms(models[row["size"]].step(row["ranks"], row["sequences"]))] for row in measured]
-    text = [table(["measured", "1 rank, ms", "N ranks, ms", "speed-up", "ceiling", "share of it",
-                   "collectives alone, ms", "exposed, ms", "model, ms"], rows)]
-
-    rows = []
-    for name, model in models.items():
-        batch = BATCHES[model.size]
-        rows.append([f"`{name}`", f"{batch}", ms(model.step(1, batch)), *(
-            f"{ms(model.step(n, batch / n))} = {model.speed_up(n):.2f}x" if batch % n == 0 else "" for n in (2, 4, 8))])
-    text.append(table(["model, strong scaling", "batch", "1 rank, ms", "2", "4", "8"], rows))
-
-    rows = [[what, *(f"{model.inputs[name][0] * unit:.3g} {model.inputs[name][1].partition(':')[0]}"
-                     for model in models.values())] for name, (unit, what) in INPUTS.items()]
-    text.append(table(["its inputs", *(f"`{name}`" for name in models)], rows))
-    notes = {f"- {INPUTS[name][1]}: {source}" for model in models.values()
-             for name, (_, source) in model.inputs.items() if source != MEASURED}
-    return "\n\n".join([*text, "\n".join(sorted(notes))])
+def model_row(name: str, model: Model) -> dict:
+    batch, one = BATCHES[model.size], model.strong(1)
+    on = {n: f"{model.strong(n):.1f} = {one / model.strong(n):.2f}x" if batch % n == 0 else "" for n in (2, 4, 8)}
+    return vars(model) | {"name": name, "batch": batch, "one": one, "on": on}
 
 
 def plot(machine: str, measured: list[dict], models: dict[str, Model], path: Path) -> None:
-    """Speed-up against ranks."""
+    """Speed-up against ranks: solid where the model is of what was measured."""
     ranks, (serial, parallel) = np.linspace(1, 8, 141), fit_student()
     with picture(path, f"strong scaling: the same batch on N ranks\n{machine}", (8, 6)) as [[axis]]:
         axis.plot(ranks, ranks, "--", color="grey", lw=1, label="ideal")
@@ -356,8 +322,8 @@ def plot(machine: str, measured: list[dict], models: dict[str, Model], path: Pat
                   label=f"student project: {serial:,.0f} + {parallel:,.0f} / N seconds")
         axis.plot(list(STUDENT), [STUDENT[1] / seconds for seconds in STUDENT.values()], "ks", ms=4)
         for i, (name, model) in enumerate(models.items()):
-            here = model.inputs["bandwidth"][1] == MEASURED
-            axis.plot(ranks, [model.speed_up(n) for n in ranks], "-" if here else ":", color=f"C{i}",
+            here = name == model.size
+            axis.plot(ranks, [model.strong(1) / model.strong(n) for n in ranks], "-" if here else ":", color=f"C{i}",
                       label=f"{name}, batch {BATCHES[model.size]}: model{' and measured' * here}")
             points = [row for row in measured if (row["size"], row["scaling"]) == (name, "strong")]
             axis.plot([row["ranks"] for row in points], [row["speed_up"] for row in points], "o", color=f"C{i}")
@@ -388,18 +354,33 @@ def main() -> None:
             raise UserError(f"--ranks: expected divisors of {size}'s batch of {BATCHES[size]}, got {n}")
 
     times = {size: measure(size, ranks, config.rounds, config.seconds) for size in config.sizes}
-    measured = [{"size": size, "ranks": n, "scaling": scaling,
-                 "sequences": BATCHES[size] // (n if scaling == "strong" else 1), **compare(times[size], n, scaling)}
+    models, (serial, parallel), machine = make_models(times, ranks), fit_student(), machine_name(bool(GPUS))
+    measured = [compare(times[size], size, n, scaling)
                 for size, n, scaling in itertools.product(config.sizes, ranks[1:], ("strong", "weak"))]
-    models, (serial, parallel), machine = make_models(times), fit_student(), machine_name(bool(GPUS))
+    for row in measured:
+        model, sequences = models[row["size"]], BATCHES[row["size"]]
+        row["model"] = model.step(row["ranks"], sequences / (row["ranks"] if row["scaling"] == "strong" else 1))
     plot(machine, measured, models, config.out / "scaling.png")
-    text = (f"{tables(measured, models)}\n\n"
-            f"student project, {', '.join(f'{seconds:,} s on {n}' for n, seconds in STUDENT.items())} GPUs: "
-            f"{serial:,.0f} + {parallel:,.0f} / N seconds by least squares, {serial / (serial + parallel):.0%} serial\n"
-            f"{machine}; {config.rounds} rounds, medians and the value farthest from them")
-    publish(config.out / "scaling", text, {
-        "machine": machine, "rounds": config.rounds, "times": times, "measured": measured,
-        "models": {name: vars(model) for name, model in models.items()}, "student": [serial, parallel]})
+    text = [
+        table(measured, {
+            "measured": "{size}, {scaling}, {ranks} ranks", "1 rank, ms": "{one:.1f}",
+            "N ranks, ms": "{many[median]:.1f} ±{many[spread]:.0%}", "speed-up": "{speed_up:.2f}x",
+            "ceiling": "{ceiling:.2f}x", "share of it": "{share_of_ceiling:.0%}",
+            "collectives alone, ms": "{collectives:.1f} = {collectives_share:.0%}",
+            "exposed, ms": "{exposed:.1f} = {exposed_share:.0%}", "model, ms": "{model:.1f}"}),
+        table([model_row(name, model) for name, model in models.items()], {
+            "model, strong scaling": "{name}", "batch": "{batch}", "1 rank, ms": "{one:.1f}", "2": "{on[2]}",
+            "4": "{on[4]}", "8": "{on[8]}", "a sequence, ms": "{sequence:.3g}",
+            "Newton-Schulz, ms": "{newton_schulz:.3g}", "besides, ms": "{fixed:.3g}", "link, GB/s": "{bandwidth:.3g}",
+            "shortest message, ms": "{hop:.2g}"}),
+        ASSUMED,
+        f"student project, {', '.join(f'{seconds:,} s on {n}' for n, seconds in STUDENT.items())} GPUs: "
+        f"{serial:,.0f} + {parallel:,.0f} / N seconds by least squares, {serial / (serial + parallel):.0%} serial",
+        f"{machine}; {config.rounds} rounds, medians and the value farthest from them"]
+    publish(config.out / "scaling", "\n\n".join(text), {
+        "machine": machine, "rounds": config.rounds, "measured": measured, "student": [serial, parallel],
+        "times": {size: {f"{n}, {name}": seconds for (n, name), seconds in of.items()} for size, of in times.items()},
+        "models": {name: vars(model) for name, model in models.items()}})
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ def seconds(step: Step, x: Tensor, y: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def measure(size: str, ranks: Ranks, rounds: int) -> list[list[str]]:
-    """Rows of the table."""
+def measure(size: str, ranks: Ranks, rounds: int) -> list[dict]:
+    """A row for each way to take a step."""
     device, block = ranks.device, SIZES[size]["block_size"]
     auto = pick_dtype("auto", device, SIZES[size]["n_embd"])
     plain = auto if device.type == "cuda" else torch.float32
@@ -94,9 +94,9 @@ def measure(size: str, ranks: Ranks, rounds: int) -> list[list[str]]:
     rows = []
     for name, (dtype, _) in steps.items():
         speed, peak = BATCH * block / statistics.median(found[name]), max(found[dtype])
-        ratio = statistics.median(a / b for a, b in zip(found["plain"], found[name], strict=True))
-        rows.append([size, name, str(dtype).removeprefix("torch."), f"{speed:,.0f}", f"{ratio:.2f}x",
-                     f"{new_model(size).estimate_mfu(speed, peak):.0%}", f"{peak / 1e9:,.0f}"])
+        rows.append({"size": size, "step": name, "dtype": str(dtype).removeprefix("torch."), "speed": speed,
+                     "ratio": statistics.median(a / b for a, b in zip(found["plain"], found[name], strict=True)),
+                     "mfu": new_model(size).estimate_mfu(speed, peak), "peak": peak / 1e9})
     return rows
 
 
@@ -111,11 +111,13 @@ class TrainBenchConfig:
 def main() -> None:
     flags = parse(TrainBenchConfig, "What a training step costs: train.py's step beside a plain loop.")
     ranks = Ranks("auto", flags.threads)
-    header = ["size", "step", "dtype", "tokens/s", "over plain", "of matmul peak", "peak, GFLOP/s"]
     rows = [row for size in flags.sizes for row in measure(size, ranks, flags.rounds)]
-    machine = machine_name(ranks.device.type == "cuda")
-    publish(flags.out / "train", f"{table(header, rows, left=3)}\n\n{machine}, {flags.threads} threads; "
-            f"medians of {flags.rounds} steps in turn", {"machine": machine, "header": header, "rows": rows})
+    text = table(rows, {
+        "size": "{size}", "step": "{step}", "dtype": "{dtype}", "tokens/s": "{speed:,.0f}",
+        "over plain": "{ratio:.2f}x", "of matmul peak": "{mfu:.0%}", "peak, GFLOP/s": "{peak:,.0f}"})
+    machine = f"{machine_name(ranks.device.type == 'cuda')}, {flags.threads} threads"
+    publish(flags.out / "train", f"{text}\n\n{machine}; medians of {flags.rounds} steps in turn",
+            {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -61,18 +61,19 @@ def take_turns(calls: dict[Name, Callable[[], Any]], rounds: int, warmup: int = 
     return results
 
 
-def spread(values: list[float]) -> float:
-    """How far the farthest value is from the median, as a share of the median."""
+def summary(values: list[float]) -> dict[str, float]:
+    """The median, and as a share of it how far the farthest value is from it."""
     median = statistics.median(values)
-    return max(abs(value / median - 1) for value in values)
+    return {"median": median, "spread": max(abs(value / median - 1) for value in values)}
 
 
 # ---------------------------------------------------------------- tables, pictures, files
 
-def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """A Markdown table. The first `left` columns are aligned left, the others right."""
-    alignment = ["---"] * left + ["--:"] * (len(header) - left)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, alignment, *rows))
+def table(rows: list[dict], columns: dict[str, str]) -> str:
+    """A Markdown table. columns: header -> format of the cells, such as "{seconds:.1f}" for row["seconds"]."""
+    lines = [list(columns), ["---"] + ["--:"] * (len(columns) - 1)]
+    lines += [[cell.format_map(row) for cell in columns.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 @contextlib.contextmanager
