@@ -9,26 +9,20 @@ what probe.cpp reads in the same run, as many bytes on as many threads.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from probe import Limits, compiled, owlet_kernels
+from report import OUT, machine_name, publish, table, take_turns
 from torch import Tensor
-from tqdm import tqdm
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-
-import owlet_kernels
-from probe import ROOT, compiled, probe
 
 from cli import flag, parse, run
-from files import write_text
 from int8 import int8_linear_reference, quantize_rows, quantize_tokens
-from machine import cores, cpu_name
+from machine import cores
 
 NOISY = 0.1  # between the quartiles, as a share of the median: from there on a figure is marked
 THREADS = sorted({1, min(2, cores())})
@@ -82,22 +76,22 @@ def seconds(threads: int, rung: Callable[[], Tensor]) -> float:
 
 
 @torch.inference_mode()
-def measure(N: int, K: int, rounds: int) -> dict[str, list[str]]:
+def measure(mib: int, K: int, rounds: int) -> dict[str, dict[str, str]]:
     """Rung -> GB/s and share of the limit, as cells of the table."""
-    found, limits = rungs(N, K), dict.fromkeys(THREADS, 0.0)
-    speeds = {name: [] for name in found}
-    for _ in tqdm(range(rounds), desc=f"{N * K >> 20} MiB", disable=None, leave=False):
-        for threads in THREADS:
-            limits[threads] = max(limits[threads], probe().read_bandwidth(N * K, threads))
-        for name, (threads, rung) in found.items():
-            speeds[name].append(N * K * 1e-9 / seconds(threads, rung))
+    found = rungs((mib << 20) // K, K)
+    limits = {threads: Limits(mib << 20, threads) for threads in THREADS}
+    calls = {threads: limit.probe for threads, limit in limits.items()}
+    calls |= {name: partial(seconds, *rung) for name, rung in found.items()}
+    times = take_turns(calls, rounds, title=f"{mib} MiB")
     cells = {}
     for name, (threads, _) in found.items():
-        low, middle, high = statistics.quantiles(speeds[name], n=4)
-        noisy = (high - low) / middle > NOISY
-        cells[name] = [f"{'~' * noisy}{middle:.1f}", f"{middle / limits[threads]:.0%}"]
-    return cells | {f"the limit, {threads} threads" if threads > 1 else "the limit": [f"{limits[threads]:.1f}", "100%"]
-                    for threads in THREADS}
+        low, middle, high = statistics.quantiles([(mib << 20) * 1e-9 / time for time in times[name]], n=4)
+        noisy = "~" * ((high - low) / middle > NOISY)
+        cells[name] = {f"speed {mib}": f"{noisy}{middle:.1f}",
+                       f"share {mib}": f"{middle / limits[threads].bandwidth:.0%}"}
+    return cells | {f"the limit, {threads} threads" if threads > 1 else "the limit":
+                    {f"speed {mib}": f"{limit.bandwidth:.1f}", f"share {mib}": "100%"}
+                    for threads, limit in limits.items()}
 
 
 @dataclass
@@ -108,17 +102,17 @@ class LadderConfig:
 
 def main() -> None:
     config, K = parse(LadderConfig, "One token's int8 product, from the naive loop to owlet's kernel."), 1024
-    sizes = {mib: measure(mib * 2**20 // K, K, config.rounds) for mib in config.mib}
-    header = ["rung", *(cell for mib in sizes for cell in (f"{mib} MiB: GB/s", "of the limit"))]
-    rows = [[name, *(cell for cells in sizes.values() for cell in cells[name])] for name in sizes[config.mib[0]]]
-    table = [f"| {' | '.join(row)} |" for row in (header, ["---", *["--:"] * (len(header) - 1)], *rows)]
-    note = (f"{cpu_name()}, torch {torch.__version__}; one token, K = {K}; medians of {config.rounds} rounds, "
+    sizes = {mib: measure(mib, K, config.rounds) for mib in config.mib}
+    rows = [{"rung": name} | {key: cell for cells in sizes.values() for key, cell in cells[name].items()}
+            for name in sizes[config.mib[0]]]
+    columns = {"rung": "{rung}"}
+    for mib in sizes:
+        columns |= {f"{mib} MiB: GB/s": f"{{speed {mib}}}", f"{mib} MiB: of the limit": f"{{share {mib}}}"}
+    note = (f"{machine_name()}; one token, K = {K}; medians of {config.rounds} rounds, "
             f"~ where the quartiles lie more than {NOISY:.0%} apart.")
     if not any(name.startswith("vpdpbusd") for name in sizes[config.mib[0]]):
         note += " The rungs above `packed in panels` need AVX512-VNNI, which this CPU lacks."
-    text = "\n".join([*table, "", note, ""])
-    print(text)
-    write_text(ROOT / "out/bench/ladder.md", text)
+    publish(OUT / "ladder", f"{table(rows, columns)}\n\n{note}", {"machine": machine_name(), "rows": rows})
 
 
 if __name__ == "__main__":
