@@ -88,5 +88,6 @@ def test_every_default_of_training_is_explained(name):
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_clean_removes_build_products_only():
     """Never a model, never a book."""
-    said = subprocess.run(["make", "--dry-run", "clean"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["make", "--no-print-directory", "--dry-run", "clean"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.split() == ["rm", "-rf", ".venv", "build", "*.so"]
