@@ -47,20 +47,19 @@ __attribute__((target("avx"))) inline void sums_of_folded(__m256 a, __m256 b, __
 namespace lanes_avx512 {
 #define TARGET __attribute__((target("avx512f")))
 constexpr int kRows = 8, kVecs = 2;  // enough sums to keep the multipliers busy, few enough for the registers
-using Lanes = __m512;
-TARGET inline Lanes splat(float x) { return _mm512_set1_ps(x); }
-TARGET inline Lanes load(const float* x) { return _mm512_loadu_ps(x); }
+struct Lanes {
+  __m512 part[1];
+};
+TARGET inline Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
+TARGET inline Lanes load(const float* x) { return {_mm512_loadu_ps(x)}; }
 TARGET inline Lanes load(const int8_t* x) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))))};
 }
-TARGET inline void store(Lanes x, float* y) { _mm512_storeu_ps(y, x); }
-TARGET inline Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
-TARGET inline Lanes sub(Lanes a, Lanes b) { return _mm512_sub_ps(a, b); }
-TARGET inline Lanes mul(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
-TARGET inline Lanes add_product(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(b, c, a); }
+TARGET inline void store(Lanes x, float* y) { _mm512_storeu_ps(y, x.part[0]); }
+TARGET inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 TARGET inline __m256 fold(Lanes x) {
-  const __m256d high = _mm512_extractf64x4_pd(_mm512_castps_pd(x), 1);
-  return _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(high));
+  const __m256d high = _mm512_extractf64x4_pd(_mm512_castps_pd(x.part[0]), 1);
+  return _mm256_add_ps(_mm512_castps512_ps256(x.part[0]), _mm256_castpd_ps(high));
 }
 TARGET inline void sums_of(const Lanes* x, float* y) {
   sums_of_folded(fold(x[0]), fold(x[1]), fold(x[2]), fold(x[3]), y);
@@ -74,7 +73,7 @@ namespace lanes_fma {
 #define TARGET __attribute__((target("avx2,fma")))
 constexpr int kRows = 6, kVecs = 1;
 struct Lanes {
-  __m256 low, high;
+  __m256 part[2];
 };
 TARGET inline Lanes splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 TARGET inline Lanes load(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
@@ -82,14 +81,9 @@ TARGET inline __m256 load_half(const int8_t* x) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
 }
 TARGET inline Lanes load(const int8_t* x) { return {load_half(x), load_half(x + 8)}; }
-TARGET inline void store(Lanes x, float* y) { _mm256_storeu_ps(y, x.low), _mm256_storeu_ps(y + 8, x.high); }
-TARGET inline Lanes add(Lanes a, Lanes b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
-TARGET inline Lanes sub(Lanes a, Lanes b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
-TARGET inline Lanes mul(Lanes a, Lanes b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
-TARGET inline Lanes add_product(Lanes a, Lanes b, Lanes c) {
-  return {_mm256_fmadd_ps(b.low, c.low, a.low), _mm256_fmadd_ps(b.high, c.high, a.high)};
-}
-TARGET inline __m256 fold(Lanes x) { return _mm256_add_ps(x.low, x.high); }
+TARGET inline void store(Lanes x, float* y) { _mm256_storeu_ps(y, x.part[0]), _mm256_storeu_ps(y + 8, x.part[1]); }
+TARGET inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+TARGET inline __m256 fold(Lanes x) { return _mm256_add_ps(x.part[0], x.part[1]); }
 TARGET inline void sums_of(const Lanes* x, float* y) {
   sums_of_folded(fold(x[0]), fold(x[1]), fold(x[2]), fold(x[3]), y);
 }
@@ -104,44 +98,25 @@ namespace lanes_neon {
 #define TARGET
 constexpr int kRows = 6, kVecs = 1;
 struct Lanes {
-  float32x4_t quarter[4];
+  float32x4_t part[4];
 };
-inline Lanes splat(float x) {
-  const float32x4_t v = vdupq_n_f32(x);
-  return {{v, v, v, v}};
-}
-inline Lanes load(const float* x) { return {{vld1q_f32(x), vld1q_f32(x + 4), vld1q_f32(x + 8), vld1q_f32(x + 12)}}; }
+inline Lanes splat(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x)}; }
+inline Lanes load(const float* x) { return {vld1q_f32(x), vld1q_f32(x + 4), vld1q_f32(x + 8), vld1q_f32(x + 12)}; }
 inline Lanes load(const int8_t* x) {
   const int8x16_t all = vld1q_s8(x);
   const int16x8_t low = vmovl_s8(vget_low_s8(all)), high = vmovl_s8(vget_high_s8(all));
-  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
-           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
+          vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))};
 }
 inline void store(const Lanes& x, float* y) {
-  for (int i = 0; i < 4; ++i) vst1q_f32(y + 4 * i, x.quarter[i]);
+  for (int i = 0; i < 4; ++i) vst1q_f32(y + 4 * i, x.part[i]);
 }
-inline Lanes add(Lanes a, const Lanes& b) {
-  for (int i = 0; i < 4; ++i) a.quarter[i] = vaddq_f32(a.quarter[i], b.quarter[i]);
-  return a;
-}
-inline Lanes sub(Lanes a, const Lanes& b) {
-  for (int i = 0; i < 4; ++i) a.quarter[i] = vsubq_f32(a.quarter[i], b.quarter[i]);
-  return a;
-}
-inline Lanes mul(Lanes a, const Lanes& b) {
-  for (int i = 0; i < 4; ++i) a.quarter[i] = vmulq_f32(a.quarter[i], b.quarter[i]);
-  return a;
-}
-inline Lanes add_product(Lanes a, const Lanes& b, const Lanes& c) {
-  for (int i = 0; i < 4; ++i) a.quarter[i] = vfmaq_f32(a.quarter[i], b.quarter[i], c.quarter[i]);
-  return a;
-}
+inline float32x4_t fma(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
 inline float32x4_t fold(const Lanes& x) {
-  return vpaddq_f32(vaddq_f32(x.quarter[0], x.quarter[2]), vaddq_f32(x.quarter[1], x.quarter[3]));
+  return vpaddq_f32(vaddq_f32(x.part[0], x.part[2]), vaddq_f32(x.part[1], x.part[3]));
 }
 inline void sums_of(const Lanes* x, float* y) {
-  const float32x4_t ab = vpaddq_f32(fold(x[0]), fold(x[1])), cd = vpaddq_f32(fold(x[2]), fold(x[3]));
-  vst1q_f32(y, vpaddq_f32(ab, cd));
+  vst1q_f32(y, vpaddq_f32(vpaddq_f32(fold(x[0]), fold(x[1])), vpaddq_f32(fold(x[2]), fold(x[3]))));
 }
 #include "float_math.inl"
 #undef TARGET
@@ -154,38 +129,23 @@ namespace lanes_generic {
 #define TARGET
 constexpr int kRows = 1, kVecs = 1;
 struct Lanes {
-  float lane[kLanes];
+  float part[kLanes];
 };
 inline Lanes splat(float x) {
   Lanes y;
-  std::fill_n(y.lane, kLanes, x);
+  std::fill_n(y.part, kLanes, x);
   return y;
 }
 template <typename T>
 inline Lanes load(const T* x) {
   Lanes y;
-  std::copy_n(x, kLanes, y.lane);
+  std::copy_n(x, kLanes, y.part);
   return y;
 }
-inline void store(const Lanes& x, float* y) { std::copy_n(x.lane, kLanes, y); }
-inline Lanes add(Lanes a, const Lanes& b) {
-  for (int l = 0; l < kLanes; ++l) a.lane[l] += b.lane[l];
-  return a;
-}
-inline Lanes sub(Lanes a, const Lanes& b) {
-  for (int l = 0; l < kLanes; ++l) a.lane[l] -= b.lane[l];
-  return a;
-}
-inline Lanes mul(Lanes a, const Lanes& b) {
-  for (int l = 0; l < kLanes; ++l) a.lane[l] *= b.lane[l];
-  return a;
-}
-inline Lanes add_product(Lanes a, const Lanes& b, const Lanes& c) {
-  for (int l = 0; l < kLanes; ++l) a.lane[l] = std::fma(b.lane[l], c.lane[l], a.lane[l]);
-  return a;
-}
+inline void store(const Lanes& x, float* y) { std::copy_n(x.part, kLanes, y); }
+using std::fma;
 inline void sums_of(const Lanes* x, float* y) {
-  for (int i = 0; i < 4; ++i) y[i] = owlet::sum_of(x[i].lane);
+  for (int i = 0; i < 4; ++i) y[i] = owlet::sum_of(x[i].part);
 }
 #include "float_math.inl"
 #undef TARGET

@@ -1,5 +1,28 @@
-// float_math.cpp includes this once for each kind of registers. Before, it defines TARGET, Lanes, kRows, kVecs, splat,
-// load, store, add, sub, mul, add_product(a, b, c) = a + b * c rounded once, and sums_of, the sums of four Lanes.
+// float_math.cpp includes this once for each kind of registers. Before, it defines TARGET, Lanes (the registers, `part`),
+// kRows, kVecs, splat, load, store, fma(a, b, c) = a * b + c of a register, and sums_of, the sums of four Lanes.
+
+constexpr int kParts = sizeof(Lanes) / sizeof(Lanes::part[0]);
+
+TARGET inline Lanes operator+(Lanes a, const Lanes& b) {
+  for (int i = 0; i < kParts; ++i) a.part[i] += b.part[i];
+  return a;
+}
+
+TARGET inline Lanes operator-(Lanes a, const Lanes& b) {
+  for (int i = 0; i < kParts; ++i) a.part[i] -= b.part[i];
+  return a;
+}
+
+TARGET inline Lanes operator*(Lanes a, const Lanes& b) {
+  for (int i = 0; i < kParts; ++i) a.part[i] *= b.part[i];
+  return a;
+}
+
+// a + b * c, rounded once.
+TARGET inline Lanes add_product(Lanes a, const Lanes& b, const Lanes& c) {
+  for (int i = 0; i < kParts; ++i) a.part[i] = fma(b.part[i], c.part[i], a.part[i]);
+  return a;
+}
 
 // The first `count` values, padded with zeros.
 template <typename T>
@@ -30,31 +53,23 @@ TARGET void rms_norm(const float* x, const float* weight, int64_t size, float ep
     const Lanes rest = load(x + i, std::min<int64_t>(kLanes, size - i));
     sum[0] = add_product(sum[0], rest, rest);
   }
-  const Lanes inverse = splat(1.0f / std::sqrt(sum_of(add(sum[0], sum[1])) / static_cast<float>(size) + eps));
-  for (i = 0; i + kLanes <= size; i += kLanes) store(mul(mul(load(x + i), inverse), load(weight + i)), y + i);
-  if (i < size) store(mul(mul(load(x + i, size - i), inverse), load(weight + i, size - i)), size - i, y + i);
+  const Lanes inverse = splat(1.0f / std::sqrt(sum_of(sum[0] + sum[1]) / static_cast<float>(size) + eps));
+  for (i = 0; i + kLanes <= size; i += kLanes) store(load(x + i) * inverse * load(weight + i), y + i);
+  if (i < size) store(load(x + i, size - i) * inverse * load(weight + i, size - i), size - i, y + i);
 }
 
-// a, b := a cos - b sin, b cos + a sin.
-TARGET inline void rotate(Lanes& a, Lanes& b, Lanes cos, Lanes sin) {
-  const Lanes rotated = sub(mul(a, cos), mul(b, sin));
-  b = add(mul(b, cos), mul(a, sin));
-  a = rotated;
+// rope for the next kLanes pairs, or for the `count` pairs that are left.
+template <typename... Count>
+TARGET inline void rope_lanes(float* x, const float* cos, const float* sin, int64_t half, Count... count) {
+  const Lanes a = load(x, count...), b = load(x + half, count...), c = load(cos, count...), s = load(sin, count...);
+  store(a * c - b * s, count..., x);
+  store(b * c + a * s, count..., x + half);
 }
 
 TARGET void rope(float* x, const float* cos, const float* sin, int64_t half) {
   int64_t i = 0;
-  for (; i + kLanes <= half; i += kLanes) {
-    Lanes a = load(x + i), b = load(x + i + half);
-    rotate(a, b, load(cos + i), load(sin + i));
-    store(a, x + i), store(b, x + i + half);
-  }
-  if (i < half) {
-    const int64_t rest = half - i;
-    Lanes a = load(x + i, rest), b = load(x + i + half, rest);
-    rotate(a, b, load(cos + i, rest), load(sin + i, rest));
-    store(a, rest, x + i), store(b, rest, x + i + half);
-  }
+  for (; i + kLanes <= half; i += kLanes) rope_lanes(x + i, cos + i, sin + i, half);
+  if (i < half) rope_lanes(x + i, cos + i, sin + i, half, half - i);
 }
 
 TARGET void dequantize(const int8_t* q, const float* scales, int64_t count, int64_t size, float* y) {
@@ -137,7 +152,7 @@ TARGET void attend(const float* q, const T* keys, const float* key_scales, const
   for (p = 0; p < padded; ++p) scores[p] = exp_range(scores[p] - highest);
   for (p = 0; p < padded; ++p) scores[p] = exp_approx(scores[p]);
   Lanes sum = splat(0);
-  for (p = 0; p < padded; p += kLanes) sum = add(sum, load(scores + p));
+  for (p = 0; p < padded; p += kLanes) sum = sum + load(scores + p);
   const float inverse = 1.0f / sum_of(sum);
   if (value_scales)
     for (p = 0; p < count; ++p) scores[p] *= value_scales[p];
