@@ -197,7 +197,7 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
       share(rows * m.n_kv_head, [&](int64_t i) { append(step, block, layer, i / m.n_kv_head, i % m.n_kv_head); });
       barrier.wait();
       if (layer < last_layer) {
-        const int64_t blocks = (step.count + kQueries - 1) / kQueries, tasks = step.batch * m.n_head * blocks;
+        const int64_t blocks = ceil_div(step.count, kQueries), tasks = step.batch * m.n_head * blocks;
         for (int64_t i = index; i < tasks; i += threads)  // interleaved, because later blocks see more keys
           attend_block(step, thread, layer, i / blocks / m.n_head, i / blocks % m.n_head, i % blocks * kQueries);
       } else {  // the last layer needs only the last token's output

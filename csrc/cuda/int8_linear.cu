@@ -10,8 +10,6 @@
 namespace owlet::cuda {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__half x) { return __half2float(x); }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -100,12 +98,11 @@ struct Output {
   __device__ void store(int64_t token, float x_scale, int64_t n, int sum0, int sum1) const {
     if (n >= linear.N) return;
     const bool both = n + 1 < linear.N;
-    float v0 = static_cast<float>(sum0) * x_scale * linear.scale[n];
-    float v1 = both ? static_cast<float>(sum1) * x_scale * linear.scale[n + 1] : 0.0f;
-    if (linear.bias) {
-      v0 += linear.bias[n];
-      if (both) v1 += linear.bias[n + 1];
-    }
+    const auto value = [&](int64_t n, int sum) {
+      const float v = static_cast<float>(sum) * x_scale * linear.scale[n];
+      return linear.bias ? v + linear.bias[n] : v;
+    };
+    float v0 = value(n, sum0), v1 = both ? value(n + 1, sum1) : 0.0f;
     if (linear.activation != Activation::none) v0 = silu(v0, exp_range(-v0));
     if (linear.activation == Activation::swiglu) return put(token * (linear.N / 2) + n / 2, v0 * v1);
     if (linear.activation == Activation::silu) v1 = silu(v1, exp_range(-v1));
@@ -149,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, kGroups == 1 ? 3 : 1)
   __shared__ int2 partial[2][kGroups][2][kWarps][kWarp];  // [buffer][group of 16 tokens][half of 8][warp][lane]
 
   const Linear& linear = output.linear;
-  const int tiles_k = k_tiles(linear.K), tiles = (linear.N + kTileRows - 1) / kTileRows;
+  const int tiles_k = k_tiles(linear.K), tiles = ceil_div(linear.N, kTileRows);
   const int64_t stride = tiles_k * kTileK;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 
@@ -242,14 +239,14 @@ __global__ void __launch_bounds__(kBlockThreads) gemm_kernel(Scratch x, int64_t 
 
   const Linear& linear = output.linear;
   const int tiles_k = k_tiles(linear.K);
-  const int64_t tiles = (linear.N + kTileRows - 1) / kTileRows;
+  const int64_t tiles = ceil_div(linear.N, kTileRows);
   const int64_t first_token = blockIdx.x * int64_t{kBlock}, first_tile = blockIdx.y * int64_t{kBlock / kTileRows};
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int warp_token = warp / 2 * kWarpTokens, warp_row = warp % 2 * kWarpRows;
 
   // 64 pieces of 16 bytes are a k tile of 16 tokens, 32 are one of 8 channels. Past the end, the last ones are copied
   // again; their sums are not stored.
-  const int64_t groups = (tokens + 15) / 16, first_group = first_token / 16;
+  const int64_t groups = ceil_div(tokens, 16), first_group = first_token / 16;
   const auto copy = [&](int k) {
     int8_t *a = stages[k % kStages], *b = a + kStageBytes / 2;
 #pragma unroll

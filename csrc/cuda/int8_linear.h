@@ -12,7 +12,7 @@
 
 namespace owlet::cuda {
 
-inline __host__ __device__ int64_t k_tiles(int64_t K) { return (K + kTileK - 1) / kTileK; }
+inline __host__ __device__ int64_t k_tiles(int64_t K) { return ceil_div(K, kTileK); }
 
 using Linear = LinearOf<int8_t>;
 
@@ -31,7 +31,7 @@ struct Scratch {
   float* scale;  // (tokens)
 };
 
-inline int64_t scratch_bytes(int64_t tokens, int64_t K) { return (tokens + 15) / 16 * 16 * k_tiles(K) * kTileK; }
+inline int64_t scratch_bytes(int64_t tokens, int64_t K) { return ceil_div(tokens, 16) * 16 * k_tiles(K) * kTileK; }
 
 // y (tokens, columns), of type T, = activation(x w.T + bias) + residual. residual has y's shape, may be y itself, and
 // may be null. 1 <= K <= kMaxK.

@@ -21,8 +21,6 @@ namespace {
 // (docs/log.md, "Rows per pass").
 constexpr int64_t kTaskTokens = 96;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 INTEGER_CLONES
 int32_t max_abs_bits(const float* x, int64_t K) {
   int32_t amax = 0;

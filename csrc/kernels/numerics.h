@@ -14,6 +14,8 @@
 
 namespace owlet {
 
+OWLET_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 OWLET_HOST_DEVICE inline uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
