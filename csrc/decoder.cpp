@@ -8,8 +8,6 @@
 #include <atomic>
 #include <thread>
 
-#include "kernels/float_math.h"
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

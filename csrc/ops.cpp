@@ -2,7 +2,6 @@
 // registers them.
 #include <ATen/Parallel.h>
 #include <ATen/TensorIndexing.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -12,12 +11,8 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
-#include <optional>
-#include <string_view>
 
-#include "decoder.h"
 #include "huge_pages.h"
-#include "kernels/kernels.h"
 #include "ops.h"
 
 namespace owlet {
@@ -74,10 +69,6 @@ namespace {
 
 // The multiply-adds that are worth waking a thread (docs/log.md, "Work per thread").
 constexpr int64_t kGrain = 1 << 16;
-
-Tensor contiguous(const std::optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); }
-
-const float* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
 Tensor int8_linear_cpu(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& residual, std::string_view activation) {

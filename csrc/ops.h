@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "decoder_model.h"
+#include "decoder.h"
 #include "kernels/kernels.h"
 
 namespace owlet {
@@ -30,6 +30,10 @@ c10::SmallVector<Int, at::kDimVectorStaticSize> tile_shape(const Int& N, const I
 }
 
 Activation parse_activation(std::string_view name);
+
+inline at::Tensor contiguous(const std::optional<at::Tensor>& t) { return t ? t->contiguous() : at::Tensor(); }
+
+inline const float* data_or_null(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
 // Checks every argument of int8_linear and returns y, not filled. Shapes may be symbolic: when torch.compile traces,
 // only this runs.

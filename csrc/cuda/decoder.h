@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../decoder_model.h"
+#include "../decoder.h"
 #include "int8_linear.h"
 
 namespace owlet::cuda {

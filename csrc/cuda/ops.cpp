@@ -24,8 +24,6 @@ Tensor aligned(const Tensor& t) {
 
 Tensor aligned(const std::optional<Tensor>& t) { return t ? aligned(*t) : Tensor(); }
 
-const float* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
-
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& residual, std::string_view activation) {
   const Tensor y = new_output(x, packed, scale, bias, residual, activation);
@@ -34,7 +32,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const 
 
   const int64_t K = x.size(-1), tokens = x.numel() / K;
   const Tensor x_ = aligned(x), packed_ = aligned(packed), scale_ = scale.contiguous();
-  const Tensor bias_ = bias ? bias->contiguous() : Tensor(), residual_ = aligned(residual);
+  const Tensor bias_ = contiguous(bias), residual_ = aligned(residual);
   const Tensor q = at::empty({scratch_bytes(tokens, K)}, x.options().dtype(at::kChar));
   const Tensor x_scale = at::empty({tokens}, x.options().dtype(at::kFloat));
   const Linear weights{scale.numel(), K, packed_.const_data_ptr<int8_t>(), scale_.const_data_ptr<float>(),

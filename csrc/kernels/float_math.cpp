@@ -1,12 +1,10 @@
 // Compiles float_math.inl once for each of four kinds of registers.
-#include "float_math.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
-#include "numerics.h"
+#include "kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -1,6 +1,6 @@
-// float_math.cpp includes this once for each kind of registers. Before, it defines TARGET, Lanes (the registers, `part`),
-// kRows, kVecs, splat, load, store, fma(a, b, c) = a * b + c of a register, and sums_of, the sums of four Lanes.
-
+// RMSNorm, RoPE and attention: float_math.cpp includes this once for each kind of registers. Before, it defines TARGET,
+// Lanes (whose registers are `part`), kRows, kVecs, splat, load, store, fma(a, b, c) = a * b + c of one register, and
+// sums_of, the sums of four Lanes.
 constexpr int kParts = sizeof(Lanes) / sizeof(Lanes::part[0]);
 
 TARGET inline Lanes operator+(Lanes a, const Lanes& b) {

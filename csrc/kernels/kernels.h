@@ -1,7 +1,7 @@
 // The int8 kernels, without torch:  y = activation(x @ w.T + bias) + residual
 //
 // x is quantized to int8 with one scale per token (row of x); w is int8 with one scale per output channel. Every
-// instruction set computes the same exact int32 sums. The floating-point code (int8_linear.cpp, float_math.h) takes the
+// instruction set computes the same exact int32 sums. The floating-point code (int8_linear.cpp, FloatMath) takes the
 // same steps in the same order on all of them. So results are bit-identical everywhere.
 #pragma once
 
@@ -12,7 +12,6 @@
 #include <string>
 #include <vector>
 
-#include "float_math.h"
 #include "numerics.h"
 
 namespace owlet {
@@ -44,6 +43,46 @@ constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
 // acc[t * 64 + n] = sum over k of q[t, k] * w[n, k]. q is (tokens, row_bytes(quads)); q_sum[t] is the sum of q[t, k]
 // over k.
 using DotPanel = void(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int32_t* acc);
+
+// ---- fp32 operations between the products
+// Sums use sixteen lanes on every CPU, whatever the width of its registers, and each step is one fused multiply-add. So
+// every instruction set gives the same bits.
+
+constexpr int kQueries = 32;  // the most that one attend_block takes (docs/log.md, "Blocks of attention")
+
+struct FloatMath {
+  // y = x / rms(x) * weight, each (size); y may be x.
+  void (*rms_norm)(const float* x, const float* weight, int64_t size, float eps, float* y);
+
+  // Rotates the pairs (x[i], x[i + half]) by one position's angles: cos, sin (half).
+  void (*rope)(float* x, const float* cos, const float* sin, int64_t half);
+
+  // y (count, size) = q * scales, with one scale per row.
+  void (*dequantize)(const int8_t* q, const float* scales, int64_t count, int64_t size, float* y);
+
+  // softmax(q K^T / sqrt(size)) V of one head: q (size), keys and values (count, size) -> y (size). Scales: one per row
+  // of int8, null for floats. next: the address that will be read after the values, for prefetching.
+  template <typename T>
+  using Attend = void(const float* q, const T* keys, const float* key_scales, const T* values,
+                      const float* value_scales, int64_t count, int64_t size, float* scratch, float* y,
+                      const void* next);
+  Attend<float>* attend;
+  Attend<int8_t>* attend_int8;
+
+  // attend for up to kQueries queries, q_stride apart, at positions pos, pos + 1, ...: each sees the keys up to its own
+  // position. The results are y_stride apart.
+  void (*attend_block)(const float* q, int64_t q_stride, int64_t queries, int64_t pos, const float* keys,
+                       const float* values, int64_t size, float* scratch, float* y, int64_t y_stride);
+};
+
+// The size of scratch, in floats, for attend and attend_block.
+inline int64_t attention_scratch(int64_t keys, int64_t size) { return kQueries * (keys + 2 * size); }
+
+extern const FloatMath avx512_math, fma_math;  // x86-64
+extern const FloatMath neon_math;              // 64-bit Arm
+extern const FloatMath generic_math;
+
+// ---- instruction sets
 
 constexpr int kMaxTileTokens = 32;  // docs/log.md, "Tokens per kernel call"
 
