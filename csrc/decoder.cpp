@@ -13,7 +13,6 @@
 #endif
 
 namespace owlet {
-
 namespace {
 
 const FloatMath& floats() { return *kernel().floats; }
@@ -40,16 +39,11 @@ const float* read_cache(const Cache& cache, int64_t row, int64_t count, int64_t 
 }  // namespace
 
 // Threads meet here some forty times per token, so they spin. A thread that has waited long yields, in case there are
-// more threads than free cores.
-//
-// All threads see after wait() what any thread wrote before it: every arrival is a read-modify-write of arrived_ with
-// release and acquire, so the last thread to arrive has seen the writes of all others, and its release of phase_ passes
-// them on to every thread that leaves. arrived_ is reset before that release, so no thread can arrive for the next
-// phase before it is 0.
+// more threads than free cores. The last thread to arrive has acquired the writes of all others with arrived_ and
+// releases them with phase_ to every thread that leaves. It resets arrived_ first, so the next phase starts at 0.
 class Decoder::Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
-
   void wait() {
     const unsigned phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
@@ -57,17 +51,12 @@ class Decoder::Barrier {
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins >= kSpins)
-        std::this_thread::yield();
-      else
-        pause();
-    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
+      spins < kSpins ? pause() : std::this_thread::yield();
   }
 
  private:
   static constexpr int kSpins = 2000;  // about 50 us (docs/log.md, "Spin barriers")
-
   static void pause() {
 #if defined(__x86_64__)
     _mm_pause();
@@ -85,19 +74,16 @@ class Decoder::Barrier {
 struct Decoder::Rows {
   Rows(const DecoderModel& m, int64_t rows)
       : x(rows, m.n_embd), attn_out(rows, m.n_head * m.head_dim), hidden(rows, m.n_hidden) {}
-
   QuantizedTokens x, attn_out, hidden;
 };
 
 struct Decoder::Thread {
   explicit Thread(const DecoderModel& m) : quantized(m, 1), normed(m.n_embd) {}
-
   Rows quantized;  // for a single token, which every thread quantizes for itself
   std::vector<float> normed, scratch, keys, values;
 };
 
 Decoder::Decoder(DecoderModel model) : model_(std::move(model)) {}
-
 Decoder::~Decoder() = default;
 
 void Decoder::prepare(const Step& step, int threads) {
@@ -147,6 +133,7 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
   const DecoderModel& m = model_;
   const int64_t width = m.n_head * m.head_dim, last_layer = static_cast<int64_t>(m.blocks.size()) - 1;
   int64_t rows = step.batch * step.count;
+  float* const x = x_.data();
 
   // Runs body on this thread's share of `things` indices, which is always the same.
   const auto share = [&](int64_t things, auto&& body) {
@@ -166,11 +153,12 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
   };
   const auto normed = [&](const float* weight) {
     return [&, weight](int64_t i) {
-      floats().rms_norm(&x_[i * m.n_embd], weight, m.n_embd, m.norm_eps, thread.normed.data());
+      floats().rms_norm(x + i * m.n_embd, weight, m.n_embd, m.norm_eps, thread.normed.data());
       return thread.normed.data();
     };
   };
-  const auto multiply = [&](const Int8Linear& linear, const QuantizedTokens& x, const float* residual, float* y) {
+  const auto multiply = [&](const Int8Linear& linear, const QuantizedTokens& x, float* y,
+                            const float* residual = nullptr) {
     const int64_t tasks = linear.tasks(rows);
     linear.forward(x, rows, residual, tasks * index / threads, tasks * (index + 1) / threads, y);
     barrier.wait();
@@ -178,21 +166,21 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
 
   share(rows, [&](int64_t i) {
     const int64_t token = step.tokens[i / step.count * step.stride + i % step.count];
-    m.embedding.read_row(token, &x_[i * m.n_embd]);
+    m.embedding.read_row(token, x + i * m.n_embd);
   });
   barrier.wait();
 
   for (int64_t layer = 0; layer <= last_layer; ++layer) {
     const DecoderBlock& block = m.blocks[layer];
-    multiply(block.qkv, quantize(&Rows::x, normed(block.input_norm)), nullptr, qkv_.data());
+    multiply(block.qkv, quantize(&Rows::x, normed(block.input_norm)), qkv_.data());
     if (step.count == 1) {
       share(rows * m.n_kv_head, [&](int64_t i) {
-        append(step, block, layer, i / m.n_kv_head, i % m.n_kv_head);
-        attend_last(step, thread, layer, i / m.n_kv_head, i % m.n_kv_head);
+        append(step, block, layer, i);
+        attend_last(step, thread, layer, i);
       });
       if (layer == last_layer && !step.logits) return;
     } else {
-      share(rows * m.n_kv_head, [&](int64_t i) { append(step, block, layer, i / m.n_kv_head, i % m.n_kv_head); });
+      share(rows * m.n_kv_head, [&](int64_t i) { append(step, block, layer, i); });
       barrier.wait();
       if (layer < last_layer) {
         const int64_t blocks = ceil_div(step.count, kQueries), tasks = step.batch * m.n_head * blocks;
@@ -200,28 +188,26 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
           attend_block(step, thread, layer, i / blocks / m.n_head, i / blocks % m.n_head, i % blocks * kQueries);
       } else {  // the last layer needs only the last token's output
         if (!step.logits) return;
-        share(step.batch * m.n_kv_head,
-              [&](int64_t i) { attend_last(step, thread, layer, i / m.n_kv_head, i % m.n_kv_head); });
+        share(step.batch * m.n_kv_head, [&](int64_t i) { attend_last(step, thread, layer, i); });
         for (int64_t b = 0; index == 0 && b < step.batch; ++b)
-          std::copy_n(&x_[((b + 1) * step.count - 1) * m.n_embd], m.n_embd, &x_[b * m.n_embd]);
+          std::copy_n(x + ((b + 1) * step.count - 1) * m.n_embd, m.n_embd, x + b * m.n_embd);
         rows = step.batch;
       }
     }
     barrier.wait();
 
-    multiply(block.o, quantize(&Rows::attn_out, [&](int64_t i) { return &attn_out_[i * width]; }), x_.data(),
-             x_.data());
-    multiply(block.gate_up, quantize(&Rows::x, normed(block.post_norm)), nullptr, hidden_.data());
-    multiply(block.down, quantize(&Rows::hidden, [&](int64_t i) { return &hidden_[i * m.n_hidden]; }), x_.data(),
-             x_.data());
+    multiply(block.o, quantize(&Rows::attn_out, [&](int64_t i) { return &attn_out_[i * width]; }), x, x);
+    multiply(block.gate_up, quantize(&Rows::x, normed(block.post_norm)), hidden_.data());
+    multiply(block.down, quantize(&Rows::hidden, [&](int64_t i) { return &hidden_[i * m.n_hidden]; }), x, x);
   }
-  multiply(m.head, quantize(&Rows::x, normed(m.norm)), nullptr, step.logits);
+  multiply(m.head, quantize(&Rows::x, normed(m.norm)), step.logits);
 }
 
-// For one token and one key/value head: applies QK-norm and RoPE to the key and its queries, then adds the key and the
-// value to the caches.
-void Decoder::append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t row, int64_t kv_head) {
+// For one key/value head of a token, i = row * n_kv_head + head: applies QK-norm and RoPE to the key and its queries,
+// then adds the key and the value to the caches.
+void Decoder::append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t i) {
   const DecoderModel& m = model_;
+  const int64_t row = i / m.n_kv_head, kv_head = i % m.n_kv_head;
   const int64_t size = m.head_dim, group = m.n_head / m.n_kv_head, pos = step.pos + row % step.count;
   float* const qkv = &qkv_[row * (m.n_head + 2 * m.n_kv_head) * size];
   float* const key = qkv + (m.n_head + kv_head) * size;
@@ -236,16 +222,17 @@ void Decoder::append(const Step& step, const DecoderBlock& block, int64_t layer,
   write_cache(step.values, at, size, key + m.n_kv_head * size);
 }
 
-// Attention of the last token of sequence b, in all heads that share a key/value head.
-void Decoder::attend_last(const Step& step, Thread& thread, int64_t layer, int64_t b, int64_t kv_head) {
+// Attention of the last token of sequence b in all heads that share a key/value head, i = b * n_kv_head + head.
+void Decoder::attend_last(const Step& step, Thread& thread, int64_t layer, int64_t i) {
   const DecoderModel& m = model_;
+  const int64_t b = i / m.n_kv_head, kv_head = i % m.n_kv_head;
   const int64_t size = m.head_dim, group = m.n_head / m.n_kv_head, count = step.pos + step.count;
   const int64_t at = cache_row(step, layer, b, kv_head), row = (b + 1) * step.count - 1;
   const int64_t next = at + step.length;  // the next head's rows
+  const Cache &keys = step.keys, &values = step.values;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     const float* q = &qkv_[(row * (m.n_head + 2 * m.n_kv_head) + h) * size];
     float *scratch = thread.scratch.data(), *y = &attn_out_[(b * m.n_head + h) * size];
-    const Cache &keys = step.keys, &values = step.values;
     if (keys.int8)
       floats().attend_int8(q, keys.int8 + at * size, keys.scales + at, values.int8 + at * size, values.scales + at,
                            count, size, scratch, y, keys.int8 + next * size);

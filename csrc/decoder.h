@@ -59,7 +59,6 @@ class Decoder {
  public:
   explicit Decoder(DecoderModel model);
   ~Decoder();
-
   // Two threads must not call this at once.
   void forward(Step step, int threads);
 
@@ -67,11 +66,10 @@ class Decoder {
   struct Rows;
   struct Thread;  // a thread's own buffers
   class Barrier;
-
   void prepare(const Step& step, int threads);
   void run(const Step& step, Thread& thread, Barrier& barrier, int index, int threads);
-  void append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t row, int64_t kv_head);
-  void attend_last(const Step& step, Thread& thread, int64_t layer, int64_t b, int64_t kv_head);
+  void append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t i);
+  void attend_last(const Step& step, Thread& thread, int64_t layer, int64_t i);
   void attend_block(const Step& step, Thread& thread, int64_t layer, int64_t b, int64_t head, int64_t first);
   int64_t cache_row(const Step& step, int64_t layer, int64_t b, int64_t kv_head) const;
 

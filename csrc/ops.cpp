@@ -49,8 +49,7 @@ Tensor new_output(const Tensor& x, const Tensor& packed, const Tensor& scale, co
   TORCH_CHECK(x.dim() >= 1, "x must have shape (..., K), got a scalar");
   TORCH_CHECK(scale.dim() == 1, "scale must have shape (N), got ", scale.sym_sizes());
   const c10::SymInt K = x.sym_size(-1), N = scale.sym_size(0);
-  TORCH_SYM_CHECK(K.sym_gt(0).sym_and(K.sym_le(kMaxK)), "K must be 1 to ", kMaxK,
-                  ", for sums to fit int32, got ", K);
+  TORCH_SYM_CHECK(K.sym_gt(0).sym_and(K.sym_le(kMaxK)), "K must be 1 to ", kMaxK, ", for sums to fit int32, got ", K);
   check("packed", packed, tiled ? at::kChar : at::kByte, x, tiled ? tile_shape(N, K) : panel_shape(N, K));
   check("scale", scale, at::kFloat, x, {N});
   if (bias) check("bias", *bias, at::kFloat, x, {N});
@@ -74,7 +73,6 @@ Tensor int8_linear_cpu(const Tensor& x, const Tensor& packed, const Tensor& scal
                        const std::optional<Tensor>& residual, std::string_view activation) {
   const Tensor y = new_output(x, packed, scale, bias, residual, activation);
   if (y.numel() == 0) return y;
-
   const int64_t K = x.size(-1), tokens = x.numel() / K;
   const Tensor x_ = x.contiguous(), packed_ = packed.contiguous(), scale_ = scale.contiguous();
   const Tensor bias_ = contiguous(bias), residual_ = contiguous(residual);
@@ -83,7 +81,6 @@ Tensor int8_linear_cpu(const Tensor& x, const Tensor& packed, const Tensor& scal
   at::parallel_for(0, tokens, 1 + kGrain / K, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) q.quantize(t, x_.const_data_ptr<float>() + t * K);
   });
-
   const Int8Linear linear{scale.numel(), K, packed_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(),
                           data_or_null(bias_), parse_activation(activation)};
   const int64_t tasks = linear.tasks(tokens), task_work = tokens * linear.N * K / tasks;
@@ -144,7 +141,11 @@ class HugePages : public std::enable_shared_from_this<HugePages> {
     if (bytes < 2 * kHugePage) return at::empty({bytes}, at::kByte);
     const Block block = take(huge_size(bytes));
     const auto give_back = [pool = weak_from_this(), block](void*) {
-      if (const auto owner = pool.lock()) owner->give(block);
+      const auto owner = pool.lock();
+      if (!owner) return;
+      const std::lock_guard<std::mutex> lock(owner->mutex_);
+      owner->kept_.push_back(block);
+      if (owner->kept_.size() > 2) owner->kept_.erase(owner->kept_.begin());
     };
     return at::from_blob(block.memory.get(), {bytes}, give_back, at::kByte);
   }
@@ -167,13 +168,6 @@ class HugePages : public std::enable_shared_from_this<HugePages> {
     TORCH_CHECK_WITH(OutOfMemoryError, memory, "no memory for ", size, " bytes");
     return {std::shared_ptr<void>(memory, std::free), size};
   }
-
-  void give(const Block& block) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    kept_.push_back(block);
-    if (kept_.size() > 2) kept_.erase(kept_.begin());
-  }
-
   std::mutex mutex_;
   std::vector<Block> kept_;
 };
@@ -212,7 +206,6 @@ struct CpuBackend {
   using Packed = uint8_t;
   static constexpr auto kDevice = at::kCPU;
   static constexpr int64_t kAlignment = 1, kHeadDimStep = 2, kMaxHeadDim = kMaxK;
-
   static at::DimVector packed_shape(int64_t N, int64_t K) { return panel_shape(N, K); }
   static const Tensor& readable(const Tensor& t) { return t; }
 };
@@ -220,7 +213,6 @@ struct CpuBackend {
 class CpuDecoder : public CheckedModel<CpuBackend> {
  public:
   using CheckedModel::CheckedModel;
-
   // tokens (B, T) int64; keys, values (n_layer, B, n_kv_head, length, head_dim), float, or int8 with
   // scales (n_layer, B, n_kv_head, length) -> logits (B, 1, vocab_size) after each sequence's last token.
   Tensor forward(const Tensor& tokens, int64_t pos, const Tensor& keys, const Tensor& values,
@@ -251,7 +243,6 @@ class CpuDecoder : public CheckedModel<CpuBackend> {
     expect(name, *scales, at::kFloat, at::IntArrayRef(shape).slice(0, 4));
     return {nullptr, t.mutable_data_ptr<int8_t>(), scales->mutable_data_ptr<float>()};
   }
-
   std::mutex mutex_;  // Python's own lock is not held while the decoder works
   Decoder decoder_{model_};
 };

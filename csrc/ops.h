@@ -100,7 +100,6 @@ class CheckedModel {
     TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % Backend::kAlignment == 0 || t.numel() == 1, name,
                 " must start at a multiple of ", Backend::kAlignment, " bytes");
   }
-
   at::Device device_;
   int64_t vocab_size_, block_size_;
   DecoderModelOf<typename Backend::Linear> model_;
@@ -123,7 +122,6 @@ class CheckedModel {
     const at::Tensor packed = hold(name, m.first, c10::CppTypeToScalarType<Packed>::value, Backend::packed_shape(N, K));
     return {N, K, packed.const_data_ptr<Packed>(), floats(name, m.second, {N}), nullptr, activation};
   }
-
   std::vector<at::Tensor> held_;
 };
 
@@ -137,8 +135,6 @@ pybind11::class_<Decoder> define_decoder(pybind11::module_& m, const char* name,
            arg("norm_eps"), arg("cos"), arg("sin"), arg("embedding"), arg("blocks"), arg("norm"), arg("head"));
 }
 
-namespace cuda {
-void define(pybind11::module_& m);  // the decoder for CUDA
-}
+namespace cuda { void define(pybind11::module_& m); }  // the decoder for CUDA
 
 }  // namespace owlet

@@ -46,7 +46,6 @@ __device__ void norm_and_rope(const float* x, const float* weight, float eps, co
 
 struct Softmax {  // over part of the keys (Milakov and Gimelshein, 2018)
   float max, sum;
-
   // Joins another part and returns the factor for the sums of this part.
   __device__ float join(Softmax other) {
     const float top = fmaxf(max, other.max), mine = expf(max - top), theirs = expf(other.max - top);
@@ -85,7 +84,6 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(Attention in) {
       in.keys[(at + pos) * head_dim + i] = key[i];
       in.values[(at + pos) * head_dim + i] = value[i];
     }
-
   const int part = lane % 4;
   const auto piece = [&](const float* x, int i) { return reinterpret_cast<const float4*>(x)[i * 4 + part]; };
   float4 query[kPieces], sum[kPieces] = {};

@@ -33,7 +33,6 @@ __device__ void quantize_token(const Tokens<T>& tokens, int64_t token, int64_t K
   __shared__ float squares[kWarps];
   const T* x = tokens.x + token * K;
   const auto value = [&](int64_t k) { return tokens.norm ? to_float(x[k]) * tokens.norm[k] : to_float(x[k]); };
-
   int amax = 0;
   float square = 0;
   for (int64_t k = threadIdx.x; k < K; k += kThreads) {
@@ -51,7 +50,6 @@ __device__ void quantize_token(const Tokens<T>& tokens, int64_t token, int64_t K
   for (int i = 0; i < kWarps; ++i) amax = max(amax, amaxes[i]);
   square = 0;
   for (int i = 0; i < kWarps; ++i) square += squares[i];
-
   const TokenScale s = token_scale(amax);
   const float factor = tokens.norm ? 1.0f / sqrtf(square / static_cast<float>(K) + tokens.eps) : 1.0f;
   if (threadIdx.x == 0) *scale = s.scale * factor;
@@ -91,9 +89,7 @@ struct Output {
   Linear linear;
   const T* residual;
   T* y;
-
   __device__ void put(int64_t at, float v) const { y[at] = from_float(residual ? v + to_float(residual[at]) : v, T{}); }
-
   // Stores channels n and n + 1 of a token, whose scale is x_scale; n is even.
   __device__ void store(int64_t token, float x_scale, int64_t n, int sum0, int sum1) const {
     if (n >= linear.N) return;
@@ -106,7 +102,6 @@ struct Output {
     if (linear.activation != Activation::none) v0 = silu(v0, exp_range(-v0));
     if (linear.activation == Activation::swiglu) return put(token * (linear.N / 2) + n / 2, v0 * v1);
     if (linear.activation == Activation::silu) v1 = silu(v1, exp_range(-v1));
-
     const int64_t at = token * linear.N + n;
     if (linear.N % 2 == 0) {  // then pairs are aligned
       if (residual) {
@@ -144,7 +139,6 @@ __global__ void __launch_bounds__(kThreads, kGroups == 1 ? 3 : 1)
   __shared__ __align__(16) int8_t own_q[may_own ? kOwnBytes : 1];
   __shared__ float own_scale[kOwnTokens];
   __shared__ int2 partial[2][kGroups][2][kWarps][kWarp];  // [buffer][group of 16 tokens][half of 8][warp][lane]
-
   const Linear& linear = output.linear;
   const int tiles_k = k_tiles(linear.K), tiles = ceil_div(linear.N, kTileRows);
   const int64_t stride = tiles_k * kTileK;
@@ -236,7 +230,6 @@ static_assert(kBlockThreads / kWarp * 16 * kSumsStride * sizeof(int2) <= kStages
 template <typename T>
 __global__ void __launch_bounds__(kBlockThreads) gemm_kernel(Scratch x, int64_t tokens, Output<T> output) {
   __shared__ __align__(128) int8_t stages[kStages][kStageBytes];
-
   const Linear& linear = output.linear;
   const int tiles_k = k_tiles(linear.K);
   const int64_t tiles = ceil_div(linear.N, kTileRows);
@@ -269,7 +262,6 @@ __global__ void __launch_bounds__(kBlockThreads) gemm_kernel(Scratch x, int64_t 
     __syncthreads();  // stage k is complete, and no thread reads stage k - 1, which is filled next
     if (k + kStages - 1 < tiles_k) copy(k + kStages - 1);
     end_group();
-
     const auto* a = reinterpret_cast<const int4*>(stages[k % kStages] + warp_token * kTileK) + lane;
     const auto* b = reinterpret_cast<const int4*>(stages[k % kStages] + kStageBytes / 2 + warp_row * kTileK) + lane;
     int4 w[kWarpRows / kTileRows];

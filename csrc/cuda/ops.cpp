@@ -29,7 +29,6 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const 
   const Tensor y = new_output(x, packed, scale, bias, residual, activation);
   if (y.numel() == 0) return y;
   const c10::cuda::CUDAGuard guard(x.device());
-
   const int64_t K = x.size(-1), tokens = x.numel() / K;
   const Tensor x_ = aligned(x), packed_ = aligned(packed), scale_ = scale.contiguous();
   const Tensor bias_ = contiguous(bias), residual_ = aligned(residual);
@@ -56,7 +55,6 @@ struct CudaBackend {
   using Packed = int8_t;
   static constexpr auto kDevice = at::kCUDA;
   static constexpr int64_t kAlignment = 16, kHeadDimStep = cuda::kHeadDimStep, kMaxHeadDim = cuda::kMaxHeadDim;
-
   static at::DimVector packed_shape(int64_t N, int64_t K) { return tile_shape(N, K); }
   static Tensor readable(const Tensor& t) { return aligned(t); }
 };
@@ -64,7 +62,6 @@ struct CudaBackend {
 class CudaDecoder : public CheckedModel<CudaBackend> {
  public:
   using CheckedModel::CheckedModel;
-
   // tokens (B, 1), pos (1) int64; keys, values (n_layer, B, n_kv_head, length, head_dim) -> logits (B, 1, vocab_size).
   // The values of tokens and pos are not checked, because reading them would wait for the GPU.
   Tensor forward(const Tensor& tokens, const Tensor& pos, const Tensor& keys, const Tensor& values) const {

@@ -25,7 +25,6 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
     constexpr bool past = Tokens > kTile;
     constexpr int sum_stride = 4 * kPanelRows;
     const int64_t q_stride = row_bytes(quads), whole = quads / kTile * kTile;
-
     // Correct for the weights' offset, and add the quads that do not fill a tile.
     for (int t = 0; t < Tokens; ++t)
       for (int n = 0; n < kPanelRows; ++n) acc[t * kPanelRows + n] = -128 * q_sum[t];

@@ -53,7 +53,6 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
   __m512i sum[Tokens][4];
   for (int t = 0; t < Tokens; ++t)
     for (int v = 0; v < 4; ++v) sum[t][v] = _mm512_set1_epi32(-128 * q_sum[t]);
-
   for (int64_t i = 0; i < quads; ++i, panel += kQuadBytes) {
     __m512i w[4];
     for (int v = 0; v < 4; ++v) {
@@ -65,7 +64,6 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
       for (int v = 0; v < 4; ++v) sum[t][v] = _mm512_dpbusd_epi32(sum[t][v], w[v], a);
     }
   }
-
   // If GCC does not unroll this loop, it keeps the sums in memory throughout the function.
 #pragma GCC unroll 6
   for (int t = 0; t < Tokens; ++t)

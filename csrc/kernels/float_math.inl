@@ -211,7 +211,6 @@ TARGET void attend_block(const float* q, int64_t q_stride, int64_t queries, int6
   float* scores = scratch;                     // (count, kQueries)
   float* columns = scores + count * kQueries;  // (size, kQueries): the queries
   float* results = columns + size * kQueries;  // (size, kQueries)
-
   const float scale = 1.0f / std::sqrt(static_cast<float>(size));
   if (queries < kQueries) std::fill_n(columns, size * kQueries, 0.0f);
   for (int64_t l = 0; l < queries; ++l)
@@ -232,7 +231,6 @@ TARGET void attend_block(const float* q, int64_t q_stride, int64_t queries, int6
     for (int l = 0; l < kQueries; ++l) x[l] = exp_range(row[l] - high[l]);
     for (int l = 0; l < kQueries; ++l) sum[l] += row[l] = exp_approx(x[l]);
   }
-
   multiply(values, size, 1, size, scores, count, results);
   for (int64_t l = 0; l < queries; ++l) {
     const float inverse = 1.0f / sum[l];

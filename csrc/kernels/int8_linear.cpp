@@ -50,7 +50,6 @@ void epilogue(const int32_t* acc, int64_t tokens, const float* x_scale, const fl
     for (int n = 0; n < kPanelRows; ++n) v[n] = static_cast<float>(acc[n]) * x_scale[t] * scale[n];
     if (bias)
       for (int n = 0; n < kPanelRows; ++n) v[n] += bias[n];
-
     if (activation == Activation::silu) {
       for (int n = 0; n < kPanelRows; ++n) minus[n] = exp_range(-v[n]);
       for (int n = 0; n < kPanelRows; ++n) v[n] = silu(v[n], minus[n]);
@@ -62,7 +61,6 @@ void epilogue(const int32_t* acc, int64_t tokens, const float* x_scale, const fl
       for (int i = 0; i < kPanelRows / 2; ++i) gate[i] *= v[2 * i + 1];
       std::copy_n(gate, kPanelRows / 2, v);
     }
-
     float* out = y + t * stride;
     if (residual)
       for (int64_t i = 0; i < columns; ++i) out[i] = v[i] + residual[t * stride + i];
@@ -118,7 +116,6 @@ void Int8Linear::forward(const QuantizedTokens& x, int64_t tokens, const float* 
   const Kernel& kernel = owlet::kernel();
   const int64_t blocks = ceil_div(tokens, kTaskTokens);
   const int rows_per_column = activation == Activation::swiglu ? 2 : 1;
-
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / blocks * kPanelRows, rows = std::min<int64_t>(kPanelRows, N - n);
     const uint8_t* panel = packed + n * 4 * x.quads;

@@ -53,13 +53,10 @@ constexpr int kQueries = 32;  // the most that one attend_block takes (docs/log.
 struct FloatMath {
   // y = x / rms(x) * weight, each (size); y may be x.
   void (*rms_norm)(const float* x, const float* weight, int64_t size, float eps, float* y);
-
   // Rotates the pairs (x[i], x[i + half]) by one position's angles: cos, sin (half).
   void (*rope)(float* x, const float* cos, const float* sin, int64_t half);
-
   // y (count, size) = q * scales, with one scale per row.
   void (*dequantize)(const int8_t* q, const float* scales, int64_t count, int64_t size, float* y);
-
   // softmax(q K^T / sqrt(size)) V of one head: q (size), keys and values (count, size) -> y (size). Scales: one per row
   // of int8, null for floats. next: the address that will be read after the values, for prefetching.
   template <typename T>
@@ -68,7 +65,6 @@ struct FloatMath {
                       const void* next);
   Attend<float>* attend;
   Attend<int8_t>* attend_int8;
-
   // attend for up to kQueries queries, q_stride apart, at positions pos, pos + 1, ...: each sees the keys up to its own
   // position. The results are y_stride apart.
   void (*attend_block)(const float* q, int64_t q_stride, int64_t queries, int64_t pos, const float* keys,
@@ -117,10 +113,8 @@ QuantizedRow quantize_row(const float* x, int64_t K, int8_t* q);
 class QuantizedTokens {
  public:
   QuantizedTokens(int64_t tokens, int64_t K);
-
   // Quantizes x, float (K), as token t.
   void quantize(int64_t t, const float* x);
-
   struct Free {
     void operator()(int8_t* p) const { operator delete[](p, std::align_val_t(kLine)); }
   };
@@ -141,19 +135,16 @@ struct LinearOf {
   const float* bias;   // (N) or null
   // swiglu: rows of w alternate gate and up, and y has N / 2 columns: silu(gate) * up.
   Activation activation;
-
   OWLET_HOST_DEVICE int64_t columns() const { return activation == Activation::swiglu ? N / 2 : N; }
 };
 
 struct Int8Linear : LinearOf<uint8_t> {
   // The number of parallel tasks. Each is one panel for a block of tokens.
   int64_t tasks(int64_t tokens) const;
-
   // Computes tasks [begin, end) of y, float (tokens, columns), for the first `tokens` of x. residual has y's shape, may
   // be y itself, and may be null.
   void forward(const QuantizedTokens& x, int64_t tokens, const float* residual, int64_t begin, int64_t end,
                float* y) const;
-
   // y (K) = row n of the matrix, times its scale.
   void read_row(int64_t n, float* y) const;
 };

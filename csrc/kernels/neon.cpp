@@ -22,7 +22,6 @@ TARGET void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int
     int32x4_t sum[Tokens][Vecs];
     for (int t = 0; t < Tokens; ++t)
       for (int v = 0; v < Vecs; ++v) sum[t][v] = vdupq_n_s32(0);
-
     for (int64_t i = 0; i < quads; ++i) {
       const uint8_t* panel_quad = panel + i * kQuadBytes + 16 * strip;
       int8x16_t w[Vecs];
@@ -32,7 +31,6 @@ TARGET void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int
         for (int v = 0; v < Vecs; ++v) sum[t][v] = vdotq_s32(sum[t][v], w[v], a);
       }
     }
-
     for (int t = 0; t < Tokens; ++t)
       for (int v = 0; v < Vecs; ++v) vst1q_s32(acc + t * kPanelRows + 4 * (strip + v), sum[t][v]);
   }

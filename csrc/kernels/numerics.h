@@ -39,7 +39,6 @@ OWLET_HOST_DEVICE inline int32_t round_to_int(float x) {
 
 // |x| as an integer with the order of |x|: inf is above every number and NaN above inf.
 OWLET_HOST_DEVICE inline int32_t abs_bits(float x) { return static_cast<int32_t>(bits_of(x) & 0x7fffffff); }
-
 constexpr int32_t kInfBits = 0x7f800000;
 
 struct TokenScale {

@@ -9,7 +9,6 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
     __m256i sum[Tokens][Vecs];
     for (int t = 0; t < Tokens; ++t)
       for (int v = 0; v < Vecs; ++v) sum[t][v] = _mm256_set1_epi32(-128 * q_sum[t]);
-
     for (int64_t i = 0; i < quads; ++i) {
       const auto* w = reinterpret_cast<const __m256i*>(panel + i * kQuadBytes) + strip;
       for (int t = 0; t < Tokens; ++t) {
@@ -17,7 +16,6 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
         for (int v = 0; v < Vecs; ++v) sum[t][v] = add_products(sum[t][v], _mm256_loadu_si256(w + v), a);
       }
     }
-
     for (int t = 0; t < Tokens; ++t)
       for (int v = 0; v < Vecs; ++v)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + t * kPanelRows) + strip + v, sum[t][v]);
