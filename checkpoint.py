@@ -49,10 +49,7 @@ def config_to_hf(config: GPTConfig) -> dict:
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": False,
-        "attention_dropout": config.dropout,
-        "dtype": "float32",
-        "torch_dtype": "float32",
+        "attention_bias": False, "attention_dropout": config.dropout, "dtype": "float32", "torch_dtype": "float32",
     }
 
 
@@ -321,13 +318,11 @@ def read_last_state(folder: Path) -> tuple[dict, str | None]:
 
 # ---------------------------------------------------------------- a run's settings
 
-def write_run(folder: Path, settings: dict, data_sha256: str) -> None:
-    """run.json: train.py's flags as a run used them, and the hash of the tokens it was trained on."""
-    write_json(folder / "run.json", {"settings": settings, "data_sha256": data_sha256})
-
-
 def read_run(folder: Path, state: dict | None = None) -> tuple[dict, str]:
-    """What write_run wrote, in today's names. Older runs have it in their state, which is read if it is not given."""
+    """run.json: train.py's flags as the run used them, in today's names, and the hash of its training tokens.
+
+    Older runs have them in their state, which is read if it is not given.
+    """
     if (folder / "run.json").exists():
         run = read_json(folder / "run.json")
         missing = {"settings", "data_sha256"} - run.keys()

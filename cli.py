@@ -61,19 +61,19 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, d
         parser.add_argument(name, action=action, **options)
         return
     if get_origin(kind) is Literal:
-        options["choices"] = get_args(kind)
-        options["type"] = _choice(about["renamed"])
+        options["choices"], kind = get_args(kind), str
     else:
-        options |= {"metavar": kind.__name__.upper(), "type": _number(kind, about["low"], about["high"])}
+        options["metavar"] = kind.__name__.upper()
     if about["positional"]:
-        parser.add_argument(field.name, nargs="?", **options)
-    else:
-        parser.add_argument(name, **options)
+        name, options["nargs"] = field.name, "?"
+    parser.add_argument(name, type=_conversion(kind, about["low"], about["high"], about["renamed"]), **options)
 
 
-def _number(kind: type, low: float | None, high: float) -> Callable[[str], Any]:
+def _conversion(kind: type, low: float | None, high: float, renamed: dict[str, str]) -> Callable[[str], Any]:
     """The conversion of a flag's word; numbers must lie in low..high."""
     def convert(word: str) -> Any:
+        if word in renamed:
+            raise argparse.ArgumentTypeError(f"{word} is called {renamed[word]} now")
         try:
             value = kind(word)
         except ValueError:
@@ -82,15 +82,6 @@ def _number(kind: type, low: float | None, high: float) -> Callable[[str], Any]:
             expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
             raise argparse.ArgumentTypeError(f"expected {expected}, got {word}")
         return value
-
-    return convert
-
-
-def _choice(renamed: dict[str, str]) -> Callable[[str], str]:
-    def convert(word: str) -> str:
-        if word in renamed:
-            raise argparse.ArgumentTypeError(f"{word} is called {renamed[word]} now")
-        return word
 
     return convert
 
@@ -136,6 +127,7 @@ class StopSignals:
         if self.asked is not None and not self.said:
             say(f"{signal.Signals(self.asked).name}: saving and stopping (Ctrl-C again: stop at once)")
             self.said = True
+
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: a UserError is one line and exit code 2, Ctrl-C is 130 without a traceback."""

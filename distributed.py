@@ -78,7 +78,7 @@ def launch() -> str:
     return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
-def folder_before_restart(out: Path | None) -> Path | None:
+def restart_folder(out: Path | None) -> Path | None:
     """The folder in which this launch of torchrun trained before it started its ranks anew; None if there is none.
 
     Each folder's .lock names the last launch that trained there. The newest folder would be a guess: a rank that died

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -142,12 +141,10 @@ class KernelLinear(Int8Linear):
         return torch.ops.owlet.int8_rows(self.weight, self.scale, idx, self.in_features)
 
 
-Backend = Literal["owlet", "torch.ao", "reference"]
-LINEARS: dict[Backend, type[Int8Linear]] = {
-    "owlet": KernelLinear, "torch.ao": TorchAOLinear, "reference": ReferenceLinear}
+LINEARS: dict[str, type[Int8Linear]] = {"owlet": KernelLinear, "torch.ao": TorchAOLinear, "reference": ReferenceLinear}
 
 
-def pick_backend(name: str, device: torch.device) -> Backend:
+def pick_backend(name: str, device: torch.device) -> str:
     """auto: the fastest that is here. Where the kernels are missing, a note says why, once, and what takes their place.
 
     Raises UserError where the backend asked for cannot run on this device.
@@ -347,7 +344,7 @@ def quantize_state(model: GPT) -> dict[str, Tensor]:
     return state
 
 
-def build(config: GPTConfig, state: dict[str, Tensor], backend: Backend, device: torch.device) -> Int8GPT:
+def build(config: GPTConfig, state: dict[str, Tensor], backend: str, device: torch.device) -> Int8GPT:
     """The int8 model from quantize_state's tensors, on the device."""
     make = LINEARS[backend]
     if backend == "owlet" and device.type == "cpu":

@@ -23,17 +23,7 @@ from cli import UserError, flag, parse, run
 from dataloader import TokenData, evaluate
 from files import atomic_path, beside, write_json
 from generate import generate
-from int8 import (
-    Backend,
-    Int8GPT,
-    has_torch_ao,
-    load_quantized,
-    pick_backend,
-    quantize,
-    save_quantized,
-    stored_size,
-    torch_ao,
-)
+from int8 import Int8GPT, has_torch_ao, load_quantized, pick_backend, quantize, save_quantized, stored_size, torch_ao
 from machine import cpu_name, resident_bytes
 from model import GPT, GPTConfig
 
@@ -41,7 +31,7 @@ LONGEST = 1024  # tokens of context in the comparison, of models that have more 
 
 # ---------------------------------------------------------------- what it costs, what it brings
 
-def contenders(folder: Path, backend: Backend) -> dict[str, Callable[[], GPT]]:
+def contenders(folder: Path, backend: str) -> dict[str, Callable[[], GPT]]:
     """Row of the table -> how to make its model."""
     rows = {"fp32": lambda: load_model(folder)}
     if has_torch_ao():
@@ -56,7 +46,7 @@ def contenders(folder: Path, backend: Backend) -> dict[str, Callable[[], GPT]]:
     return rows | {name: partial(ours, False), f"{name}, int8 cache": partial(ours, True)}
 
 
-def resident_memory(row: str, folder: Path, backend: Backend, threads: int) -> int:
+def resident_memory(row: str, folder: Path, backend: str, threads: int) -> int:
     """Bytes that loading and running the model adds to a process; called in a fresh one."""
     torch.set_num_threads(threads)
     prompt = torch.zeros(1, 1, dtype=torch.long)
@@ -86,7 +76,7 @@ def tokens_per_second(models: dict[str, GPT], rounds: int, tick: Callable[[], ob
             for name, of in times.items()}
 
 
-def compare(folder: Path, data: TokenData | None, backend: Backend, eval_tokens: int) -> dict:
+def compare(folder: Path, data: TokenData | None, backend: str, eval_tokens: int) -> dict:
     """One row a contender: size, memory, loss, speed. data None: no losses."""
     models = {name: make() for name, make in contenders(folder, backend).items()}
     sizes = {name: weights_size(folder) if name == "fp32" else
@@ -155,11 +145,9 @@ class QuantizeConfig:
     checkpoint: Path | None = flag(None, "fp32 folder to shrink; default: the newest under out/. Writes FOLDER-int8.")
     gguf: bool = flag(False, "Write FOLDER.gguf too: Q8_0, for llama.cpp and Ollama.")
     compare: bool = flag(True, "Measure size, memory, loss and speed against fp32 and torch.ao.")
-    data: Path | None = flag(
-        None, "Prepared folder to measure the loss on; default: the one the model was trained on.")
+    data: Path | None = flag(None, "Prepared folder to measure the loss on; default: what the model was trained on.")
     eval_tokens: int = flag(100_000, "Validation tokens to measure the loss on, evenly spread.", 1, 10**9)
-    backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag(
-        "auto", "What multiplies in int8; auto takes the fastest there is.")
+    backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag("auto", "Int8 arithmetic; auto: the fastest.")
     threads: int | None = flag(None, "CPU threads; default: PyTorch's choice.", 1, 4096)
 
 

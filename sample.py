@@ -34,15 +34,12 @@ class SampleConfig:
     top_k: int | None = flag(None, "Choose among the k likeliest tokens only.")
     top_p: float | None = flag(None, "Choose among the likeliest tokens that make up this probability only.")
     repetition_penalty: float = flag(1.0, "Above 1: tokens already in the context become less likely.")
-    seed: int | None = flag(
-        None, "Same seed, same text; default: a new one each time, shown at the end.", 0, 2**63 - 1)
+    seed: int | None = flag(None, "Same seed, same text; default: a new one, shown at the end.", 0, 2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps.")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "Of weights and arithmetic (fp32 folders only); auto: bfloat16 on GPUs that have it, else float32.")
-    backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag(
-        "auto", "What multiplies in int8; auto takes the fastest there is.")
-    int8_cache: bool = flag(
-        False, "Keep keys and values in int8 too: less to read in long contexts (int8 folders only).")
+    backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag("auto", "Int8 arithmetic; auto: the fastest.")
+    int8_cache: bool = flag(False, "Keep keys and values in int8 too, for long contexts (int8 folders only).")
     threads: int | None = flag(None, "CPU threads; default: PyTorch's choice.", 1, 4096)
 
 

@@ -27,28 +27,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import (
-    copy_tokenizer,
-    holds_model,
-    load_model,
-    read_last_state,
-    read_run,
-    save_weights,
-    write_run,
-    write_state,
-)
+from checkpoint import copy_tokenizer, holds_model, load_model, read_last_state, read_run, save_weights, write_state
 from cli import StopSignals, UserError, flag, parse, run
 from dataloader import TokenData, evaluate, forward_loss, read_meta
-from distributed import (
-    Ranks,
-    folder_before_restart,
-    gather_to_main,
-    launch,
-    load_optimizer,
-    parallelize,
-    sync_gradients,
-)
-from files import lock, newest
+from distributed import Ranks, gather_to_main, launch, load_optimizer, parallelize, restart_folder, sync_gradients
+from files import lock, newest, write_json
 from machine import can_compile, peak_flops, pick_dtype
 from model import GPT, SIZES, GPTConfig
 from muon import make_optimizers, update
@@ -64,14 +47,11 @@ class TrainConfig:
     """The defaults are tiny's (docs/log.md, "Training recipe"); SIZE_DEFAULTS replaces some for other sizes."""
 
     size: Literal["tiny", "small", "base", "medium"] = flag(
-        "tiny", "Sets the defaults below: tiny 0.9M, small 11M, base 26M, medium 85M parameters.", positional=True,
-        renamed={"seed": "base"})
+        "tiny", "Sets the defaults below: 0.9M, 11M, 26M or 85M parameters.", positional=True, renamed={"seed": "base"})
     data: Path | None = flag(None, "Folder made by data/prepare.py; default: the newest under data/.")
-    out: Path | None = flag(
-        None, "Folder to write; default: a new out/DATA-SIZE. With --resume default: the newest under out/.")
+    out: Path | None = flag(None, "Folder to write; default: a new out/DATA-SIZE, with --resume the newest.")
     resume: bool = flag(False, "Continue the run in --out; flags given here replace its own.")
-    init_from: Path | None = flag(
-        None, "Fine-tune this checkpoint folder (owlet's, or a Qwen3 or Llama one); sets the architecture.")
+    init_from: Path | None = flag(None, "Checkpoint folder to fine-tune (Qwen3 or Llama); sets the architecture.")
 
     n_layer: int = flag(4, "Blocks.")
     n_head: int = flag(4, "Attention heads of each block.")
@@ -84,8 +64,7 @@ class TrainConfig:
 
     max_steps: int = flag(2000, "Steps of the whole run.", 1)
     batch_size: int = flag(16, "Sequences a step, over all ranks together.", 1)
-    grad_accum: int = flag(
-        1, "Parts a rank's share of the batch is worked through in, to save memory; the result is the same.", 1)
+    grad_accum: int = flag(1, "Parts of a rank's batch, one after another: same result, less memory.", 1)
     muon_lr: float = flag(0.02, "Learning rate of Muon, for the blocks' matrices.", 0)
     adam_lr: float = flag(3e-3, "Learning rate of AdamW, for embedding, head and norms.", 0)
     weight_decay: float = flag(0.0, "Decoupled weight decay of Muon.", 0)
@@ -99,11 +78,9 @@ class TrainConfig:
     device: str = flag("auto", "auto, cpu, cuda or mps.")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "Of the matrix products (weights stay fp32); auto: bfloat16 where the hardware is fast at it.")
-    compile: Literal["auto", "on", "off"] = flag(
-        "auto", "torch.compile the blocks, which takes some 10 seconds; auto: for runs of 1000 steps or more.")
+    compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile (10 seconds); auto: for 1000 steps or more.")
     threads: int | None = flag(None, "CPU threads of each rank; default: cores / ranks on this machine.", 1, 4096)
-    parallel: Literal["ddp", "fsdp"] = flag(
-        "ddp", "Of several ranks: ddp, each has the whole model; fsdp, each has a part, for models too large for one.")
+    parallel: Literal["ddp", "fsdp"] = flag("ddp", "Each rank has the whole model (ddp) or a part of it (fsdp).")
 
 
 SIZE_DEFAULTS = {
@@ -122,7 +99,7 @@ def defaults(size: str) -> TrainConfig:
 def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
     """Flags over the size's defaults; or (--resume) over the run's own settings, and its saved state."""
     first = parse(TrainConfig, DESCRIPTION, [a for a in args if a not in ("-h", "--help")])
-    out = folder_before_restart(first.out)
+    out = restart_folder(first.out)
     if out is not None:
         note(f"going on in {out}, where this launch of torchrun ({launch()}) trained before")
     if out is None and not first.resume:
@@ -204,9 +181,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> GPT:
 
 
 def lr_scale(step: int, config: TrainConfig) -> float:
-    """The schedule of the learning rates, a trapezoid (Zhai et al., 2022): up over warmup_steps, flat, down to zero
-    over the last `warmdown` of the run.
-    """
+    """A trapezoid (Zhai et al., 2022): up over warmup_steps, flat, down to zero over the last `warmdown` of the run."""
     up = (step + 1) / max(1, config.warmup_steps)
     down = (config.max_steps - step) / max(1.0, config.warmdown * config.max_steps)
     return min(1.0, up, down)
@@ -295,8 +270,7 @@ class Run:
 
     def report_due(self, done: int, due: bool) -> bool:
         """Whether the ranks exchange losses and stop signals after step `done`; they all come to the same answer."""
-        alone = self.ranks.world == 1 and self.signals.asked is not None
-        return due or done % 10 == 0 or self.slow or alone
+        return due or done % 10 == 0 or self.slow or (self.ranks.world == 1 and self.signals.asked is not None)
 
     def report(self, done: int, due: bool) -> bool:
         """Loss and speed of the steps since the last report; whether a signal asked any rank to stop."""
@@ -395,7 +369,7 @@ def save_checkpoint(config: TrainConfig, model_config: GPTConfig, trained: dict,
         save_weights(trained["model"], model_config, config.out)
     settings = {name: str(value.resolve()) if isinstance(value, Path) else value
                 for name, value in vars(config).items() if name not in ("out", "resume")}
-    write_run(config.out, settings, data_sha256)
+    write_json(config.out / "run.json", {"settings": settings, "data_sha256": data_sha256})
     write_state(config.out / "train_state.pt", {
         "step": step, "best": best, "model_config": dataclasses.asdict(model_config), **trained})
     if first:
@@ -416,9 +390,7 @@ def duration(seconds: float) -> str:
 
 
 def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
-    """Train, from a saved state or from the start. Returns the process's exit code: 0, or 128 + the signal that asked
-    for a stop.
-    """
+    """Train from a saved state or from the start. Returns the exit code: 0, or 128 + the signal that asked to stop."""
     if not settle(config, ranks, state):
         return 0
     with contextlib.ExitStack() as at_exit:  # what must be done however the run ends

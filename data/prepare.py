@@ -47,8 +47,7 @@ class PrepareConfig:
     out: Path | None = flag(None, "Folder to write; default: data/NAME after the first input, or data/shakespeare.")
     vocab_size: int = flag(256, "256: plain bytes, a character model. More: byte-level BPE with that many tokens.", 256)
     tokenizer: Path | None = flag(None, "Checkpoint folder to fine-tune: its tokenizer is used, and none is learned.")
-    clean: Literal["none", "plain"] = flag(
-        "none", "plain: keep only letters, digits, spaces and . ? ! (the style of early character models).")
+    clean: Literal["none", "plain"] = flag("none", "plain: keep only letters, digits, spaces and . ? !")
     val: float = flag(0.1, "Share of the text, from its end, that is kept for validation.", 0, 1)
 
 
