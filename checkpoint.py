@@ -23,8 +23,6 @@ from cli import UserError
 from files import atomic_path, newest, one_line, read_json, write_json
 from model import GPT, GPTConfig
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-
 # torch.load warns of foreign pickles, which read_state's own error names. Filtered here, once: catch_warnings around
 # the call would change the filters of all threads, and states are read back in a thread that saves.
 warnings.filterwarnings("ignore", "Detected pickle protocol")
@@ -146,8 +144,7 @@ def save_weights(state: dict[str, Tensor], config: GPTConfig, folder: Path) -> N
 def write_model(folder: Path, state: dict[str, Tensor], hf: dict) -> None:
     """The weights first and config.json last: a folder with a config.json has its weights."""
     write_tensors(folder / "model.safetensors", state)
-    # docs/log.md, "Sampling defaults"
-    generation = {"do_sample": True, "temperature": 0.8, "top_k": 50,
+    generation = {"do_sample": True, "temperature": 0.8, "top_k": 50,  # docs/log.md, "Sampling defaults"
                   "bos_token_id": hf["bos_token_id"], "eos_token_id": hf["eos_token_id"]}
     write_json(folder / "generation_config.json", generation)
     write_json(folder / "config.json", hf)
@@ -193,7 +190,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         if (Path(source) / name).exists():
             with atomic_path(Path(folder) / name) as temporary:
                 shutil.copyfile(Path(source) / name, temporary)
@@ -203,11 +200,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards its index names."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    index = Path(folder) / "model.safetensors.index.json"
+    names = set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
+    return [Path(folder) / name for name in sorted(names)]
 
 
 def weights_size(folder: Path) -> int:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from machine import cores, pick_device
 from model import GPT
@@ -145,21 +145,16 @@ def shard_like(x: Tensor, like: Tensor) -> Tensor:
 
 def gather_to_main(state: dict, ranks: Ranks) -> dict:
     """A copy of nested tensors, whole, on rank 0's CPU; None in place of each on other ranks. All ranks must call."""
-    def take(x: object) -> object:
-        if not isinstance(x, Tensor):
-            return x
+    def take(x: Tensor) -> Tensor | None:
         x = whole(x)
         return x.to("cpu", copy=True) if ranks.is_main else None
 
-    return tree_map(take, state)
+    return tree_map_only(Tensor, take, state)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """optimizer.load_state_dict, where each rank takes its part of what belongs to a sharded parameter."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def part(x: Tensor, p: Tensor) -> Tensor:
-        return shard_like(x, p) if x.shape == p.shape else x
-
-    state = {i: {name: part(x, params[i]) for name, x in tensors.items()} for i, tensors in saved["state"].items()}
+    state = {i: {name: shard_like(x, params[i]) if x.shape == params[i].shape else x for name, x in tensors.items()}
+             for i, tensors in saved["state"].items()}
     optimizer.load_state_dict(saved | {"state": state})

@@ -47,10 +47,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def _remove_stale(path: Path) -> None:
     """Remove what killed processes left of their attempts to write `path`."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = left.name.split(".")[-2]
         with contextlib.suppress(PermissionError):  # the process lives, and is somebody else's
             try:
-                os.kill(int(pid), 0)  # sends nothing: asks whether the process is there
+                os.kill(int(left.name.split(".")[-2]), 0)  # sends nothing: asks whether the process is there
             except (ProcessLookupError, ValueError):
                 left.unlink(missing_ok=True)
 

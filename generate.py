@@ -16,8 +16,7 @@ from cli import UserError
 from model import GPT, KVCache
 
 # A graph reads a fixed number of keys and masks those not there yet: one graph for each multiple of this
-# (docs/log.md, "Token as one CUDA graph").
-BUCKET = 256
+BUCKET = 256  # docs/log.md, "Token as one CUDA graph"
 
 
 # ---------------------------------------------------------------- the sampler
@@ -33,8 +32,7 @@ def sample_next(logits: Tensor, seen: Tensor, temperature: float, top_k: int | N
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None and top_p < 1:  # nucleus (Holtzman et al., 2019): the likeliest token always stays
         ordered, order = logits.softmax(dim=-1).sort(descending=True)
         tail = ordered.cumsum(dim=-1) - ordered >= top_p
@@ -233,9 +231,7 @@ class TokenGraph:
 
 
 def capturer(device: torch.device, generator: torch.Generator) -> Callable[..., Callable[[], None]]:
-    """capture(warm_up, step) -> replay. Its graphs share a stream and their temporary memory: they are never replayed
-    at the same time.
-    """
+    """capture(warm_up, step) -> replay. The graphs share a stream and temporary memory: no two replay at once."""
     stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def capture(warm_up: Callable[[], None], step: Callable[[], None]) -> Callable[[], None]:

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ except ImportError as error:
 
 FORMAT = {  # in config.json, so that nobody takes the folder for another format
     "quant_method": "owlet", "bits": 8, "weights": "symmetric, one scale an output channel",
-          "activations": "symmetric, dynamic, one scale a token"}
+    "activations": "symmetric, dynamic, one scale a token"}
 
 
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,16 +84,13 @@ def activate(y: Tensor, activation: str) -> Tensor:
 class Int8Linear(nn.Module):
     """y = activation(x W^T) + residual with W in int8.
 
-    weight (N, K) int8 and scale (N,) fp32 from quantize_rows; x (..., K) fp32 -> (..., N) fp32.
+    weight (N, K) int8 and scale (N,) fp32 from quantize_rows; forward(x, residual): x (..., K) fp32 -> (..., N) fp32.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, activation: str = "none") -> None:
         super().__init__()
         self.in_features, self.activation = weight.size(1), activation
         self.register_buffer("scale", scale)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
 
 
 class ReferenceLinear(Int8Linear):
@@ -295,16 +293,11 @@ class Int8GPT(GPT):
 
     def decoder_takes(self, cache: KVCache | None) -> bool:
         """The CPU's decoder takes every call with a cache of its own, the GPU's only what is captured as a graph."""
-        if self.decoder is None or cache is None:
-            return False
-        return isinstance(cache, StaticKVCache) == (self.device.type == "cuda")
+        return (self.decoder is not None and cache is not None
+                and isinstance(cache, StaticKVCache) == (self.device.type == "cuda"))
 
     def make_decoder(self) -> "owlet_kernels.Decoder | owlet_kernels.CudaDecoder":
-        config, layers = self.config, self.model.layers
-
-        def matrix(linear: Int8Linear) -> tuple[Tensor, Tensor]:
-            return linear.weight, linear.scale
-
+        config, matrix = self.config, attrgetter("weight", "scale")
         make = owlet_kernels.CudaDecoder if self.device.type == "cuda" else owlet_kernels.Decoder
         return make(
             n_embd=config.n_embd, n_head=config.n_head, n_kv_head=config.n_kv_head, head_dim=config.head_dim,
@@ -314,18 +307,15 @@ class Int8GPT(GPT):
                      block.self_attn.q_norm.weight if config.qk_norm else None,
                      block.self_attn.k_norm.weight if config.qk_norm else None,
                      matrix(block.o_proj), block.post_attention_layernorm.weight,
-                     matrix(block.gate_up_proj), matrix(block.down_proj)) for block in layers])
+                     matrix(block.gate_up_proj), matrix(block.down_proj)) for block in self.model.layers])
 
     @torch.inference_mode()
     def decoder_agrees(self) -> bool:
-        """Whether the decoder gives one token the logits that PyTorch gives it over the same weights.
-
-        The bound: docs/log.md, "First use on a GPU".
-        """
+        """Whether the decoder gives one token the logits that PyTorch gives it over the same weights."""
         token, caches = torch.zeros(1, 1, dtype=torch.long, device=self.device), [self.new_cache(1, 1) for _ in "12"]
         ours = self(token, cache=StaticKVCache(caches[0]) if self.device.type == "cuda" else caches[0])[0]
         theirs = GPT.forward(self, token, cache=caches[1])[0]
-        return ((ours - theirs).norm() <= 0.05 * theirs.norm()).item()
+        return ((ours - theirs).norm() <= 0.05 * theirs.norm()).item()  # docs/log.md, "First use on a GPU"
 
 
 # ---------------------------------------------------------------- quantizing, building
@@ -387,8 +377,7 @@ def matrix_shapes(config: GPTConfig) -> list[tuple[int, int]]:
 
 
 def add_decoder(model: Int8GPT) -> None:
-    """On a GPU, where it may never have run, the decoder is compared with PyTorch first: wrong text is worse than slow.
-    """
+    """On a GPU, where it may never have run, the decoder must agree with PyTorch: wrong text is worse than slow."""
     head_dim = model.config.head_dim
     if model.device.type == "cpu":
         model.pages, model.decoder = owlet_kernels.HugePages(), model.make_decoder()
@@ -417,8 +406,7 @@ def torch_ao(model: GPT) -> GPT:
 
 def stored_size(model: GPT) -> int:
     """Bytes of the file that torch.save makes of the weights."""
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
+    torch.save(model.state_dict(), buffer := io.BytesIO())
     return buffer.tell()
 
 
@@ -429,11 +417,11 @@ def save_quantized(model: GPT, folder: Path) -> None:
     write_model(folder, quantize_state(model), config_to_hf(model.config) | {"quantization_config": FORMAT})
 
 
-def load_quantized(folder: Path, backend: str = "auto", device: torch.device | str = "cpu") -> Int8GPT:
+def load_quantized(folder: Path, backend: str = "auto", device: torch.device | str = "cpu",
+                   int8_cache: bool = False) -> Int8GPT:
     """Load an int8 folder written by save_quantized."""
-    hf = read_config(folder)
-    found = hf.get("quantization_config")
-    if found != FORMAT:
+    hf, device = read_config(folder), torch.device(device)
+    if (found := hf.get("quantization_config")) != FORMAT:
         raise UserError(f"{folder}/config.json: expected quantization_config {FORMAT}, got {found}")
     config, state = config_from_hf(hf), read_tensors(folder)
     expected = empty_model(config).state_dict()
@@ -444,5 +432,6 @@ def load_quantized(folder: Path, backend: str = "auto", device: torch.device | s
             expected[name] = torch.empty(tensor.shape, dtype=torch.int8, device="meta")
             expected[f"{name}_scale"] = torch.empty(len(tensor), device="meta")
     check_tensors(folder, expected, state)
-    device = torch.device(device)
-    return build(config, state, pick_backend(backend, device), device)
+    model = build(config, state, pick_backend(backend, device), device)
+    model.int8_cache = int8_cache
+    return model

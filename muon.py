@@ -1,8 +1,7 @@
 """The optimizers: Muon for the blocks' matrices, AdamW for embedding, head and norms.
 
 Muon (Jordan et al., 2024) replaces the gradient with the nearest orthogonal matrix, so that all its singular values are
-about 1. Matrices of one shape are worked on as one batch. Several ranks divide the batch and send each other the
-results.
+about 1. Matrices of one shape are worked on as one batch, which several ranks divide among them.
 """
 
 import math
@@ -92,10 +91,7 @@ def batches_of_a_shape(params: list[Tensor]) -> list[list[Tensor]]:
 
 
 def make_optimizers(model: GPT, muon_lr: float, adam_lr: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, with its products in dtype, and AdamW for everything else.
-
-    The constants: docs/log.md, "Optimizer".
-    """
+    """Muon, with its products in dtype, for the blocks' matrices, AdamW for all else (docs/log.md, "Optimizer")."""
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     in_muon = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in in_muon]
@@ -108,8 +104,7 @@ def update(model: GPT, optimizers: list[torch.optim.Optimizer], rates: tuple[flo
     """Clip the gradients, take a step of each optimizer at its rate, clear the gradients. grad_clip 0: no clipping."""
     if grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    muon, _ = optimizers
-    for group in muon.param_groups:
+    for group in optimizers[0].param_groups:  # Muon's
         group["weight_decay"] = weight_decay
     for optimizer, rate in zip(optimizers, rates, strict=True):
         for group in optimizer.param_groups:

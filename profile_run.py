@@ -274,7 +274,6 @@ def record(config: ProfileConfig, command: list[str]) -> int:
     operators = nullcontext()
     if config.torch:
         import torch
-
         operators = torch.profiler.profile()
     cost, profile = cost_per_call(), cProfile.Profile()
     code = run_script(command, profile, operators)
@@ -296,8 +295,8 @@ def record(config: ProfileConfig, command: list[str]) -> int:
         parts = [report(stats, title, config.top, cost)]
         if config.torch:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            table = operators.key_averages().table(f"self_{device}_time_total", config.top, max_name_column_width=48)
-            parts.append(table)
+            parts.append(operators.key_averages().table(f"self_{device}_time_total", config.top,
+                                                        max_name_column_width=48))
         parts.append(f"-> {', '.join(shown + ending for ending in writers)}")
         sys.stdout.flush()  # the report comes after the script's own output
         print("", "\n\n".join(parts), sep="\n", file=sys.stderr)

@@ -36,14 +36,9 @@ def contenders(folder: Path, backend: str) -> dict[str, Callable[[], GPT]]:
     rows = {"fp32": lambda: load_model(folder)}
     if has_torch_ao():
         rows["torch.ao int8"] = lambda: torch_ao(load_model(folder))
-
-    def ours(int8_cache: bool) -> Int8GPT:
-        model = load_quantized(beside(folder, "-int8"), backend)
-        model.int8_cache = int8_cache
-        return model
-
+    ours = partial(load_quantized, beside(folder, "-int8"), backend)
     name = "owlet int8" if backend == "owlet" else f"owlet's format by {backend}"
-    return rows | {name: partial(ours, False), f"{name}, int8 cache": partial(ours, True)}
+    return rows | {name: ours, f"{name}, int8 cache": partial(ours, int8_cache=True)}
 
 
 def resident_memory(row: str, folder: Path, backend: str, threads: int) -> int:
@@ -72,8 +67,7 @@ def tokens_per_second(models: dict[str, GPT], rounds: int, tick: Callable[[], ob
         times[name]["prompt"].append(block / (middle - start))
         times[name]["decode"].append(new / (time.perf_counter() - middle))
         tick()
-    return {name: {phase: statistics.median(values[1:]) for phase, values in of.items()}
-            for name, of in times.items()}
+    return {name: {phase: statistics.median(values[1:]) for phase, values in of.items()} for name, of in times.items()}
 
 
 def compare(folder: Path, data: TokenData | None, backend: str, eval_tokens: int) -> dict:
@@ -123,9 +117,8 @@ def plot(result: dict, path: Path) -> None:
               "decode_tokens_per_second": ("decode, tokens/s  ↑", 1)}
     panels = {key: value for key, value in panels.items() if result["rows"]["fp32"][key] is not None}
     figure = Figure(figsize=(2.6 * len(panels), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(panels))
     names = list(result["rows"])
-    for axis, (key, (title, unit)) in zip(axes, panels.items(), strict=True):
+    for axis, (key, (title, unit)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         bars = axis.bar(names, [result["rows"][name][key] * unit for name in names],
                         color=[*["#bdbdbd", "#9ecae1"][:len(names) - 2], "#08519c", "#4292c6"])
         digits = "{:.3f}" if key == "bits_per_byte" else "{:,.0f}" if unit == 1 else "{:,.3g}"

@@ -36,8 +36,7 @@ class SampleConfig:
     repetition_penalty: float = flag(1.0, "Above 1: tokens already in the context become less likely.")
     seed: int | None = flag(None, "Same seed, same text; default: a new one, shown at the end.", 0, 2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps.")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag(
-        "auto", "Of weights and arithmetic (fp32 folders only); auto: bfloat16 on GPUs that have it, else float32.")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of fp32 folders; auto: bfloat16 on GPUs with it.")
     backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag("auto", "Int8 arithmetic; auto: the fastest.")
     int8_cache: bool = flag(False, "Keep keys and values in int8 too, for long contexts (int8 folders only).")
     threads: int | None = flag(None, "CPU threads; default: PyTorch's choice.", 1, 4096)
@@ -59,8 +58,7 @@ def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch
     if device.type == "mps":
         print("note: int8 models run on CPUs and CUDA; going on with the CPU", file=sys.stderr)
         device = torch.device("cpu")
-    model = load_quantized(folder, backend, device)
-    model.int8_cache = int8_cache
+    model = load_quantized(folder, backend, device, int8_cache)
     return model, f"int8 by {model.backend}{', int8 cache' * int8_cache}"
 
 
@@ -121,10 +119,9 @@ def main() -> None:
     print(text, end="", flush=True)
     rows, times = [], [time.perf_counter()]
     for token in tokens:
-        row = token.tolist()
+        rows.append(token.tolist())
         times.append(time.perf_counter())
-        rows.append(row)
-        print(detokenize(row[0]), end="", flush=True)
+        print(detokenize(rows[-1][0]), end="", flush=True)
     print(detokenize.rest())
     for i in range(1, config.num_samples):
         detokenize = Detokenizer(tokenizer, prompt)

@@ -76,8 +76,7 @@ class TrainConfig:
     eval_tokens: int = flag(100_000, "Validation tokens of an evaluation, always the same, evenly spread.", 1)
     seed: int = flag(1337, "Draws the weights and the order of the data.", 0, 2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps.")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag(
-        "auto", "Of the matrix products (weights stay fp32); auto: bfloat16 where the hardware is fast at it.")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of matrix products; auto: bfloat16 where it is fast.")
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile (10 seconds); auto: for 1000 steps or more.")
     threads: int | None = flag(None, "CPU threads of each rank; default: cores / ranks on this machine.", 1, 4096)
     parallel: Literal["ddp", "fsdp"] = flag("ddp", "Each rank has the whole model (ddp) or a part of it (fsdp).")

@@ -207,8 +207,7 @@ def prepare(config: PrepareConfig) -> Path:
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=scratch) as file:
         for i, source in enumerate(map(read_text, config.input) if config.input else [shakespeare()]):
-            if i > 0:
-                file.write(b"\n")
+            file.write(b"\n" if i > 0 else b"")
             for text in pieces(source):
                 file.write((clean_plain(text) if config.clean == "plain" else text).encode("utf-8"))
         size = file.tell()
