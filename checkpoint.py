@@ -44,18 +44,14 @@ def config_to_hf(config: GPTConfig) -> dict:
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
         **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
-        "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
+        "hidden_act": "silu", "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False, "attention_dropout": config.dropout, "dtype": "float32", "torch_dtype": "float32",
     }
 
 
 def config_from_hf(hf: dict) -> GPTConfig:
-    """From config.json's fields. Raises UserError that names whatever this decoder does not compute.
-
-    Dropout belongs to training, not to the model: it is 0 here.
-    """
+    """From config.json's fields, without dropout. Raises UserError that names what this decoder does not compute."""
     hf = {name: value for name, value in hf.items() if value is not None}
 
     def refuse(feature: str, value: object) -> None:
@@ -128,13 +124,8 @@ def empty_model(config: GPTConfig, kind: type[GPT] = GPT) -> GPT:
         return kind(config)
 
 
-def save_model(model: GPT, folder: Path | str) -> None:
-    """Write config.json, generation_config.json and model.safetensors (fp32), each atomically."""
-    save_weights(model.state_dict(), model.config, Path(folder))
-
-
 def save_weights(state: dict[str, Tensor], config: GPTConfig, folder: Path) -> None:
-    """save_model from the model's state_dict."""
+    """Write config.json, generation_config.json and model.safetensors (fp32) from a GPT's state_dict."""
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     if config.tie_embeddings:
         del state["lm_head.weight"]
@@ -277,10 +268,7 @@ def previous_state(path: Path) -> Path:
 
 
 def read_state(path: Path, mmap: bool = False) -> dict:
-    """Read what `write_state` wrote, with its checksum as "sha256". Tensors and plain types only: no code is unpickled.
-
-    mmap: leave tensors in the file until they are looked at.
-    """
+    """What write_state wrote, with its checksum as "sha256"; no code is unpickled. mmap: leave tensors in the file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         expected = state.get("sha256")

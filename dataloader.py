@@ -114,9 +114,8 @@ def evaluate(model: nn.Module, data: TokenData, limit: int | None = None, ranks:
     # as many sequences at a time as keep their fp32 logits below 128 MB (docs/log.md, "Evaluation")
     batch = max(1, min(8192, 2**25 // data.meta["vocab_size"]) // data.block_size)
     rank, world = (ranks.rank, ranks.world) if ranks is not None else (0, 1)
-    was_training = model.training
+    was_training, total = model.training, 0.0
     model.eval()
-    total = 0.0
     with torch.compiler.set_stance("force_eager"):  # compiling for other shapes would not pay
         for i in range(0, len(starts), batch * world):
             mine = starts[i:i + batch * world][rank::world]

@@ -25,7 +25,7 @@ class Ranks:
 
     def __init__(self, device: str, threads: int | None) -> None:
         self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.world, self.is_main = int(os.environ.get("WORLD_SIZE", 1)), self.rank == 0
         local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.device = pick_device(device)
         if self.world > 1 and self.device.type == "mps":  # has no process group
@@ -43,10 +43,6 @@ class Ranks:
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
                                     world_size=self.world)
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
         """Sum over ranks, in float64. (gloo has no average.)"""

@@ -19,6 +19,7 @@ import torch
 
 import cli
 import train
+from checkpoint import save_weights
 from int8 import int8_linear_reference
 from model import GPT, GPTConfig
 
@@ -35,6 +36,10 @@ TINY = {"vocab_size": 256, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often tests/test_chaos.py kills a training run")
     parser.addoption("--kills-seed", type=int, default=random.randrange(2**32), help="draws the moments of the kills")
+
+
+def save_model(model: GPT, folder: Path) -> None:
+    save_weights(model.state_dict(), model.config, folder)
 
 
 def make_text(words: int, seed: int = 0) -> str:

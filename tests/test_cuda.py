@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import full_range, make_linear, random_int8, random_model
+from conftest import full_range, make_linear, random_int8, random_model, save_model
 from owlet_kernels import pack_tiles
 from torch import library
 
 import int8
 import sample
 import train
-from checkpoint import save_model
 from dataloader import TokenData, forward_loss
 from generate import StaticKVCache, generate
 from int8 import int8_linear_reference

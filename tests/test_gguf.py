@@ -7,11 +7,10 @@ import numpy as np
 import prepare
 import pytest
 import torch
-from conftest import assert_same_choice, make_text, random_model
+from conftest import assert_same_choice, make_text, random_model, save_model
 from tokenizers import processors
 
 import quantize
-from checkpoint import save_model
 from cli import UserError
 from to_gguf import interleave_pairs, write_gguf
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, random_model
+from conftest import TINY, random_model, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
-from checkpoint import config_from_hf, config_to_hf, load_model, save_model
+from checkpoint import config_from_hf, config_to_hf, load_model
 from cli import UserError
 from generate import StaticKVCache, generate, sample_next
 from model import GPT, GPTConfig, KVCache

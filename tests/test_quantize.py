@@ -6,7 +6,7 @@ import multiprocessing
 
 import pytest
 import torch
-from conftest import assert_same_choice, forks, random_model, step_by_step
+from conftest import assert_same_choice, forks, random_model, save_model, step_by_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -16,7 +16,7 @@ import int8
 import quantize
 import sample
 import train
-from checkpoint import load_model, save_model, weights_size
+from checkpoint import load_model, weights_size
 from cli import UserError
 from dataloader import TokenData, evaluate
 from generate import generate

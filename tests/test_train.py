@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same, end_well, fork_train
+from conftest import ROOT, assert_same, end_well, fork_train, save_model
 
 import train
-from checkpoint import load_model, read_run, read_safetensors, read_state, save_model, write_state
+from checkpoint import load_model, read_run, read_safetensors, read_state, write_state
 from cli import UserError
 from dataloader import TokenData, evaluate
 from distributed import Ranks

@@ -5,8 +5,6 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
 #include "../decoder.h"
 #include "int8_linear.h"
 

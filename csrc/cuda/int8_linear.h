@@ -6,8 +6,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
 #include "../kernels/kernels.h"
 
 namespace owlet::cuda {

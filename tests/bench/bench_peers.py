@@ -28,7 +28,7 @@ from engines import ENGINES, Engine
 from report import GPT2_VOCAB, machine_name, picture, publish, random_model, summary, table, take_turns
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from checkpoint import load_model, save_model
+from checkpoint import load_model, save_weights
 from cli import UserError, flag, parse, run
 from files import beside, write_json
 from model import GPT
@@ -154,7 +154,8 @@ def make_checkpoint(size: str, vocab_size: int, out: Path) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), vocab[0])  # CTranslate2 needs them
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special)
-    save_model(random_model(size, vocab_size, std=0.04), folder)
+    model = random_model(size, vocab_size, std=0.04)
+    save_weights(model.state_dict(), model.config, folder)
     return folder
 
 
