@@ -1,5 +1,6 @@
 """What the tests share: a small text, prepared once, and scripts run in this process or forked from one like it."""
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -80,14 +81,20 @@ def forks() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+def free_port() -> int:
+    """Below the ports that the system hands out: there a client that comes before its server may connect to itself."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 def fork_train(log: Path, *flags: object, ranks: int = 1, changes: str = "") -> list[BaseProcess]:
     """Start `ranks` processes of train.py, as torchrun would; what they print goes to `log`.
 
     `changes` is code that runs before train.main, with rank, train and die (kill -9 of itself) at hand.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    words = [str(flag) for flag in flags]
+    port, words = free_port(), [str(flag) for flag in flags]
     processes = [forks().Process(target=_train, args=(log, rank, ranks, port, changes, words)) for rank in range(ranks)]
     for process in processes:
         process.start()

@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, end_well, fork_train
+from conftest import ROOT, end_well, fork_train, free_port
 from test_train import SMALL, assert_same_checkpoint, assert_same_run
 
 import sample
@@ -252,10 +251,8 @@ def test_torchrun_restarts_killed_ranks_in_their_own_folder(data, tmp_path):
 @pytest.mark.long
 def test_a_save_goes_on_when_another_rank_dies(data, tmp_path):
     """And the restart finds its folder where torchrun was started without a name of its own for the launch."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     command = [train_script(tmp_path / "mortal.py", SLOW_TO_SAVE), *SMALL, "--max-steps", "20", "--data", data]
-    out, _ = finish(start([*TORCHRUN, f"--master-port={port}", "--max-restarts=1", *command], cwd=tmp_path))
+    out, _ = finish(start([*TORCHRUN, f"--master-port={free_port()}", "--max-restarts=1", *command], cwd=tmp_path))
     assert "steps 10 to 20" in out, out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["wood-tiny"]
 
