@@ -1,4 +1,4 @@
-# make demo    from a fresh clone to a trained, quantized, talking model (under 10 minutes on 2 cores)
+# make demo    from a fresh clone to a trained, quantized, talking model (4 to 7 minutes on 2 cores)
 # make test    the tests        make test-long    the long ones        make bench   timings        make lint   style
 # Each makes .venv and builds the kernels when they are missing; nothing done is done again.
 

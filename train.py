@@ -6,8 +6,8 @@
     torchrun ... train.py --parallel fsdp            each rank holds a part of the model only
     python train.py --resume                         continue where the newest run stopped
 
-What happens at a step depends only on (seed, step), never on what ran before in this process: a resumed run repeats
-the uninterrupted one (on a CPU bit for bit), and every number of ranks sees the same batches.
+The batch and the dropout of a step follow from (seed, step) alone: a resumed run repeats the uninterrupted one (on a
+CPU with as many threads and ranks bit for bit), and every number of ranks sees the same batches.
 """
 
 import contextlib

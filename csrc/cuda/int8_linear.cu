@@ -90,7 +90,7 @@ struct Output {
   const T* residual;
   T* y;
   __device__ void put(int64_t at, float v) const { y[at] = from_float(residual ? v + to_float(residual[at]) : v, T{}); }
-  // Stores channels n and n + 1 of a token, whose scale is x_scale; n is even.
+  // Here int8 sums become floats: stores channels n and n + 1 of a token, whose scale is x_scale; n is even.
   __device__ void store(int64_t token, float x_scale, int64_t n, int sum0, int sum1) const {
     if (n >= linear.N) return;
     const bool both = n + 1 < linear.N;

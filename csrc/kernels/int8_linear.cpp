@@ -40,8 +40,9 @@ int32_t quantize_values(const float* x, int64_t K, float inverse, int8_t* q) {
   return sum;
 }
 
-// Turns the sums of a panel into y, for `tokens` tokens. scale and bias have the panel's 64 rows, so that loops have a
-// fixed length and no remainder. residual and y start at the first token; each token fills `columns`, `stride` apart.
+// Here int8 sums become floats: y from the sums of a panel, for `tokens` tokens. scale and bias have the panel's 64
+// rows, so that loops have a fixed length and no remainder. residual and y start at the first token; each token fills
+// `columns`, `stride` apart.
 FLOAT_CLONES
 void epilogue(const int32_t* acc, int64_t tokens, const float* x_scale, const float* scale, const float* bias,
               Activation activation, const float* residual, int64_t columns, int64_t stride, float* y) {
