@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CXX ?= c++
 
-.PHONY: demo test test-long bench lint kernels clean
+.PHONY: demo test test-long bench gpu lint kernels clean
 .DELETE_ON_ERROR:
 
 .venv/requirements: requirements.txt
@@ -60,6 +60,10 @@ test-long: .venv/requirements-dev build/kernels
 # Threads stay on their cores; the tables printed hold more than pytest-benchmark's own, which quiet leaves out.
 bench: build/kernels
 	OMP_PROC_BIND=true $(BIN)/python -m pytest --benchmark-quiet tests/bench/bench_kernels.py tests/bench/bench_inference.py
+
+# all that needs a GPU; DRY=1 tries the run itself without one
+gpu: .venv/requirements-dev
+	$(BIN)/python tests/bench/gpu.py $(if $(DRY),--dry)
 
 lint: .venv/requirements-dev
 	$(BIN)/ruff check

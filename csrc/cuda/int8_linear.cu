@@ -89,16 +89,25 @@ struct Output {
   Linear linear;
   const T* residual;
   T* y;
+  struct Channels {  // n and n + 1; n is even
+    int64_t n;
+    float scale[2], bias[2];
+  };
+  __device__ Channels channels(int64_t n) const {
+    const auto of = [&](const float* x, int64_t n) { return x && n < linear.N ? x[n] : 0.0f; };
+    return {n, {of(linear.scale, n), of(linear.scale, n + 1)}, {of(linear.bias, n), of(linear.bias, n + 1)}};
+  }
   __device__ void put(int64_t at, float v) const { y[at] = from_float(residual ? v + to_float(residual[at]) : v, T{}); }
-  // Here int8 sums become floats: stores channels n and n + 1 of a token, whose scale is x_scale; n is even.
-  __device__ void store(int64_t token, float x_scale, int64_t n, int sum0, int sum1) const {
+  // Here int8 sums become floats: stores two channels of a token, whose scale is x_scale.
+  __device__ void store(int64_t token, float x_scale, const Channels& of, int sum0, int sum1) const {
+    const int64_t n = of.n;
     if (n >= linear.N) return;
     const bool both = n + 1 < linear.N;
-    const auto value = [&](int64_t n, int sum) {
-      const float v = static_cast<float>(sum) * x_scale * linear.scale[n];
-      return linear.bias ? v + linear.bias[n] : v;
+    const auto value = [&](int i, int sum) {
+      const float v = static_cast<float>(sum) * x_scale * of.scale[i];
+      return linear.bias ? v + of.bias[i] : v;
     };
-    float v0 = value(n, sum0), v1 = both ? value(n + 1, sum1) : 0.0f;
+    float v0 = value(0, sum0), v1 = value(1, sum1);
     if (linear.activation != Activation::none) v0 = silu(v0, exp_range(-v0));
     if (linear.activation == Activation::swiglu) return put(token * (linear.N / 2) + n / 2, v0 * v1);
     if (linear.activation == Activation::silu) v1 = silu(v1, exp_range(-v1));
@@ -120,28 +129,26 @@ struct Output {
 // ---- gemv, for up to 64 tokens: bound by reading the weights
 
 // A block takes one tile of 8 output channels after another. Its warps split the tile's k and add their sums last.
-// If the tokens fit into kOwnBytes, every block quantizes all of x for itself, which is faster than a launch of
+// If a single token fits into kOwnBytes, every block quantizes it for itself, which is faster than a launch of
 // quantize_kernel. The next weights are loaded while a block quantizes and while it adds sums. The constants of both
 // kernels: docs/log.md, "gemv and gemm".
 constexpr int kInFlight = 4;  // loads per thread
-constexpr int kOwnTokens = 4;
 constexpr int kOwnBytes = 16384;
 
 inline __host__ __device__ bool quantizes_itself(int64_t tokens, int64_t K) {
-  return tokens <= kOwnTokens && tokens * k_tiles(K) * kTileK <= kOwnBytes;
+  return tokens == 1 && k_tiles(K) * kTileK <= kOwnBytes;
 }
 
 // For at most 16 * kGroups tokens.
 template <typename T, int kGroups>
 __global__ void __launch_bounds__(kThreads, kGroups == 1 ? 3 : 1)
     gemv_kernel(Tokens<T> x, Scratch quantized, Output<T> output) {
-  constexpr bool may_own = kGroups == 1;  // kOwnTokens fit into one group
+  constexpr bool may_own = kGroups == 1;
   __shared__ __align__(16) int8_t own_q[may_own ? kOwnBytes : 1];
-  __shared__ float own_scale[kOwnTokens];
+  __shared__ float own_scale;
   __shared__ int2 partial[2][kGroups][2][kWarps][kWarp];  // [buffer][group of 16 tokens][half of 8][warp][lane]
   const Linear& linear = output.linear;
   const int tiles_k = k_tiles(linear.K), tiles = ceil_div(linear.N, kTileRows);
-  const int64_t stride = tiles_k * kTileK;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 
   int4 next[kInFlight];
@@ -153,12 +160,9 @@ __global__ void __launch_bounds__(kThreads, kGroups == 1 ? 3 : 1)
   load(blockIdx.x, warp);
 
   const bool own = may_own && quantizes_itself(x.count, linear.K);
-  const float* x_scale = own ? own_scale : quantized.scale;
+  const float* x_scale = own ? &own_scale : quantized.scale;
   if (own) {
-    for (int64_t token = 0; token < x.count; ++token)
-      quantize_token(x, token, linear.K,
-                     [&](int64_t k, int four) { *reinterpret_cast<int*>(own_q + token * stride + k) = four; },
-                     own_scale + token);
+    quantize_token(x, 0, linear.K, [&](int64_t k, int four) { *reinterpret_cast<int*>(own_q + k) = four; }, &own_scale);
     __syncthreads();
   }
 
@@ -180,9 +184,9 @@ __global__ void __launch_bounds__(kThreads, kGroups == 1 ? 3 : 1)
         const int4 b = weights[i];
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
-          if (own) {  // rows of tokens, all in the lower half of the group
-            const int8_t* row = own_q + g * stride + (k + i * kWarps) * kTileK + t * 16;
-            const int4 a = g < x.count ? *reinterpret_cast<const int4*>(row) : int4{};
+          if (own) {
+            const int8_t* own_k = own_q + (k + i * kWarps) * kTileK + t * 16;
+            const int4 a = g == 0 ? *reinterpret_cast<const int4*>(own_k) : int4{};
             mma(sum[group], a.x, 0, a.y, 0, b.x, b.y);
             mma(sum[group], a.z, 0, a.w, 0, b.z, b.w);
           } else if (16 * group < x.count) {  // past the last token is garbage, whose sums are not stored
@@ -209,7 +213,8 @@ __global__ void __launch_bounds__(kThreads, kGroups == 1 ? 3 : 1)
         total.x += partial[buffer][group][half][w][of].x;
         total.y += partial[buffer][group][half][w][of].y;
       }
-      output.store(token, x_scale[token], int64_t{tile} * kTileRows + 2 * (of % 4), total.x, total.y);
+      const auto channels = output.channels(int64_t{tile} * kTileRows + 2 * (of % 4));
+      output.store(token, x_scale[token], channels, total.x, total.y);
     }
   }
 }
@@ -224,6 +229,7 @@ constexpr int kStages = 3;
 constexpr int kStageBytes = 2 * kBlock * kTileK;
 constexpr int kWarpTokens = 64, kWarpRows = 64;
 constexpr int kPieces = kStageBytes / 2 / 16;   // pieces of 16 bytes per operand
+constexpr int kStored = 8;                      // tokens whose scales are loaded together
 constexpr int kSumsStride = kWarpRows / 2 + 4;  // in pairs, so that rows 4 apart use different banks
 static_assert(kBlockThreads / kWarp * 16 * kSumsStride * sizeof(int2) <= kStages * kStageBytes);
 
@@ -281,6 +287,7 @@ __global__ void __launch_bounds__(kBlockThreads) gemm_kernel(Scratch x, int64_t 
   // The sums go through shared memory, 16 tokens at a time, so that a warp writes 64 adjacent channels of a token.
   __syncthreads();  // no thread reads the stages any more
   auto* sums = reinterpret_cast<int2*>(stages[0]) + warp * 16 * kSumsStride;
+  const auto channels = output.channels(first_tile * kTileRows + warp_row + 2 * lane);
 #pragma unroll
   for (int i = 0; i < kWarpTokens / 16; ++i) {
 #pragma unroll
@@ -290,12 +297,17 @@ __global__ void __launch_bounds__(kBlockThreads) gemm_kernel(Scratch x, int64_t 
         sums[(8 * half + lane / 4) * kSumsStride + 4 * j + lane % 4] =
             make_int2(sum[i][j][2 * half], sum[i][j][2 * half + 1]);
     __syncwarp();
+    const int64_t first = first_token + warp_token + 16 * i;
 #pragma unroll 1
-    for (int t = 0; t < 16; ++t) {
-      const int64_t token = first_token + warp_token + 16 * i + t;
-      if (token >= tokens) break;
-      const int2 pair = sums[t * kSumsStride + lane];
-      output.store(token, x.scale[token], first_tile * kTileRows + warp_row + 2 * lane, pair.x, pair.y);
+    for (int part = 0; part < 16; part += kStored) {
+      float scale[kStored];  // all loads before the first store, behind which the compiler would not move them up
+#pragma unroll
+      for (int t = 0; t < kStored; ++t) scale[t] = x.scale[min(first + part + t, tokens - 1)];
+#pragma unroll
+      for (int t = 0; t < kStored; ++t) {
+        const int2 pair = sums[(part + t) * kSumsStride + lane];
+        if (first + part + t < tokens) output.store(first + part + t, scale[t], channels, pair.x, pair.y);
+      }
     }
     __syncwarp();
   }

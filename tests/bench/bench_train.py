@@ -5,9 +5,10 @@
     python tests/bench/bench_train.py --sizes medium         on a GPU, if there is one
 
 plain is PyTorch as it comes: fp32 (on a GPU bf16, by autocast), eager, AdamW for all parameters. plain Muon has
-torch.optim.Muon for the matrices that train.py has Muon for. owlet is the step of a long run of train.py: compiled, in
-the dtype that suits the machine. owlet float32 is the same in fp32. The peak is what a large matrix product reaches in
-that dtype. It is measured in the same run, in turn with the steps.
+torch.optim.Muon for the matrices that train.py has Muon for. On a GPU, plain compiled is nanoGPT's loop over the same
+model: torch.compile of the whole, fused AdamW. owlet is the step of a long run of train.py: compiled, in the dtype that
+suits the machine. owlet float32 is the same in fp32. The peak is what a large matrix product reaches in that dtype. It
+is measured in the same run, in turn with the steps.
 """
 
 import statistics
@@ -29,7 +30,8 @@ from machine import can_compile, peak_flops, pick_dtype
 from model import GPT, SIZES, GPTConfig
 from muon import make_optimizers, update
 
-BATCH, VOCABULARY = 16, 256
+BATCH = 32 if torch.cuda.is_available() else 16
+VOCABULARY = 256
 RATES = 0.02, 3e-3  # learning rates of Muon and AdamW: the time of a step does not depend on them
 
 Step = Callable[[Tensor, Tensor], None]  # trains a model on x, y (B, T)
@@ -53,15 +55,16 @@ def owlet_step(size: str, ranks: Ranks, name: Literal["auto", "float32"]) -> Ste
     return step
 
 
-def plain_step(size: str, ranks: Ranks, dtype: torch.dtype, muon: bool) -> Step:
+def plain_step(size: str, ranks: Ranks, dtype: torch.dtype, muon: bool = False, compile: bool = False) -> Step:
     model = new_model(size).to(ranks.device)
-    optimizers = [torch.optim.AdamW(model.parameters())]
+    optimizers = [torch.optim.AdamW(model.parameters(), fused=compile)]
+    called = torch.compile(model) if compile else model
     if muon:
         matrices, others = (optimizer.param_groups[0]["params"] for optimizer in make_optimizers(model, *RATES, dtype))
         optimizers = [torch.optim.Muon(matrices), torch.optim.AdamW(others)]
 
     def step(x: Tensor, y: Tensor) -> None:
-        forward_loss(model, x, y, dtype).backward()
+        forward_loss(called, x, y, dtype).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -83,8 +86,10 @@ def measure(size: str, ranks: Ranks, rounds: int) -> list[dict]:
     device, block = ranks.device, SIZES[size]["block_size"]
     auto = pick_dtype("auto", device, SIZES[size]["n_embd"])
     plain = auto if device.type == "cuda" else torch.float32
-    steps = {"plain": (plain, plain_step(size, ranks, plain, muon=False)),
+    compiled = {"plain compiled": (plain, plain_step(size, ranks, plain, compile=True))}
+    steps = {"plain": (plain, plain_step(size, ranks, plain)),
              "plain Muon": (plain, plain_step(size, ranks, plain, muon=True)),
+             **(compiled if device.type == "cuda" else {}),
              "owlet float32": (torch.float32, owlet_step(size, ranks, "float32")),
              "owlet": (auto, owlet_step(size, ranks, "auto"))}
     x, y = torch.randint(VOCABULARY, (2, BATCH, block), device=device)
