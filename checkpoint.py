@@ -5,22 +5,25 @@ checksum of all they hold: neither safetensors nor torch.load notices a flipped 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
 
+from cli import UserError, note, one_line
+
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from cli import UserError
-from files import atomic_path, newest, one_line, read_json, write_json
+from files import atomic_path, checked, newest, plain_file, read_json, write_json
 from model import GPT, GPTConfig
 
 # torch.load warns of foreign pickles, which read_state's own error names. Filtered here, once: catch_warnings around
@@ -30,67 +33,99 @@ warnings.filterwarnings("ignore", "Detected pickle protocol")
 
 # ---------------------------------------------------------------- config.json
 
-FIELDS = {  # the name in config.json: the name in GPTConfig
-    "vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "head_dim": "head_dim",
-    "hidden_size": "n_embd", "intermediate_size": "n_hidden", "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tie_embeddings", "bos_token_id": "bos", "eos_token_id": "eos",
-}
+class HFConfig(msgspec.Struct, kw_only=True):
+    """The fields of config.json that GPTConfig has too, by its names; defaults as in transformers."""
+
+    vocab_size: int
+    block_size: int = msgspec.field(name="max_position_embeddings")
+    n_layer: int = msgspec.field(name="num_hidden_layers")
+    n_head: int = msgspec.field(name="num_attention_heads")
+    n_kv_head: int | None = msgspec.field(name="num_key_value_heads", default=None)
+    head_dim: int | None = None
+    n_embd: int = msgspec.field(name="hidden_size")
+    n_hidden: int = msgspec.field(name="intermediate_size")
+    norm_eps: float = msgspec.field(name="rms_norm_eps", default=1e-6)
+    rope_theta: float = 10_000.0
+    tie_embeddings: bool = msgspec.field(name="tie_word_embeddings", default=False)
+    bos: int | None = msgspec.field(name="bos_token_id", default=None)
+    eos: int | list[int] | None = msgspec.field(name="eos_token_id", default=None)
+
+
+class Rope(TypedDict, total=False):
+    rope_type: str
+    type: str
+    rope_theta: float
+
+
+class Features(msgspec.Struct):
+    """The fields that choose what is computed, with the values that this decoder computes."""
+
+    model_type: str = ""
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    use_sliding_window: bool = False
+    partial_rotary_factor: float = 1.0
+    layer_types: list[str] = []
+    rope_parameters: Rope = {}
+    rope_scaling: Rope = {}
 
 
 def config_to_hf(config: GPTConfig) -> dict:
     """config.json, readable by transformers 4 (rope_theta) and 5 (rope_parameters)."""
+    ours = {name: getattr(config, name) for name in HFConfig.__struct_fields__}
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
-        **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
-        "hidden_act": "silu", "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **msgspec.to_builtins(HFConfig(**ours)),
+        "hidden_act": "silu", "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False, "attention_dropout": config.dropout, "dtype": "float32", "torch_dtype": "float32",
     }
 
 
-def config_from_hf(hf: dict) -> GPTConfig:
+def config_from_hf(hf: dict, where: object = "config.json") -> GPTConfig:
     """From config.json's fields, without dropout. Raises UserError that names what this decoder does not compute."""
-    hf = {name: value for name, value in hf.items() if value is not None}
-
-    def refuse(feature: str, value: object) -> None:
-        raise UserError(f"config.json: {feature} = {value!r} is not supported")
-
-    if hf.get("model_type") not in ("qwen3", "llama"):
-        refuse("model_type", hf.get("model_type"))
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = hf.get(name, {})
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            refuse("rope scaling", rope)
-    qwen = hf["model_type"] == "qwen3"
-    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-            "use_sliding_window": False, "partial_rotary_factor": 1.0}
-    for feature, expected in only.items():
-        if hf.get(feature, expected) != expected:
-            refuse(feature, hf[feature])
-    if set(hf.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-        refuse("layer_types", hf["layer_types"])
-    defaults = {"num_key_value_heads": None, "head_dim": 128 if qwen else None, "rms_norm_eps": 1e-6,
-                "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None}  # as in transformers
-    rope_theta = hf.get("rope_parameters", {}).get("rope_theta", hf.get("rope_theta", 10_000.0))
+    features = checked(hf, Features, where)
+    qwen, ropes = features.model_type == "qwen3", (features.rope_parameters, features.rope_scaling)
+    for name, value in {**msgspec.to_builtins(Features()), "model_type": "qwen3" if qwen else "llama"}.items():
+        got = getattr(features, name)
+        if name in ("rope_parameters", "rope_scaling"):
+            if got.get("rope_type", got.get("type", "default")) != "default":
+                raise UserError(f"{where}: rope scaling = {got!r} is not supported")
+        elif got != value and (name != "layer_types" or set(got) != {"full_attention"}):
+            raise UserError(f"{where}: {name} = {got!r} is not supported")
+    theta = [rope["rope_theta"] for rope in ropes if "rope_theta" in rope]
+    fields = checked(({"head_dim": 128} if qwen else {}) | hf | ({"rope_theta": theta[0]} if theta else {}),
+                     HFConfig, where)
+    ours = {name: getattr(fields, name) for name in HFConfig.__struct_fields__}
+    for name in ("bos", "eos"):
+        ours[name] = known_tokens(ours[name], fields.vocab_size, f"{where}: {name}_token_id")
     try:
-        return GPTConfig(**{ours: (defaults | hf)[theirs] for theirs, ours in FIELDS.items()},
-                         qk_norm=qwen, rope_theta=rope_theta)
-    except KeyError as error:
-        raise UserError(f"config.json: {error} is missing") from None
+        return GPTConfig(**ours, qk_norm=qwen)
     except ValueError as error:
-        raise UserError(f"config.json: {error}") from None
+        raise UserError(f"{where}: {error}") from None
+
+
+def known_tokens(ids: int | list[int] | None, vocab_size: int, where: str) -> int | list[int] | None:
+    """Without those that the model does not know, which a note names; None if none is left."""
+    known = [token for token in (ids if isinstance(ids, list) else [ids]) if token is not None
+             and 0 <= token < vocab_size]
+    if known and known in (ids, [ids]):
+        return ids
+    if ids not in (None, []):
+        note(f"{where} = {ids}: the model knows {vocab_size} tokens; going on with {known or 'none'}")
+    return known or None
 
 
 def read_config(folder: Path) -> dict:
-    """config.json, with the end-of-text tokens of generation_config.json where there is one."""
+    """config.json without nulls, with the end-of-text tokens of generation_config.json where there is one."""
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
     if not path.exists():
         raise UserError(f"{folder}: expected a checkpoint folder, found no config.json in it")
     config = read_json(path)
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    return config if eos is None else config | {"eos_token_id": eos}
+    return {name: value for name, value in config.items() if value is not None} | (
+        {} if eos is None else {"eos_token_id": eos})
 
 
 def is_quantized(folder: Path) -> bool:
@@ -105,13 +140,17 @@ def load_model(folder: Path | str, dropout: float = 0.0) -> GPT:
     hf = read_config(folder)
     if "quantization_config" in hf:
         raise UserError(f"{folder}: a quantized folder; expected an fp32 one")
-    config = replace(config_from_hf(hf), dropout=dropout)
+    config = dataclasses.replace(config_from_hf(hf, folder / "config.json"), dropout=dropout)
     state = {name: tensor.float() for name, tensor in read_tensors(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}  # older Llamas store what is computed anyway
     if config.tie_embeddings:
-        state["lm_head.weight"] = state.get("model.embed_tokens.weight", torch.empty(0))
+        embedding = state.get("model.embed_tokens.weight", torch.empty(0))
+        if not torch.equal(state.setdefault("lm_head.weight", embedding), embedding):
+            note(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from embed_tokens.weight; "
+                 "going on with both")
+            config.tie_embeddings = False
     model = empty_model(config)
-    check_tensors(folder, model.state_dict(), state)
+    check_tensors(folder / "model.safetensors", model.state_dict(), state)
     model.load_state_dict(state, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -135,9 +174,11 @@ def save_weights(state: dict[str, Tensor], config: GPTConfig, folder: Path) -> N
 def write_model(folder: Path, state: dict[str, Tensor], hf: dict) -> None:
     """The weights first and config.json last: a folder with a config.json has its weights."""
     write_tensors(folder / "model.safetensors", state)
-    generation = {"do_sample": True, "temperature": 0.8, "top_k": 50,  # docs/log.md, "Sampling defaults"
-                  "bos_token_id": hf["bos_token_id"], "eos_token_id": hf["eos_token_id"]}
-    write_json(folder / "generation_config.json", generation)
+    path = folder / "generation_config.json"
+    # another's settings stay, where copy_companions has brought some
+    generation = {"do_sample": True, "temperature": 0.8, "top_k": 50}  # docs/log.md, "Sampling defaults"
+    write_json(path, (read_json(path) if path.exists() else generation) | {
+        name: hf[name] for name in ("bos_token_id", "eos_token_id")})
     write_json(folder / "config.json", hf)
 
 
@@ -153,47 +194,97 @@ def newest_model(root: Path, quantized: bool = True) -> Path:
     raise UserError(f"{root}/: only int8 folders there; make an fp32 one with `python train.py`")
 
 
-def check_tensors(folder: Path, expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
-    """Raises UserError unless all expected tensors are there, in their shape and dtype, finite, and no others."""
+def check_tensors(file: Path, expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
+    """Raises UserError unless all expected tensors are there, in their shape and dtype, in range, and no others."""
     for name, like in expected.items():
         if name not in got:
-            raise UserError(f"{folder}: tensor {name} is missing from model.safetensors")
+            raise UserError(f"{file}: tensor {name} is missing")
         if (got[name].shape, got[name].dtype) != (like.shape, like.dtype):
-            raise UserError(f"{folder}: tensor {name}: expected {like.dtype} {tuple(like.shape)}, "
+            raise UserError(f"{file}: tensor {name}: expected {like.dtype} {tuple(like.shape)}, "
                             f"got {got[name].dtype} {tuple(got[name].shape)}")
         if got[name].is_floating_point() and not got[name].sum().isfinite():  # 30 times as fast as asking each value
-            raise UserError(f"{folder}: tensor {name}: expected numbers, got some that are NaN or infinite")
+            raise UserError(f"{file}: tensor {name}: expected numbers, got some that are NaN or infinite")
+        if got[name].dtype == torch.int8 and got[name].min() == -128:
+            raise UserError(f"{file}: tensor {name}: expected -127 to 127, got -128")
     for name in got:
         if name not in expected:
-            raise UserError(f"{folder}: tensor {name} in model.safetensors has no place in this model")
+            raise UserError(f"{file}: tensor {name} has no place in this model")
 
 
 # ---------------------------------------------------------------- the tokenizer
 
+Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]  # the library ends the process at some larger ones
+
+
+class AddedToken(TypedDict):
+    id: Id
+
+
+class TokenizerModel(TypedDict):
+    vocab: dict[str, Id] | list
+
+
+class TokenizerFile(TypedDict):
+    model: TokenizerModel
+    added_tokens: NotRequired[list[AddedToken]]
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
+    """A folder's tokenizer, which takes text as it is: truncation and padding are switched off."""
     path = Path(folder) / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"{path}: expected a Hugging Face tokenizer, found no such file")
+    file = read_json(path, limit=1e9)
+    checked(file, TokenizerFile, path)
+    for setting in ("truncation", "padding"):
+        file[setting] = None
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+        tokenizer = Tokenizer.from_str(json.dumps(file))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions and Rust's panics
         raise UserError(f"{path}: not a Hugging Face tokenizer: {one_line(error)}") from error
+    if not tokenizer.get_vocab_size():
+        raise UserError(f"{path}: expected a tokenizer with tokens, got one without")
+    return tokenizer
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+def token_ids(tokenizer: Tokenizer, texts: list[str], special: bool = False) -> list[list[int]]:
+    """The ids of each text, on all cores. special: with the tokens that the tokenizer puts around a text."""
+    try:
+        return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"tokenizer.json: cannot encode this text: {one_line(error)}") from error
+
+
+# what lies beside a model's weights and config, and belongs to its tokenizer or its use
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+              "generation_config.json")
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    for name in COMPANIONS:
         if (Path(source) / name).exists():
             with atomic_path(Path(folder) / name) as temporary:
-                shutil.copyfile(Path(source) / name, temporary)
+                shutil.copyfile(plain_file(Path(source) / name, "a file", 1e9), temporary)
 
 
 # ---------------------------------------------------------------- tensors
 
+class ShardIndex(TypedDict):
+    weight_map: dict[str, str]
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards its index names."""
-    index = Path(folder) / "model.safetensors.index.json"
-    names = set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
-    return [Path(folder) / name for name in sorted(names)]
+    """model.safetensors, or, where that is missing, the shards its index names."""
+    whole, index = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        return [whole]
+    names = sorted(set(read_json(index, ShardIndex)["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index}: expected the names of files in this folder, got {name!r}")
+    return [Path(folder) / name for name in names]
 
 
 def weights_size(folder: Path) -> int:
@@ -205,8 +296,6 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint folder."""
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        if not path.exists():
-            raise UserError(f"{path}: expected the model's weights, found no such file")
         tensors |= read_safetensors(path)
     return tensors
 
@@ -214,7 +303,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, checked where the file has owlet's checksum."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(plain_file(path, "the model's weights"), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
             expected = (file.metadata() or {}).get("owlet_sha256")
     except (OSError, SafetensorError) as error:
@@ -267,14 +356,44 @@ def previous_state(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
+class MuonState(TypedDict):
+    momentum_buffer: Tensor
+
+
+class AdamWState(TypedDict):
+    step: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class Muon(TypedDict):
+    state: dict[int, MuonState]  # by the number of the parameter; the settings are the program's own
+
+
+class AdamW(TypedDict):
+    state: dict[int, AdamWState]
+
+
+class TrainState(TypedDict):
+    """train_state.pt, all that a resume needs. Older ones hold the settings of the run too, as run.json does now."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    best: float
+    model_config: GPTConfig
+    model: dict[str, Tensor]
+    optimizers: tuple[Muon, AdamW]
+    sha256: str
+    config: NotRequired[dict[str, Any]]
+    data_sha256: NotRequired[str]
+
+
 def read_state(path: Path, mmap: bool = False) -> dict:
     """What write_state wrote, with its checksum as "sha256"; no code is unpickled. mmap: leave tensors in the file."""
+    plain_file(path, "a training state to resume from")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         expected = state.get("sha256")
         found = checksum({name: value for name, value in state.items() if name != "sha256"})
-    except FileNotFoundError:
-        raise UserError(f"{path}: no training state to resume from") from None
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
         raise UserError(f"{path}: not a training state (damaged, or a pickle, which owlet never runs)") from error
     if expected != found:
@@ -283,17 +402,17 @@ def read_state(path: Path, mmap: bool = False) -> dict:
     return state
 
 
-def read_last_state(folder: Path) -> tuple[dict, str | None]:
+def read_last_state(folder: Path) -> tuple[TrainState, str | None]:
     """What a run saved last. If that is damaged: what it saved before, and a line that says so."""
     path = Path(folder) / "train_state.pt"
     try:
-        return read_state(path), None
+        return checked(read_state(path), TrainState, path), None
     except UserError as error:
         before, damage = previous_state(path), error
     if not before.exists():
         raise damage
     try:
-        state = read_state(before)
+        state = checked(read_state(before), TrainState, before)
     except UserError as error:
         raise UserError(f"{damage}; and {error}") from None
     return state, f"{damage}; going on from step {state['step']}, {before}"
@@ -301,17 +420,21 @@ def read_last_state(folder: Path) -> tuple[dict, str | None]:
 
 # ---------------------------------------------------------------- a run's settings
 
-def read_run(folder: Path, state: dict | None = None) -> tuple[dict, str]:
+class RunFile(TypedDict):
+    settings: dict[str, str | int | float | bool | None]
+    data_sha256: str
+
+
+def read_run(folder: Path, state: TrainState | None = None) -> tuple[dict, str]:
     """run.json: train.py's flags as the run used them, in today's names, and the hash of its training tokens.
 
     Older runs have them in their state, which is read if it is not given.
     """
     if (folder / "run.json").exists():
-        run = read_json(folder / "run.json")
-        missing = {"settings", "data_sha256"} - run.keys()
-        if missing:
-            raise UserError(f"{folder}/run.json: {', '.join(sorted(missing))} is missing")
+        run = read_json(folder / "run.json", RunFile)
         return run["settings"], run["data_sha256"]
     state = state or read_last_state(folder)[0]
-    settings = {"warmdown" if name == "decay_share" else name: value for name, value in state["config"].items()}
-    return settings | ({"size": "base"} if settings["size"] == "seed" else {}), state["data_sha256"]
+    run = checked({"settings": state.get("config"), "data_sha256": state.get("data_sha256")}, RunFile,
+                  f"{folder}/run.json is missing, and train_state.pt")
+    settings = {"warmdown" if name == "decay_share" else name: value for name, value in run["settings"].items()}
+    return settings | ({"size": "base"} if settings.get("size") == "seed" else {}), run["data_sha256"]

@@ -1,19 +1,24 @@
-"""How every script of owlet talks to its user: flags, errors, exit codes, Ctrl-C."""
+"""How every script of owlet talks to its user: flags, notes, errors, exit codes, Ctrl-C.
+
+Scripts import it first: from then on Ctrl-C ends in one line, also while the slow libraries are imported.
+"""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
-import math
+import functools
+import multiprocessing
 import os
+import re
+import shlex
 import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from tqdm import tqdm
 
 Config = TypeVar("Config")
 
@@ -22,9 +27,41 @@ class UserError(Exception):
     """Something the user can put right. The message is one line: what, expected, got."""
 
 
+def one_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+# ---------------------------------------------------------------- what is printed
+
+def command(*words: object) -> str:
+    """A command as a shell reads it."""
+    return shlex.join(map(str, words))
+
+
+@functools.cache  # the same note once
+def note(text: str) -> None:
+    """A line on standard error, below a progress bar; of several ranks the first prints."""
+    from tqdm import tqdm
+
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"note: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def optional(what: object) -> Iterator[None]:
+    """For what a run can do without, such as a picture: where it fails, a note, and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        note(f"{what}: {one_line(error).removeprefix(f'{what}: ')}; going on without")
+
+
 # ---------------------------------------------------------------- flags
 
-def flag(default: Any, help: str, low: float | None = None, high: float = math.inf, positional: bool = False,
+HIGHEST = 10**12  # of any number; sizes beyond it only exhaust the memory
+
+
+def flag(default: Any, help: str, low: float | None = None, high: float = HIGHEST, positional: bool = False,
          renamed: dict[str, str] | None = None) -> Any:
     """A field of a dataclass of flags. Numbers must lie in low..high; `renamed` maps old values to their new names."""
     return dataclasses.field(default=default, metadata={
@@ -34,7 +71,12 @@ def flag(default: Any, help: str, low: float | None = None, high: float = math.i
 def parse(config_class: type[Config], description: str, args: Sequence[str] | None = None,
           default: Config | None = None) -> Config:
     """Flags -> dataclass; `default` replaces the fields' defaults. A wrong flag is a UserError."""
-    parser = _Parser(description=description, allow_abbrev=False,
+    return dataclasses.replace(default or config_class(), **given(config_class, description, args, default))
+
+
+def given(config_class: type, description: str = "", args: Sequence[str] | None = None, default: Any = None) -> dict:
+    """The flags that stand on the command line, by the names of the dataclass's fields."""
+    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=110))
     types_of = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -44,7 +86,20 @@ def parse(config_class: type[Config], description: str, args: Sequence[str] | No
     for word in args:  # first, since the value of an unknown flag would be taken for something else
         if word.startswith("--") and word.split("=")[0] not in parser._option_string_actions:
             parser.error(f"unrecognized arguments: {word}")
-    return config_class(**vars(parser.parse_args(args)))
+    return {name: value for name, value in vars(parser.parse_args(args)).items() if value is not None}
+
+
+def refuse(flags: dict, names: Iterable[str], why: str) -> None:
+    """UserError if one of these stands among the given flags: none is silently without effect."""
+    for name in names:
+        if name in flags:
+            raise UserError(f"--{name.replace('_', '-')} {flags[name]}: has no effect {why}")
+
+
+def words(settings: dict) -> list[str]:
+    """Flags from a dict of their values, so that a file of them is checked as the command line is."""
+    return [f"--{'' if value else 'no-'}{name.replace('_', '-')}" if isinstance(value, bool) else
+            f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
 
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, default: Any) -> None:
@@ -55,7 +110,7 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, d
     if get_origin(kind) is tuple:  # tuple[X, ...]
         kind, options["nargs"] = get_args(kind)[0], "+"
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    options |= {"default": default, "help": about["help"] + ("" if shown in (None, "") else f" (default: {shown})")}
+    options |= {"help": about["help"] + ("" if shown in (None, "") else f" (default: {shown})")}
     if kind is bool:  # --name, and --no-name where that changes something
         action = argparse.BooleanOptionalAction if field.default else "store_true"
         parser.add_argument(name, action=action, **options)
@@ -65,22 +120,31 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, d
     else:
         options["metavar"] = kind.__name__.upper()
     if about["positional"]:
-        name, options["nargs"] = field.name, "?"
+        name, options["nargs"], options["default"] = field.name, "?", None
     parser.add_argument(name, type=_conversion(kind, about["low"], about["high"], about["renamed"]), **options)
+
+
+def _path(word: str) -> Path:
+    if not word:
+        raise ValueError
+    return Path(word).expanduser()  # a shell leaves the ~ of --out=~/x
 
 
 def _conversion(kind: type, low: float | None, high: float, renamed: dict[str, str]) -> Callable[[str], Any]:
     """The conversion of a flag's word; numbers must lie in low..high."""
+    what = {int: "a whole number", float: "a number", Path: "a path", str: "text"}[kind]
+
     def convert(word: str) -> Any:
         if word in renamed:
             raise argparse.ArgumentTypeError(f"{word} is called {renamed[word]} now")
         try:
-            value = kind(word)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, got {word!r}") from None
-        if low is not None and (not low <= value <= high or value == math.inf):
-            expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {word}")
+            word.encode()  # Python takes other bytes than UTF-8 from the command line and fails to print them
+            value = (_path if kind is Path else kind)(word)
+        except (ValueError, RuntimeError):  # RuntimeError: a ~ where there is no home
+            raise argparse.ArgumentTypeError(f"expected {what} in UTF-8, got {word[:60]!a}") from None
+        if low is not None and not low <= value <= high:
+            expected = f"{low} or more" if high == HIGHEST and not value > high else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {word[:60]}")
         return value
 
     return convert
@@ -93,13 +157,15 @@ class _Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
         near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown != message else []
         hint = f" (perhaps {near[0]}?)" if near else ""
+        if message.endswith("expected one argument"):
+            hint = f" (a value that begins with - is written {message.split()[1].rstrip(':')}=-...)"
         raise UserError(f"{message.removeprefix('argument ').replace('/--no-', ', --no-')}{hint}; see --help")
 
 
 # ---------------------------------------------------------------- signals, errors, exit codes
 
 class StopSignals:
-    """SIGINT and SIGTERM ask for a stop, which the loop obeys between two steps, where the state is whole.
+    """SIGINT, SIGTERM and SIGHUP ask for a stop, which the loop obeys between two steps, where the state is whole.
 
     The handler only notes the signal: printing could interrupt a write to the same stream, which Python refuses.
     """
@@ -109,7 +175,7 @@ class StopSignals:
         self.when, self.said = 0.0, False
 
     def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, *ends())}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -129,23 +195,57 @@ class StopSignals:
             self.said = True
 
 
+def ends() -> list[signal.Signals]:
+    """The signals that end a program: SIGTERM, and SIGHUP (the terminal closes) unless it is ignored (nohup)."""
+    return [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)  # an exception, so that no temporary file stays behind
+
+
+def _interrupted(*_: object) -> NoReturn:
+    """Ctrl-C while a script imports: an exception would come out as whatever the library makes of it."""
+    if multiprocessing.parent_process() is None:  # who started this process says it
+        os.write(2, f"\n{Path(sys.argv[0]).name}: interrupted\n".encode())
+    os._exit(130)
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _interrupted)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script: a UserError is one line and exit code 2, Ctrl-C is 130 without a traceback."""
-    name = Path(sys.argv[0]).name
+    name, error = Path(sys.argv[0]).name, None
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the terminal's encoding may lack letters that a book has
     try:
+        if signal.getsignal(signal.SIGINT) is _interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in ends():
+            signal.signal(number, _stop)
         main()
         sys.stdout.flush()
-    except UserError as error:
-        tqdm.write(f"{name}: {error}", file=sys.stderr)  # below a progress bar, not into it
-        sys.exit(2)
+        return
     except BrokenPipeError:  # the reader has left, as `head` does: end as SIGPIPE would end us
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
-    except OSError as error:  # not a bug but the machine's answer: a full disk, a missing permission
-        print(f"{name}: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except UserError as user_error:
+        error = str(user_error)
+    except OSError as os_error:  # not a bug but the machine's answer: a full disk, a missing permission
+        error = f"{os_error.filename or 'file system'}: {os_error.strerror or os_error}"
+    except (MemoryError, RuntimeError) as memory_error:  # torch has no class of its own for it on a CPU
+        if not isinstance(memory_error, MemoryError) and not re.search("allocate memory|out of memory",
+                                                                       str(memory_error)):
+            raise
+        error = f"out of memory: {one_line(memory_error)}"
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun ends the others once one has ended: one error is said once
+        time.sleep(1)
+    from tqdm import tqdm
+
+    tqdm.write(f"{name}: {error}", file=sys.stderr)  # below a progress bar, not into it
+    sys.exit(2)

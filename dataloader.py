@@ -6,21 +6,43 @@ Which sequences a step sees depends only on (seed, step): a resumed run and ever
 import hashlib
 import math
 from pathlib import Path
+from typing import Annotated, Literal, NotRequired, TypedDict
+
+from cli import UserError
 
 import numpy as np
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
-from cli import UserError
 from distributed import Ranks
-from files import read_json
+from files import plain_file, read_json
+
+Count = Annotated[int, Meta(ge=1, lt=1 << 48)]
 
 
-def read_meta(folder: Path) -> dict:
+class Split(TypedDict):
+    tokens: Count
+    bytes: Count  # of the text
+    sha256: str
+
+
+class DataMeta(TypedDict):
+    """meta.json. numpy sees these two dtypes alone: others would take bytes of a file for addresses."""
+
+    vocab_size: Annotated[int, Meta(ge=1, le=1 << 20)]
+    dtype: Literal["<u2", "<u4"]
+    train: Split
+    val: Split
+    mtime_ns: NotRequired[dict[str, int]]
+    inputs: NotRequired[list[str]]
+
+
+def read_meta(folder: Path) -> DataMeta:
     """meta.json of a folder made by data/prepare.py."""
     if not (folder / "meta.json").exists():
         raise UserError(f"{folder}: expected a folder made by data/prepare.py, found no meta.json in it")
-    return read_json(folder / "meta.json")
+    return read_json(folder / "meta.json", DataMeta)
 
 
 class TokenData:
@@ -51,6 +73,9 @@ class TokenData:
             if file.readinto(row) != row.nbytes:
                 raise UserError(f"{file.name}: ends before token {start + len(row)}; expected {self.tokens[split]} "
                                 "tokens; run data/prepare.py again")
+        if len(block) and block.max() >= self.meta["vocab_size"]:
+            raise UserError(f"{file.name}: expected tokens below {self.meta['vocab_size']} as meta.json says, "
+                            f"got {block.max()}; run data/prepare.py again")
         block = torch.from_numpy(block.astype(np.int64))
         if self.device.type == "cuda":
             block = block.pin_memory()
@@ -87,8 +112,8 @@ def check_tokens(path: Path, meta: dict, size: int, mtime_ns: int | None) -> Non
 
     A file of the recorded size and modification time is taken as it is; any other is read and hashed.
     """
-    found = path.stat() if path.exists() else None
-    if found is None or found.st_size != size:
+    found = plain_file(path, "a file of tokens").stat()
+    if found.st_size != size:
         raise UserError(f"{path}: expected {meta['tokens']} tokens as meta.json says; run data/prepare.py again")
     if found.st_mtime_ns == mtime_ns:
         return

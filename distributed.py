@@ -7,6 +7,8 @@ the launch trained before and go on from its last checkpoint; without a restart 
 import os
 from pathlib import Path
 
+from cli import UserError
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from machine import cores, pick_device
+from machine import cores, help_inductor, pick_device
 from model import GPT
 
 
@@ -34,6 +36,8 @@ class Ranks:
             if self.world > 1:
                 self.device = pick_device(f"cuda:{local_rank}")
             torch.cuda.set_device(self.device)
+        if threads is None and self.world == 1 and "OMP_NUM_THREADS" in os.environ:  # torchrun sets it to 1
+            threads = torch.get_num_threads()
         torch.set_num_threads(threads or max(1, cores() // local_world))
         if self.world > 1:
             store = next(dist.rendezvous("env://"))[0]
@@ -95,6 +99,7 @@ def parallelize(model: GPT, ranks: Ranks, parallel: str = "ddp", dtype: torch.dt
     parallel: "ddp" (data parallel) or "fsdp" (Zhao et al., 2023: one block at a time is whole on the device).
     """
     if compile:
+        help_inductor()
         for block in model.model.layers:  # all have the same code, which is compiled once
             block.forward = torch.compile(block.forward)
     if ranks.world == 1:
@@ -110,6 +115,11 @@ def parallelize(model: GPT, ranks: Ranks, parallel: str = "ddp", dtype: torch.dt
     device_ids = [ranks.device] if ranks.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, forward_sync_buffers=False,
                                    gradient_as_bucket_view=True)
+
+
+def uncompile(model: GPT) -> None:
+    for block in model.model.layers:
+        del block.forward  # the class's own comes to light
 
 
 def sync_gradients(wrapped: nn.Module, on: bool) -> None:
@@ -148,9 +158,17 @@ def gather_to_main(state: dict, ranks: Ranks) -> dict:
     return tree_map_only(Tensor, take, state)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """optimizer.load_state_dict, where each rank takes its part of what belongs to a sharded parameter."""
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Tensor]]) -> None:
+    """Set the state of each parameter, of which this rank takes its part; the settings stay the program's own.
+
+    Raises UserError where the state is that of other parameters.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {name: shard_like(x, params[i]) if x.shape == params[i].shape else x for name, x in tensors.items()}
-             for i, tensors in saved["state"].items()}
-    optimizer.load_state_dict(saved | {"state": state})
+    state = {}
+    for i, tensors in saved.items():
+        for name, x in tensors.items():
+            if i not in range(len(params)) or x.shape not in (params[i].shape, ()):
+                raise UserError(f"train_state.pt: {type(optimizer).__name__}'s {name} of parameter {i}: "
+                                f"{tuple(x.shape)} is not the shape of this model's")
+        state[i] = {name: shard_like(x, params[i]) if x.dim() else x for name, x in tensors.items()}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

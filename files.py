@@ -1,22 +1,27 @@
-"""Files that are whole or absent: atomic writes, locks, and the newest folder.
+"""Files that are whole or absent, and what they hold checked: atomic writes, JSON, locks, the newest folder.
 
 A write goes to a temporary name beside its target and is renamed once it is on disk, so that neither a full disk nor
 kill -9 nor a power cut leaves half a file.
 """
 
+import codecs
 import contextlib
 import fcntl
 import glob
 import json
 import os
+import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cli import UserError, one_line
+
+import msgspec
 from safetensors import SafetensorError
 
-from cli import UserError
-
+# ---------------------------------------------------------------- writing
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -29,7 +34,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(path)
+        remove_stale(path)
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
@@ -44,34 +49,110 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _remove_stale(path: Path) -> None:
+@contextlib.contextmanager
+def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
+    """Yield a temporary folder; all its files become those of `path` in the moment that `marker` appears there.
+
+    A folder without its marker is one that nobody reads. Files of an earlier `path` that the new one lacks stay.
+    """
+    # a folder that exists may be a file system of its own, into which nothing outside can be renamed
+    target = path / "new" if path.is_dir() else path
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        remove_stale(target)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            _fsync(file)
+        if target is path:
+            with contextlib.suppress(OSError):  # another process has made one meanwhile
+                temporary.rename(path)
+        if temporary.exists():
+            _move_into(path, temporary, marker)
+        _fsync(path)
+        _fsync(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into(path: Path, temporary: Path, marker: str) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)  # two processes that end together must not mix their files
+        (path / marker).unlink(missing_ok=True)
+        _fsync(path)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == marker):
+            file.replace(path / file.name)
+    finally:
+        os.close(folder)
+
+
+def remove_stale(path: Path) -> None:
     """Remove what killed processes left of their attempts to write `path`."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(PermissionError):  # the process lives, and is somebody else's
             try:
                 os.kill(int(left.name.split(".")[-2]), 0)  # sends nothing: asks whether the process is there
-            except (ProcessLookupError, ValueError):
-                left.unlink(missing_ok=True)
+            except (ProcessLookupError, ValueError, OverflowError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with atomic_path(path) as temporary:  # a name of a file in the text may hold other bytes than UTF-8
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict:
+# ---------------------------------------------------------------- reading
+
+def plain_file(path: Path, expected: str, limit: float = float("inf")) -> Path:
+    """The path, if a file of at most `limit` bytes is there. Raises UserError for all else: a pipe would wait for ever.
+
+    `expected` is what the file should be, for the message.
+    """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected a JSON file: {one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+        found = Path(path).stat()
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected {expected}, found no such file") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path}: expected {expected}, found "
+                        f"{'a folder' if stat.S_ISDIR(found.st_mode) else 'a device or a pipe'}")
+    if found.st_size > limit:
+        raise UserError(f"{path}: expected {expected} of at most {limit / 1e6:,.0f} MB, "
+                        f"got {found.st_size / 1e6:,.0f} MB")
+    return Path(path)
 
+
+def read_json(path: Path, kind: Any = dict, limit: float = 64e6) -> Any:
+    """What a JSON file holds, checked to be of the type `kind`."""
+    raw = plain_file(path, "a JSON file", limit).read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        value = msgspec.json.decode(raw)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, as msgspec's errors are
+        raise UserError(f"{path}: expected a JSON file: {one_line(error)}") from error
+    return checked(value, kind, path)
+
+
+def checked(value: Any, kind: Any, where: object) -> Any:
+    """`value` as the type `kind`, whose annotations declare types and ranges; dataclasses are made from dicts.
+
+    Raises UserError that names the field in `where`.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        what, _, field = str(error).partition(" - at `$")
+        field = field.strip("`.")
+        raise UserError(f"{where}: {field}{': ' if field else ''}{what[0].lower()}{what[1:]}") from None
+
+
+# ---------------------------------------------------------------- locks and folders
 
 @contextlib.contextmanager
 def lock(folder: Path, owner: str) -> Iterator[None]:
@@ -103,12 +184,8 @@ def newest(root: Path, marker: str, make: str) -> list[Path]:
 
 def beside(folder: Path, ending: str) -> Path:
     """FOLDER with `ending` added to its name."""
-    folder = folder if folder.name else folder.resolve()  # "." has no name to add to
+    folder = folder.resolve() if folder.name in ("", "..") else folder  # ".", which has no name to add to
     return folder.with_name(f"{folder.name}{ending}")
-
-
-def one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def _fsync(path: Path) -> None:

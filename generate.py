@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from cli import UserError
+
 import torch
 from torch import Tensor
 
-from cli import UserError
 from model import GPT, KVCache
 
 # A graph reads a fixed number of keys and masks those not there yet: one graph for each multiple of this
@@ -30,12 +31,13 @@ def sample_next(logits: Tensor, seen: Tensor, temperature: float, top_k: int | N
         logits = logits.scatter(1, seen, score)
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # in this order no quotient is infinite or NaN
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None and top_p < 1:  # nucleus (Holtzman et al., 2019): the likeliest token always stays
         ordered, order = logits.softmax(dim=-1).sort(descending=True)
         tail = ordered.cumsum(dim=-1) - ordered >= top_p
+        tail[:, 0] = False
         logits = logits.masked_fill(tail.scatter(1, order, tail), -math.inf)
     probabilities = logits.softmax(dim=-1)
     # what torch.multinomial draws, without its checks, which wait for the GPU and cannot be captured
@@ -64,8 +66,9 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float
             ("repetition-penalty", repetition_penalty > 0, "more than 0", repetition_penalty)):
         if not good:
             raise UserError(f"{name}: expected {expected}, got {got}")
-    draw = Draw(model.device, idx.size(0), eos, temperature=temperature, top_k=top_k, top_p=top_p,
-                repetition_penalty=repetition_penalty, generator=generator)
+    # fp32 cannot divide by less than 1e-38; both are as good as their limits long before these
+    draw = Draw(model.device, idx.size(0), eos, temperature=temperature and max(temperature, 1e-30), top_k=top_k,
+                top_p=top_p, repetition_penalty=min(max(repetition_penalty, 1e-15), 1e15), generator=generator)
     return _decode(model, idx, max_new_tokens, draw, use_cache)
 
 

@@ -7,19 +7,19 @@ found as the model runs ("dynamic"). Products are summed exactly in int32.
 import copy
 import io
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
+from cli import UserError, note
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import check_tensors, config_from_hf, config_to_hf, empty_model, read_config, read_tensors, write_model
-from cli import UserError
 from generate import StaticKVCache
 from model import GPT, Block, GPTConfig, KVCache
 
@@ -157,7 +157,7 @@ def pick_backend(name: str, device: torch.device) -> str:
     if name == "owlet":
         raise UserError(f"--backend owlet: {why_not}")
     fallback = "torch.ao" if has_torch_ao() and device.type == "cpu" else "reference"
-    print(f"note: {why_not}; going on with {fallback}", file=sys.stderr)
+    note(f"{why_not}; going on with {fallback}")
     return fallback
 
 
@@ -382,13 +382,12 @@ def add_decoder(model: Int8GPT) -> None:
     if model.device.type == "cpu":
         model.pages, model.decoder = owlet_kernels.HugePages(), model.make_decoder()
     elif head_dim % 16 or head_dim > 128:
-        print(f"note: csrc/cuda/decoder.cu takes heads of 16, 32, ... 128, not of {head_dim}; "
-              "going on with PyTorch's attention", file=sys.stderr)
+        note(f"csrc/cuda/decoder.cu takes heads of 16, 32, ... 128, not of {head_dim}; "
+             "going on with PyTorch's attention")
     else:
         model.decoder = model.make_decoder()
         if not model.decoder_agrees():
-            print("note: the decoder of csrc/cuda differs from PyTorch on this GPU (please report this); "
-                  "going on without it", file=sys.stderr)
+            note("the decoder of csrc/cuda differs from PyTorch on this GPU (please report this); going on without it")
             model.decoder = None
 
 
@@ -420,10 +419,11 @@ def save_quantized(model: GPT, folder: Path) -> None:
 def load_quantized(folder: Path, backend: str = "auto", device: torch.device | str = "cpu",
                    int8_cache: bool = False) -> Int8GPT:
     """Load an int8 folder written by save_quantized."""
-    hf, device = read_config(folder), torch.device(device)
+    folder, device = Path(folder), torch.device(device)
+    hf = read_config(folder)
     if (found := hf.get("quantization_config")) != FORMAT:
         raise UserError(f"{folder}/config.json: expected quantization_config {FORMAT}, got {found}")
-    config, state = config_from_hf(hf), read_tensors(folder)
+    config, state = config_from_hf(hf, folder / "config.json"), read_tensors(folder)
     expected = empty_model(config).state_dict()
     if config.tie_embeddings:
         del expected["lm_head.weight"]
@@ -431,7 +431,7 @@ def load_quantized(folder: Path, backend: str = "auto", device: torch.device | s
         if tensor.dim() == 2:
             expected[name] = torch.empty(tensor.shape, dtype=torch.int8, device="meta")
             expected[f"{name}_scale"] = torch.empty(len(tensor), device="meta")
-    check_tensors(folder, expected, state)
+    check_tensors(folder / "model.safetensors", expected, state)
     model = build(config, state, pick_backend(backend, device), device)
     model.int8_cache = int8_cache
     return model

@@ -6,13 +6,14 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import time
 from pathlib import Path
 
-import torch
-
 from cli import UserError
+
+import torch
 
 
 def pick_device(name: str) -> torch.device:
@@ -52,7 +53,24 @@ def can_compile(device: torch.device) -> bool:
     """Whether torch.compile finds the compiler it needs."""
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
-    return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
+    return device.type == "cpu" and cxx() is not None
+
+
+def cxx() -> str | None:
+    """The C++ compiler that CXX names (of "ccache g++" the second word), or else g++; None if it is not here."""
+    words = [word for word in shlex.split(os.environ.get("CXX", "g++")) if not word.startswith("-")]
+    return shutil.which(words[-1]) if words else None
+
+
+def help_inductor() -> None:
+    """What torch.compile makes of CXX and of its own path: one word each. Ours are to hold several."""
+    import torch._inductor.config
+    import torch.utils.cpp_extension as extension
+
+    if cxx():
+        torch._inductor.config.cpp.cxx = (None, cxx())
+    if " " in extension.TORCH_LIB_PATH and "'" not in extension.TORCH_LIB_PATH:
+        extension.TORCH_LIB_PATH = shlex.quote(extension.TORCH_LIB_PATH)
 
 
 def cores() -> int:

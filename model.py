@@ -42,9 +42,9 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "n_hidden"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {value}")
+            value, most = getattr(self, name), 2**10 if name == "n_layer" else 2**20
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{name}: expected {'1 or more' if value < 1 else f'at most {most}'}, got {value}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected 0 or more and less than 1, got {self.dropout}")
         if self.head_dim is None and self.n_embd % self.n_head:
@@ -54,6 +54,12 @@ class GPTConfig:
         self.n_hidden = self.n_hidden or 64 * math.ceil(8 / 3 * self.n_embd / 64)
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head: expected a divisor of n_head = {self.n_head}, got {self.n_kv_head}")
+        if self.n_head * self.head_dim > 2**20 or self.block_size * self.head_dim > 2**27:
+            raise ValueError(f"head_dim: expected less with {self.n_head} heads and {self.block_size} positions, "
+                             f"got {self.head_dim}")
+        if not (0 <= self.norm_eps < 1 and 0 < self.rope_theta < math.inf):
+            raise ValueError(f"norm_eps, rope_theta: expected 0 to 1 and above 0, got {self.norm_eps}, "
+                             f"{self.rope_theta}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: rotary positions need an even number, got {self.head_dim}")
 

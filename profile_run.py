@@ -14,6 +14,8 @@ import marshal
 import os
 import random
 import re
+import shlex
+import signal
 import sys
 import timeit
 from collections import Counter, defaultdict
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
-from cli import UserError, flag, parse, run
+from cli import UserError, flag, given, optional, parse, refuse, run
 
 # files, matplotlib and torch are imported after the script has run. A module imported earlier would be missing from the
 # phase "Python import", as torch is under --torch.
@@ -68,7 +70,18 @@ class ProfileConfig:
 # ---------------------------------------------------------------- recording
 
 def run_script(command: list[str], profile: cProfile.Profile, operators: AbstractContextManager) -> int:
-    """Run a script as `python SCRIPT ARGS...` would, under both profilers. Returns its exit code."""
+    """Run a script as `python SCRIPT ARGS...` would, under both profilers. Returns its exit code.
+
+    From Ctrl-C on, whatever the script was doing, what was recorded until then is all there will be.
+    """
+    interrupted = []
+
+    def interrupt(number: int, frame: object) -> None:
+        interrupted.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the report is to be written
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     path = Path(command[0]).resolve()
     main = ModuleType("__main__")  # stays: pickle, dataclasses and spawned processes look it up by name
     main.__file__ = str(path)
@@ -84,11 +97,15 @@ def run_script(command: list[str], profile: cProfile.Profile, operators: Abstrac
             return stop.code or 0
         print(stop.code, file=sys.stderr)
         return 1
-    except BaseException as error:  # KeyboardInterrupt too: what was recorded so far is reported
+    except BaseException as error:
+        if interrupted:  # by Ctrl-C, of which a library that was being imported may have made another error
+            print(f"\n{Path(command[0]).name}: interrupted", file=sys.stderr)
+            return 130
         trace = error.__traceback__.tb_next  # without this function's own line
         sys.excepthook(type(error), error.with_traceback(trace), trace)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+        return 1
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.path[:] = our_path
 
 
@@ -129,12 +146,13 @@ def cost_per_call() -> float:
 
 
 def read_profile(path: Path) -> Stats:
+    from files import checked, plain_file
+
     try:
-        stats = marshal.loads(path.read_bytes())
-        by_function(stats)  # fails where the file holds something else
-    except (EOFError, ValueError, TypeError, AttributeError, MemoryError):
+        stats = marshal.loads(plain_file(path, "a profile").read_bytes())
+    except (EOFError, ValueError, TypeError, MemoryError):
         raise UserError(f"{path}: expected a profile in cProfile's format; it is damaged or another file") from None
-    return stats
+    return checked(stats, Stats, f"{path}: expected a profile in cProfile's format")
 
 
 # ---------------------------------------------------------------- names and phases
@@ -228,13 +246,13 @@ def report(stats: Stats, command: str, top: int, cost: float) -> str:
 
 def plot(stats: Stats, command: str, top: int, path: Path) -> None:
     """Bars: the phases above, the functions with the most own time below."""
-    from matplotlib.figure import Figure
+    import picture
 
     total = total_seconds(stats)
     panels = {"phases": [(phase, *row) for phase, row in by_phase(stats).items()],
               "functions by own time": hottest(stats, top)}
     heights = [len(rows) + 1.5 for rows in panels.values()]
-    figure = Figure(figsize=(10, 0.26 * sum(heights) + 0.6), layout="constrained")
+    figure = picture.new_figure(10, 0.26 * sum(heights) + 0.6)
     figure.suptitle(f"{command if len(command) < 90 else command[:89] + '…'}: {clock(total)}", fontsize=12)
     for axis, (title, rows) in zip(figure.subplots(2, height_ratios=heights), panels.items(), strict=True):
         names, seconds, _ = zip(*reversed(rows), strict=True)
@@ -242,7 +260,7 @@ def plot(stats: Stats, command: str, top: int, path: Path) -> None:
         axis.bar_label(bars, [f"{clock(s)}  {s / total:.1%}" for s in seconds], padding=4)
         axis.set(title=title, xticks=[], xmargin=0.2, ymargin=0.02)  # xmargin: room for the longest bar's label
         axis.spines[:].set_visible(False)
-    figure.savefig(path, format="png", dpi=120)
+    picture.save(figure, path)
 
 
 def compare(before: Stats, after: Stats, top: int) -> str:
@@ -278,7 +296,7 @@ def record(config: ProfileConfig, command: list[str]) -> int:
     cost, profile = cost_per_call(), cProfile.Profile()
     code = run_script(command, profile, operators)
 
-    stats, title = snapshot(profile), " ".join([Path(command[0]).name, *command[1:]])
+    stats, title = snapshot(profile), shlex.join([Path(command[0]).name, *command[1:]])
     if not stats:  # the script did not compile
         return code
     from files import atomic_path
@@ -286,12 +304,13 @@ def record(config: ProfileConfig, command: list[str]) -> int:
     writers = {".prof": lambda path: path.write_bytes(marshal.dumps(stats))}
     if config.torch:
         writers[".trace.json"] = lambda path: operators.export_chrome_trace(str(path))
-    if rank == 0:
-        writers[".png"] = lambda path: plot(stats, title, config.top, path)
     for ending, write in writers.items():
         with atomic_path(Path(f"{stem}{ending}")) as temporary:
             write(temporary)
     if rank == 0:
+        writers[".png"] = plot
+        with optional(f"{stem}.png"):
+            plot(stats, title, config.top, Path(f"{stem}.png"))
         parts = [report(stats, title, config.top, cost)]
         if config.torch:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -310,6 +329,7 @@ def main() -> None:
     description = "cProfile around any script: profile_run.py [OPTIONS] SCRIPT [ARGUMENTS OF THE SCRIPT]"
     config, command = parse(ProfileConfig, description, args[:end]), args[end:]
     if config.compare:
+        refuse(given(ProfileConfig, args=args[:end]), ["out", "torch"], "with --compare")
         if len(config.compare) != 2 or command:
             raise UserError(f"--compare: expected two .prof files and no script, got {' '.join(args)}")
         print(compare(*map(read_profile, config.compare), config.top))

@@ -15,13 +15,22 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from cli import UserError, command, flag, given, note, optional, parse, refuse, run
+
 import torch
 from tqdm import tqdm
 
-from checkpoint import copy_tokenizer, load_model, newest_model, read_run, weights_size
-from cli import UserError, flag, parse, run
+from checkpoint import (
+    copy_companions,
+    holds_model,
+    is_quantized,
+    load_model,
+    newest_model,
+    read_run,
+    weights_size,
+)
 from dataloader import TokenData, evaluate
-from files import atomic_path, beside, write_json
+from files import atomic_folder, beside, write_json
 from generate import generate
 from int8 import Int8GPT, has_torch_ao, load_quantized, pick_backend, quantize, save_quantized, stored_size, torch_ao
 from machine import cpu_name, resident_bytes
@@ -31,23 +40,23 @@ LONGEST = 1024  # tokens of context in the comparison, of models that have more 
 
 # ---------------------------------------------------------------- what it costs, what it brings
 
-def contenders(folder: Path, backend: str) -> dict[str, Callable[[], GPT]]:
+def contenders(folder: Path, out: Path, backend: str) -> dict[str, Callable[[], GPT]]:
     """Row of the table -> how to make its model."""
     rows = {"fp32": lambda: load_model(folder)}
     if has_torch_ao():
         rows["torch.ao int8"] = lambda: torch_ao(load_model(folder))
-    ours = partial(load_quantized, beside(folder, "-int8"), backend)
+    ours = partial(load_quantized, out, backend)
     name = "owlet int8" if backend == "owlet" else f"owlet's format by {backend}"
     return rows | {name: ours, f"{name}, int8 cache": partial(ours, int8_cache=True)}
 
 
-def resident_memory(row: str, folder: Path, backend: str, threads: int) -> int:
+def resident_memory(row: str, folder: Path, out: Path, backend: str, threads: int) -> int:
     """Bytes that loading and running the model adds to a process; called in a fresh one."""
     torch.set_num_threads(threads)
     prompt = torch.zeros(1, 1, dtype=torch.long)
     list(generate(quantize(GPT(GPTConfig(n_layer=1)), "reference"), prompt, 8))  # loads the libraries
     before = resident_bytes()
-    model = contenders(folder, backend)[row]()
+    model = contenders(folder, out, backend)[row]()
     list(generate(model, prompt, min(model.config.block_size, LONGEST) // 2))
     return resident_bytes() - before
 
@@ -70,11 +79,11 @@ def tokens_per_second(models: dict[str, GPT], rounds: int, tick: Callable[[], ob
     return {name: {phase: statistics.median(values[1:]) for phase, values in of.items()} for name, of in times.items()}
 
 
-def compare(folder: Path, data: TokenData | None, backend: str, eval_tokens: int) -> dict:
+def compare(folder: Path, out: Path, data: TokenData | None, backend: str, eval_tokens: int) -> dict:
     """One row a contender: size, memory, loss, speed. data None: no losses."""
-    models = {name: make() for name, make in contenders(folder, backend).items()}
+    models = {name: make() for name, make in contenders(folder, out, backend).items()}
     sizes = {name: weights_size(folder) if name == "fp32" else
-             weights_size(beside(folder, "-int8")) if isinstance(model, Int8GPT) else stored_size(model)
+             weights_size(out) if isinstance(model, Int8GPT) else stored_size(model)
              for name, model in models.items()}
     rows, rounds = {}, 5
     bar = tqdm(total=(rounds + 3) * len(models), desc="comparing", disable=None, leave=False)
@@ -83,7 +92,7 @@ def compare(folder: Path, data: TokenData | None, backend: str, eval_tokens: int
         bits = evaluate(model, data, eval_tokens) * data.bits_per_nat if data is not None else None
         bar.update()
         with multiprocessing.get_context("spawn").Pool(1) as fresh:
-            memory = fresh.apply(resident_memory, (name, folder, backend, torch.get_num_threads()))
+            memory = fresh.apply(resident_memory, (name, folder, out, backend, torch.get_num_threads()))
         bar.update()
         base = rows["fp32"]["bits_per_byte"] if rows else bits
         rows[name] = {
@@ -110,13 +119,13 @@ def table(result: dict) -> str:
 
 def plot(result: dict, path: Path) -> None:
     """comparison.png: a panel a figure, a bar a model. The arrow in a title points to better."""
-    from matplotlib.figure import Figure
+    import picture
 
     panels = {"file_bytes": ("file, MB  ↓", 1e-6), "memory_bytes": ("memory, MB  ↓", 1e-6),
               "bits_per_byte": ("bits per byte  ↓", 1), "prompt_tokens_per_second": ("prompt, tokens/s  ↑", 1),
               "decode_tokens_per_second": ("decode, tokens/s  ↑", 1)}
     panels = {key: value for key, value in panels.items() if result["rows"]["fp32"][key] is not None}
-    figure = Figure(figsize=(2.6 * len(panels), 3.2), layout="constrained")
+    figure = picture.new_figure(2.6 * len(panels), 3.2)
     names = list(result["rows"])
     for axis, (key, (title, unit)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         bars = axis.bar(names, [result["rows"][name][key] * unit for name in names],
@@ -127,16 +136,16 @@ def plot(result: dict, path: Path) -> None:
         axis.tick_params(axis="x", labelrotation=30, labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{result['model']}: {result['parameters'] / 1e6:.1f}M parameters, {result['threads']} threads")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    picture.save(figure, path)
 
 
 # ---------------------------------------------------------------- command line
 
 @dataclass
 class QuantizeConfig:
-    checkpoint: Path | None = flag(None, "fp32 folder to shrink; default: the newest under out/. Writes FOLDER-int8.")
-    gguf: bool = flag(False, "Write FOLDER.gguf too: Q8_0, for llama.cpp and Ollama.")
+    checkpoint: Path | None = flag(None, "fp32 folder to shrink; default: the newest under out/.")
+    out: Path | None = flag(None, "Folder to write; default: FOLDER-int8.")
+    gguf: bool = flag(False, "Write a .gguf beside it: Q8_0, for llama.cpp and Ollama.")
     compare: bool = flag(True, "Measure size, memory, loss and speed against fp32 and torch.ao.")
     data: Path | None = flag(None, "Prepared folder to measure the loss on; default: what the model was trained on.")
     eval_tokens: int = flag(100_000, "Validation tokens to measure the loss on, evenly spread.", 1, 10**9)
@@ -152,45 +161,52 @@ def validation_data(source: Path | None, folder: Path, model: GPTConfig) -> Toke
             settings, trained_on = read_run(folder)
             source = Path(settings["data"])
         if source is None or not (source / "meta.json").exists():
-            print("note: the data this model was trained on is not here, so the table has no losses; "
-                  "name prepared data with --data")
+            note("the data this model was trained on is not here, so the table has no losses; "
+                 "name prepared data with --data")
             return None
     data = TokenData(source, min(model.block_size, LONGEST))
     if data.meta["vocab_size"] > model.vocab_size:
         raise UserError(f"--data {source}: has {data.meta['vocab_size']} different tokens, "
                         f"the model knows {model.vocab_size}")
     if trained_on not in (None, data.meta["train"]["sha256"]):
-        print(f"note: {source} holds other data than the model was trained on; the losses are of what it holds now")
+        note(f"{source} holds other data than the model was trained on; the losses are of what it holds now")
     return data
 
 
 def main() -> None:
     config = parse(QuantizeConfig, "Shrink a checkpoint to int8, and show what that costs and brings.")
+    if not config.compare:
+        refuse(given(QuantizeConfig), ["data", "eval_tokens", "backend"], "with --no-compare")
     torch.set_num_threads(config.threads or torch.get_num_threads())
     folder = config.checkpoint or newest_model(Path("out"), quantized=False)
-    model, out = load_model(folder), beside(folder, "-int8")
-    if (out / "train_state.pt").exists():
-        raise UserError(f"{out}: holds a training run, whose model this would replace; rename one of the two folders")
+    model, out = load_model(folder), config.out or beside(folder, "-int8")
+    if (out / "train_state.pt").exists() or (holds_model(out) and not is_quantized(out)):
+        raise UserError(f"{out}: holds a training run or its model, which this would replace; name another --out")
     data = validation_data(config.data, folder, model.config) if config.compare else None
-    save_quantized(model, out)
-    copy_tokenizer(folder, out)
+    backend = pick_backend(config.backend, torch.device("cpu")) if config.compare else ""
+    with atomic_folder(out, "config.json") as new:
+        copy_companions(folder, new)
+        save_quantized(model, new)
+        for name in ("comparison.json", "comparison.png"):  # of the model that was there
+            (out / name).unlink(missing_ok=True)
     before, after = weights_size(folder), weights_size(out)
     print(f"{folder} -> {out}: {before / 1e6:.2f} -> {after / 1e6:.2f} MB ({after / before:.1%})")
     if config.gguf:
         from to_gguf import write_gguf  # imports a package that only this flag needs
 
-        path = beside(folder, ".gguf")
+        path = beside(config.out or folder, ".gguf")
         write_gguf(model, folder, path)
         size = path.stat().st_size
         print(f"{folder} -> {path}: {size / 1e6:.2f} MB ({size / before:.1%})")
     if config.compare:
         del model
-        result = compare(folder, data, pick_backend(config.backend, torch.device("cpu")), config.eval_tokens)
+        result = compare(folder, out, data, backend, config.eval_tokens)
         write_json(out / "comparison.json", result)
-        plot(result, out / "comparison.png")
+        with optional(out / "comparison.png"):
+            plot(result, out / "comparison.png")
         print(f"\n{table(result)}\n\n{result['backend']}, {result['threads']} threads, {result['cpu']}; "
               f"also in {out}/comparison.json and .png")
-    print(f"next: python sample.py --checkpoint {out}")
+    print(f"next: {command('python', 'sample.py', '--checkpoint', out)}")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,21 @@
     echo "Once upon a time" | python sample.py --prompt -
 """
 
+import io
+import itertools
+import re
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cli import UserError, flag, given, note, parse, run
+
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from checkpoint import is_quantized, load_model, newest_model, read_tokenizer
-from cli import UserError, flag, parse, run
+from checkpoint import is_quantized, load_model, newest_model, read_tokenizer, token_ids
 from generate import generate
 from int8 import load_quantized
 from machine import gpu_has_bf16, pick_device
@@ -45,8 +48,9 @@ class SampleConfig:
 def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch.device) -> tuple[GPT, str]:
     """The model of an fp32 or int8 folder, on the device, and a word on how it computes."""
     if not is_quantized(folder):
-        if int8_cache:
-            raise UserError(f"--int8-cache: expected an int8 folder, as quantize.py makes one; {folder} is fp32")
+        if int8_cache or backend != "auto":
+            raise UserError(f"{'--int8-cache' if int8_cache else '--backend'}: expected an int8 folder, as quantize.py "
+                            f"makes one; {folder} is fp32")
         model = load_model(folder).to(device)
         if dtype == "float32" or (dtype == "auto" and not gpu_has_bf16(device)):
             return model, "fp32"
@@ -56,49 +60,58 @@ def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch
     if dtype == "bfloat16":
         raise UserError(f"--dtype bfloat16: expected an fp32 folder; {folder} is int8")
     if device.type == "mps":
-        print("note: int8 models run on CPUs and CUDA; going on with the CPU", file=sys.stderr)
+        note("int8 models run on CPUs and CUDA; going on with the CPU")
         device = torch.device("cpu")
     model = load_quantized(folder, backend, device, int8_cache)
     return model, f"int8 by {model.backend}{', int8 cache' * int8_cache}"
 
 
 def read_prompt(config: SampleConfig) -> str:
+    """The text to continue; of a file or pipe as prepare.py reads books: no byte order mark, newlines as \\n."""
     if config.prompt is not None and config.prompt_file is not None:
         raise UserError("--prompt and --prompt-file: expected one of them, got both")
+    if config.prompt_file is None and config.prompt != "-":
+        return config.prompt or "\n"
+    raw = config.prompt_file.read_bytes() if config.prompt_file is not None else sys.stdin.buffer.read()
     try:
-        if config.prompt_file is not None:
-            return config.prompt_file.read_text(encoding="utf-8")
-        if config.prompt == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
+        return io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise UserError(f"{config.prompt_file or 'standard input'}: expected UTF-8 text: {error}") from None
-    prompt = config.prompt or "\n"
-    if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError("--prompt: expected UTF-8 text, got other bytes")
-    return prompt
 
 
 class Detokenizer:
-    """Tokens to text, one at a time; bytes that do not make a character yet are held back."""
+    """Tokens to text, one at a time: what is returned, joined, is what `decode` makes of all of them.
+
+    Text is held back while a later token may change it: incomplete characters, and single bytes (<0x41>), of which
+    Llama's decoder takes a whole run as text or none of it. Only the tokens since the last text are decoded, behind
+    those that made that text, since decoders treat the beginning of a text in another way.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
-        self.tokenizer, self.decoder = tokenizer, DecodeStream(skip_special_tokens=True)
-        self.held: list[int] = []
-        for token in prompt:  # so that the first new token continues it
-            self.decoder.step(tokenizer, token)
+        self.tokenizer = tokenizer
+        self.tokens, self.said = [*prompt], len(prompt)  # the first `said` tokens are text already
 
     def __call__(self, token: int) -> str:
-        text = self.decoder.step(self.tokenizer, token)
-        self.held = [*self.held, token] if text is None else []
-        return text or ""
+        self.tokens.append(token)
+        if re.fullmatch("<0x[0-9A-F]{2}>", self.tokenizer.id_to_token(token) or ""):
+            return ""
+        return self.rest(hold="\ufffd")
 
-    def rest(self) -> str:
-        """The text of what is still held back."""
-        return self.tokenizer.decode(self.held)
+    def rest(self, hold: str | None = None) -> str:
+        """The text of what is still held back; none if it ends with `hold`."""
+        before, text = (self.tokenizer.decode(part) for part in (self.tokens[:self.said], self.tokens))
+        new = text[len(before):]
+        if not new or (hold is not None and new.endswith(hold)):
+            return ""
+        self.tokens = self.tokens[self.said:]
+        self.said = len(self.tokens)
+        return new
 
 
 def main() -> None:
     config = parse(SampleConfig, "Text from a checkpoint folder, fp32 or int8, streamed as it is made.")
+    for name in {"top_k", "top_p", "seed"} & given(SampleConfig).keys() if config.temperature == 0 else ():
+        note(f"--{name.replace('_', '-')} has no effect with --temperature 0, which draws nothing")
     torch.set_num_threads(config.threads or torch.get_num_threads())
     device = pick_device(config.device)
     folder = config.checkpoint or newest_model(Path("out"))
@@ -106,27 +119,34 @@ def main() -> None:
         raise UserError(f"{folder}: expected a checkpoint folder, found none")
     tokenizer = read_tokenizer(folder)
     text = read_prompt(config)
+    [prompt] = token_ids(tokenizer, [text], special=True)
     model, how = load(folder, config.dtype, config.backend, config.int8_cache, device)
+    for token in prompt:
+        if token >= model.config.vocab_size:
+            raise UserError(f"--prompt: {tokenizer.id_to_token(token)!r} is token {token}; "
+                            f"the model knows {model.config.vocab_size}")
     seed = config.seed if config.seed is not None else torch.seed() % 2**32
     generator = torch.Generator(model.device).manual_seed(seed)
 
-    prompt = tokenizer.encode(text).ids
     idx = torch.tensor([prompt] * config.num_samples, device=model.device).view(config.num_samples, -1)
     tokens = generate(model, idx, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
                       top_p=config.top_p, repetition_penalty=config.repetition_penalty,
                       eos=model.config.eos, generator=generator)
-    detokenize = Detokenizer(tokenizer, prompt)
+    eos = model.config.eos
+    ends = set(eos if isinstance(eos, list) else [eos])
+    detokenize, ended = Detokenizer(tokenizer, prompt), False
     print(text, end="", flush=True)
     rows, times = [], [time.perf_counter()]
     for token in tokens:
         rows.append(token.tolist())
         times.append(time.perf_counter())
-        print(detokenize(rows[-1][0]), end="", flush=True)
+        ended = ended or rows[-1][0] in ends
+        print("" if ended else detokenize(rows[-1][0]), end="", flush=True)
     print(detokenize.rest())
     for i in range(1, config.num_samples):
         detokenize = Detokenizer(tokenizer, prompt)
-        more = "".join(detokenize(row[i]) for row in rows)
-        print(f"\n--- {i + 1} of {config.num_samples}\n{text}{more}{detokenize.rest()}")
+        row = itertools.takewhile(lambda token: token not in ends, (tokens[i] for tokens in rows))
+        print(f"\n--- {i + 1} of {config.num_samples}\n{text}{''.join(map(detokenize, row))}{detokenize.rest()}")
 
     first, rest = times[1] - times[0], times[-1] - times[1]
     pace = f"{(len(rows) - 1) * config.num_samples / rest:,.0f} tokens/s" if len(rows) > 1 else "-"

@@ -6,13 +6,14 @@ Matrices are stored as Q8_0 (int8, one fp16 scale per 32 weights of a row), norm
 import json
 from pathlib import Path
 
+from cli import UserError
+
 import gguf
 from gguf import GGMLQuantizationType as Kind
 from gguf import TokenType
 from torch import Tensor
 
 from checkpoint import read_tokenizer
-from cli import UserError
 from files import atomic_path
 from model import GPT
 

@@ -22,15 +22,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cli import StopSignals, UserError, command, flag, given, note, one_line, parse, refuse, run, words
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import copy_tokenizer, holds_model, load_model, read_last_state, read_run, save_weights, write_state
-from cli import StopSignals, UserError, flag, parse, run
+from checkpoint import (
+    check_tensors,
+    copy_companions,
+    holds_model,
+    load_model,
+    read_last_state,
+    read_run,
+    save_weights,
+    write_state,
+)
 from dataloader import TokenData, evaluate, forward_loss, read_meta
-from distributed import Ranks, gather_to_main, launch, load_optimizer, parallelize, restart_folder, sync_gradients
+from distributed import (
+    Ranks,
+    gather_to_main,
+    launch,
+    load_optimizer,
+    parallelize,
+    restart_folder,
+    sync_gradients,
+    uncompile,
+)
 from files import lock, newest, write_json
 from machine import can_compile, peak_flops, pick_dtype
 from model import GPT, SIZES, GPTConfig
@@ -86,9 +105,11 @@ SIZE_DEFAULTS = {
     "tiny": {}, "small": {"max_steps": 3000, "muon_lr": 0.01, "adam_lr": 1.5e-3},
     "base": {"max_steps": 5000}, "medium": {"max_steps": 10_000},
 }
-# What a resumed run cannot change. The flags that shape a new model have the names of GPTConfig's fields.
-ARCHITECTURE = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "qk_norm", "tie_embeddings", "dropout")
-FIXED = ("size", "eval_tokens", *ARCHITECTURE)  # losses over other tokens could not be compared
+# The flags that shape a new model have the names of GPTConfig's fields. A fine-tuned model has its own shape.
+SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "qk_norm", "tie_embeddings")
+ARCHITECTURE = (*SHAPE, "block_size", "dropout")
+# What a resumed run cannot change; losses over other tokens could not be compared.
+FIXED = ("size", "init_from", "eval_tokens", *ARCHITECTURE)
 
 
 def defaults(size: str) -> TrainConfig:
@@ -97,31 +118,38 @@ def defaults(size: str) -> TrainConfig:
 
 def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
     """Flags over the size's defaults; or (--resume) over the run's own settings, and its saved state."""
-    first = parse(TrainConfig, DESCRIPTION, [a for a in args if a not in ("-h", "--help")])
+    without_help = [a for a in args if a not in ("-h", "--help")]
+    first, flags = parse(TrainConfig, DESCRIPTION, without_help), given(TrainConfig, args=without_help)
+    if flags.get("parallel") == "fsdp" and "RANK" not in os.environ:
+        refuse(flags, ["parallel"], "in one process; start several: torchrun --nproc_per_node=2 train.py ...")
     out = restart_folder(first.out)
     if out is not None:
         note(f"going on in {out}, where this launch of torchrun ({launch()}) trained before")
-    if out is None and not first.resume:
-        return parse(TrainConfig, DESCRIPTION, args, defaults(first.size)), None
-    if out is not None and not (out / "train_state.pt").exists():
-        return dataclasses.replace(parse(TrainConfig, DESCRIPTION, args, defaults(first.size)), out=out), None
-    out = out or first.out or newest(Path("out"), "train_state.pt", "python train.py")[0]
+    if first.resume or (out is not None and (out / "train_state.pt").exists()):
+        return resume(out or first.out or newest(Path("out"), "train_state.pt", "python train.py")[0], args, flags)
+    if first.init_from is not None:
+        refuse(flags, (*SHAPE, "size"), f"beside --init-from {first.init_from}, which has its own")
+    config = parse(TrainConfig, DESCRIPTION, args, defaults(first.size))
+    return dataclasses.replace(config, out=out or config.out), None
+
+
+def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
+    """The settings of the run in `out`, which the given flags replace, and its state."""
     state, damage = read_last_state(out)
     if damage:
         note(damage)
     settings, state["data_sha256"] = read_run(out, state)
-    saved = TrainConfig(**settings | {"out": out, "data": Path(settings["data"]), "resume": False})
-    config = parse(TrainConfig, DESCRIPTION, args, saved)
+    settings = {name: value for name, value in settings.items() if name not in ("out", "resume")}
+    try:
+        saved = parse(TrainConfig, "", [str(settings.pop("size", "tiny")), *words(settings)])
+    except UserError as error:
+        raise UserError(f"{out}/run.json: {error}") from None
     for name in FIXED:
-        if getattr(config, name) != getattr(saved, name):
-            raise UserError(f"--resume: {name} is {getattr(saved, name)} in {out}, expected the same, "
-                            f"got {getattr(config, name)}")
-    return config, state
-
-
-def note(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
+        kept = getattr(state["model_config"] if name in SHAPE else saved, name)
+        got = flags.get(name, kept)
+        if (got.resolve() if isinstance(got, Path) else got) != kept:
+            raise UserError(f"--resume: {name} is {kept} in {out}, expected the same, got {got}")
+    return dataclasses.replace(parse(TrainConfig, DESCRIPTION, args, saved), out=out), state
 
 
 # ---------------------------------------------------------------- where from, where to
@@ -137,7 +165,7 @@ def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
                         f"{', '.join(name for name, _ in found)}; expected the same on every machine")
     if state is not None and ranks.is_main and not holds_model(config.out):
         with lock(config.out, launch()):  # the run was killed in its first save
-            save_weights(state["model"], GPTConfig(**state["model_config"]), config.out)
+            save_weights(state["model"], state["model_config"], config.out)
     if state is not None and state["step"] >= config.max_steps:
         if ranks.is_main:
             print(f"{config.out} is trained for {state['step']} steps already; raise --max-steps to go on")
@@ -174,8 +202,10 @@ def build_model(config: TrainConfig, vocab_size: int) -> GPT:
     model = load_model(config.init_from, config.dropout)
     if model.config.vocab_size < vocab_size:
         raise UserError(f"--init-from: the model knows {model.config.vocab_size} tokens, the data has {vocab_size}; "
-                        f"prepare the data with --tokenizer {config.init_from}")
-    config.block_size = min(config.block_size, model.config.block_size)
+                        f"prepare the data with {command('--tokenizer', config.init_from)}")
+    if model.config.block_size < config.block_size:
+        note(f"--block-size {config.block_size}: going on with {model.config.block_size}, the model's longest context")
+        config.block_size = model.config.block_size
     return model
 
 
@@ -200,7 +230,8 @@ class Run:
         if state is None:
             self.model = build_model(config, read_meta(config.data)["vocab_size"])
         else:
-            self.model = GPT(GPTConfig(**state["model_config"]))
+            self.model = GPT(state["model_config"])
+            check_tensors(config.out / "train_state.pt", self.model.state_dict(), state["model"])
             self.model.load_state_dict(state["model"])
         self.data = TokenData(config.data, config.block_size, ranks.device, config.seed)
         self.data_sha256 = self.data.meta["train"]["sha256"]
@@ -214,14 +245,16 @@ class Run:
         if state is not None:
             self.first, self.best = state["step"], state["best"]
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                load_optimizer(optimizer, saved)
+                load_optimizer(optimizer, saved["state"])
             state.clear()  # it has been copied: free its memory
 
         # log, checkpoints, signals
         self.peak = peak_flops(ranks.device, self.dtype) * ranks.world
         if ranks.is_main:
             at_exit.enter_context(lock(config.out, launch()))
-            copy_tokenizer(config.data, config.out)
+            if state is None:
+                for source in filter(None, (config.init_from, config.data)):
+                    copy_companions(source, config.out)
         self.saver, self.saving = ThreadPoolExecutor(1), None
         title = f"{config.out.name}: {self.model.num_params() / 1e6:.1f}M parameters on {config.data.name}"
         self.log = RunLog(config.out, self.first, self.data.bits_per_nat, title) if ranks.is_main else None
@@ -257,8 +290,17 @@ class Run:
         parts = self.data.batch(step * config.batch_size + ranks.rank * share, share, config.grad_accum)
         for i, (x, y) in enumerate(parts):
             sync_gradients(self.wrapped, on=i == len(parts) - 1)  # summed over the ranks once they are whole
-            loss = forward_loss(self.wrapped, x, y, self.dtype) / len(parts)
-            loss.backward()
+            try:
+                loss = forward_loss(self.wrapped, x, y, self.dtype) / len(parts)
+                loss.backward()
+            except Exception as error:
+                if config.compile == "off" or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                    raise
+                note(f"torch.compile failed ({one_line(error)}); going on without it, more slowly")
+                config.compile = "off"
+                uncompile(self.model)
+                self.model.zero_grad()
+                return self.train_step(step)
             self.loss_sum += loss.detach()
         scale = lr_scale(step, config)
         update(self.model, self.optimizers, (config.muon_lr * scale, config.adam_lr * scale), config.weight_decay,
@@ -328,15 +370,15 @@ class Run:
         self.bar.close()
         self.wait_for_save()
         if self.log:
-            self.log.board.close()
+            self.log.close()
         out = self.config.out
         if done < self.config.max_steps:
-            self.say(f"stopped at step {done}; go on with: python train.py --resume --out {out}")
+            self.say(f"stopped at step {done}; go on with: {command('python', 'train.py', '--resume', '--out', out)}")
             return 128 + (self.signals.asked or signal.SIGTERM)
         if self.log:
             self.say(f"{out}: best validation {self.best:.4f} nats, {self.best * self.data.bits_per_nat:.4f} "
                      f"bits/byte\n{self.log.curve()} the whole curve: {out / 'loss.png'}\n"
-                     f"next: python sample.py --checkpoint {out}")
+                     f"next: {command('python', 'sample.py', '--checkpoint', out)}")
         return 0
 
 

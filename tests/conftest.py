@@ -14,11 +14,12 @@ from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU is what these tests are about
 
+import cli
+
 import prepare
 import pytest
 import torch
 
-import cli
 import train
 from checkpoint import save_weights
 from int8 import int8_linear_reference

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from cli import UserError
+
 import pytest
 import torch
 from conftest import ROOT, end_well, fork_train, free_port
@@ -33,7 +35,6 @@ from checkpoint import (
     write_state,
     write_tensors,
 )
-from cli import UserError
 
 TRAIN = [*SMALL, "--max-steps", "60"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import warnings
 
+from cli import StopSignals, UserError
+
 import pytest
 import torch
 from conftest import ROOT
@@ -14,7 +16,6 @@ from safetensors.torch import save_file
 
 import checkpoint
 from checkpoint import read_safetensors, read_state, write_state, write_tensors
-from cli import StopSignals, UserError
 from files import atomic_path, write_text
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+from cli import UserError
+
 import gguf
 import numpy as np
 import prepare
@@ -11,7 +13,6 @@ from conftest import assert_same_choice, make_text, random_model, save_model
 from tokenizers import processors
 
 import quantize
-from cli import UserError
 from to_gguf import interleave_pairs, write_gguf
 
 TEXT = "Owl sees Fox at ten.\n\n  ä, naïve — 日本 12345, don't!\r\n\t \x0b🦉 Wren."

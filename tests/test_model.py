@@ -4,6 +4,8 @@ import json
 import math
 from dataclasses import replace
 
+from cli import UserError
+
 import pytest
 import torch
 from conftest import TINY, random_model, save_model
@@ -13,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 from checkpoint import config_from_hf, config_to_hf, load_model
-from cli import UserError
 from generate import StaticKVCache, generate, sample_next
 from model import GPT, GPTConfig, KVCache
 

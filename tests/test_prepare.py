@@ -3,6 +3,8 @@
 import hashlib
 import json
 
+from cli import UserError
+
 import numpy as np
 import prepare
 import pytest
@@ -11,7 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prepare import PrepareConfig, clean_plain, encode, pieces, plain_markdown, train_tokenizer
 
-from cli import UserError
 from dataloader import TokenData
 
 BYTES = train_tokenizer([], 256)

@@ -4,6 +4,8 @@ import json
 import math
 import multiprocessing
 
+from cli import UserError
+
 import pytest
 import torch
 from conftest import assert_same_choice, forks, random_model, save_model, step_by_step
@@ -17,7 +19,6 @@ import quantize
 import sample
 import train
 from checkpoint import load_model, weights_size
-from cli import UserError
 from dataloader import TokenData, evaluate
 from generate import generate
 from int8 import LINEARS, int8_linear_reference, quantize_rows, quantize_tokens

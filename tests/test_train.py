@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from cli import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,6 @@ from conftest import ROOT, assert_same, end_well, fork_train, save_model
 
 import train
 from checkpoint import load_model, read_run, read_safetensors, read_state, write_state
-from cli import UserError
 from dataloader import TokenData, evaluate
 from distributed import Ranks
 from machine import can_compile

@@ -20,13 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from cli import UserError, flag, parse, run
+
 import torch
 import torch.nn.functional as F
 from report import machine_name, publish, random_model, table, take_turns
 from torch import Tensor
 
 import int8
-from cli import UserError, flag, parse, run
 from generate import BUCKET, generate
 from int8 import quantize_rows, quantize_tokens
 from machine import peak_flops

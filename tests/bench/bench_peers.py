@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from cli import UserError, flag, parse, run
+
 import numpy as np
 import torch
 from engines import ENGINES, Engine
@@ -29,7 +31,6 @@ from report import GPT2_VOCAB, machine_name, picture, publish, random_model, sum
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from checkpoint import load_model, save_weights
-from cli import UserError, flag, parse, run
 from files import beside, write_json
 from model import GPT
 

@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Literal
 from unittest import mock
 
+from cli import UserError, flag, parse, run
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from report import machine_name, picture, publish, summary, table, take_turns
 from torch import Tensor
 
-from cli import UserError, flag, parse, run
 from dataloader import forward_loss
 from distributed import Ranks, parallelize
 from machine import pick_dtype

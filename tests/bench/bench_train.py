@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from cli import flag, parse, run
+
 import torch
 from report import machine_name, publish, table, take_turns
 from torch import Tensor, nn
 
-from cli import flag, parse, run
 from dataloader import forward_loss
 from distributed import Ranks, parallelize
 from machine import can_compile, peak_flops, pick_dtype

@@ -15,10 +15,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cli import UserError, flag, parse, run
+
 import torch
 from report import ROOT, table
 
-from cli import UserError, flag, parse, run
 from files import write_text
 
 PYTHON = sys.executable
