@@ -24,9 +24,9 @@ kernels: build/kernels
 
 build/kernels: .venv/requirements setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	@mkdir -p build
-	@if command -v $(CXX) > /dev/null; then \
+	@if command -v $(firstword $(CXX)) > /dev/null; then \
 	    echo "building the int8 kernels ..." && \
-	    CXX=$(CXX) $(BIN)/python setup.py build_ext > build/log 2>&1 && touch $@ || { tail -n 40 build/log; exit 1; }; \
+	    CXX="$(CXX)" $(BIN)/python setup.py build_ext > build/log 2>&1 && touch $@ || { tail -n 40 build/log; exit 1; }; \
 	else \
 	    echo "note: no C++ compiler ($(CXX)), so no int8 kernels; torch.ao takes their place"; \
 	fi

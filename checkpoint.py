@@ -85,6 +85,7 @@ def config_to_hf(config: GPTConfig) -> dict:
 
 def config_from_hf(hf: dict, where: object = "config.json") -> GPTConfig:
     """From config.json's fields, without dropout. Raises UserError that names what this decoder does not compute."""
+    hf = without_nulls(hf)
     features = checked(hf, Features, where)
     qwen, ropes = features.model_type == "qwen3", (features.rope_parameters, features.rope_scaling)
     for name, value in {**msgspec.to_builtins(Features()), "model_type": "qwen3" if qwen else "llama"}.items():
@@ -106,6 +107,11 @@ def config_from_hf(hf: dict, where: object = "config.json") -> GPTConfig:
         raise UserError(f"{where}: {error}") from None
 
 
+def without_nulls(hf: dict) -> dict:
+    return {name: without_nulls(value) if isinstance(value, dict) else value
+            for name, value in hf.items() if value is not None}
+
+
 def known_tokens(ids: int | list[int] | None, vocab_size: int, where: str) -> int | list[int] | None:
     """Without those that the model does not know, which a note names; None if none is left."""
     known = [token for token in (ids if isinstance(ids, list) else [ids]) if token is not None
@@ -118,18 +124,17 @@ def known_tokens(ids: int | list[int] | None, vocab_size: int, where: str) -> in
 
 
 def read_config(folder: Path) -> dict:
-    """config.json without nulls, with the end-of-text tokens of generation_config.json where there is one."""
+    """config.json, with the end-of-text tokens of generation_config.json where there is one."""
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
     if not path.exists():
         raise UserError(f"{folder}: expected a checkpoint folder, found no config.json in it")
     config = read_json(path)
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    return {name: value for name, value in config.items() if value is not None} | (
-        {} if eos is None else {"eos_token_id": eos})
+    return config if eos is None else config | {"eos_token_id": eos}
 
 
 def is_quantized(folder: Path) -> bool:
-    return "quantization_config" in read_config(folder)
+    return read_config(folder).get("quantization_config") is not None
 
 
 # ---------------------------------------------------------------- a model's folder
@@ -138,7 +143,7 @@ def load_model(folder: Path | str, dropout: float = 0.0) -> GPT:
     """Load a folder written by owlet or transformers (Qwen3, Llama), as fp32, in eval mode."""
     folder = Path(folder)
     hf = read_config(folder)
-    if "quantization_config" in hf:
+    if hf.get("quantization_config") is not None:
         raise UserError(f"{folder}: a quantized folder; expected an fp32 one")
     config = dataclasses.replace(config_from_hf(hf, folder / "config.json"), dropout=dropout)
     state = {name: tensor.float() for name, tensor in read_tensors(folder).items()
@@ -402,20 +407,20 @@ def read_state(path: Path, mmap: bool = False) -> dict:
     return state
 
 
-def read_last_state(folder: Path) -> tuple[TrainState, str | None]:
+def read_last_state(folder: Path) -> tuple[dict, str | None]:
     """What a run saved last. If that is damaged: what it saved before, and a line that says so."""
     path = Path(folder) / "train_state.pt"
     try:
-        return checked(read_state(path), TrainState, path), None
+        return read_state(path), None
     except UserError as error:
         before, damage = previous_state(path), error
     if not before.exists():
         raise damage
     try:
-        state = checked(read_state(before), TrainState, before)
+        state = read_state(before)
     except UserError as error:
         raise UserError(f"{damage}; and {error}") from None
-    return state, f"{damage}; going on from step {state['step']}, {before}"
+    return state, f"{damage}; going on from step {state.get('step')}, {before}"
 
 
 # ---------------------------------------------------------------- a run's settings
@@ -425,7 +430,7 @@ class RunFile(TypedDict):
     data_sha256: str
 
 
-def read_run(folder: Path, state: TrainState | None = None) -> tuple[dict, str]:
+def read_run(folder: Path, state: dict | None = None) -> tuple[dict, str]:
     """run.json: train.py's flags as the run used them, in today's names, and the hash of its training tokens.
 
     Older runs have them in their state, which is read if it is not given.

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import math
 import multiprocessing
 import os
 import re
@@ -58,10 +59,7 @@ def optional(what: object) -> Iterator[None]:
 
 # ---------------------------------------------------------------- flags
 
-HIGHEST = 10**12  # of any number; sizes beyond it only exhaust the memory
-
-
-def flag(default: Any, help: str, low: float | None = None, high: float = HIGHEST, positional: bool = False,
+def flag(default: Any, help: str, low: float | None = None, high: float = math.inf, positional: bool = False,
          renamed: dict[str, str] | None = None) -> Any:
     """A field of a dataclass of flags. Numbers must lie in low..high; `renamed` maps old values to their new names."""
     return dataclasses.field(default=default, metadata={
@@ -86,7 +84,11 @@ def given(config_class: type, description: str = "", args: Sequence[str] | None 
     for word in args:  # first, since the value of an unknown flag would be taken for something else
         if word.startswith("--") and word.split("=")[0] not in parser._option_string_actions:
             parser.error(f"unrecognized arguments: {word}")
-    return {name: value for name, value in vars(parser.parse_args(args)).items() if value is not None}
+    found = {name: value for name, value in vars(parser.parse_args(args)).items() if value is not None}
+    for name, value in found.items():
+        if value == []:  # what argparse makes of --name=--
+            parser.error(f"argument --{name.replace('_', '-')}: expected one argument")
+    return found
 
 
 def refuse(flags: dict, names: Iterable[str], why: str) -> None:
@@ -132,7 +134,8 @@ def _path(word: str) -> Path:
 
 def _conversion(kind: type, low: float | None, high: float, renamed: dict[str, str]) -> Callable[[str], Any]:
     """The conversion of a flag's word; numbers must lie in low..high."""
-    what = {int: "a whole number", float: "a number", Path: "a path", str: "text"}[kind]
+    what = {int: "a whole number", float: "a number", Path: "a path in UTF-8", str: "text in UTF-8"}[kind]
+    most = min(high, 10**12 if kind is int else sys.float_info.max)
 
     def convert(word: str) -> Any:
         if word in renamed:
@@ -141,9 +144,9 @@ def _conversion(kind: type, low: float | None, high: float, renamed: dict[str, s
             word.encode()  # Python takes other bytes than UTF-8 from the command line and fails to print them
             value = (_path if kind is Path else kind)(word)
         except (ValueError, RuntimeError):  # RuntimeError: a ~ where there is no home
-            raise argparse.ArgumentTypeError(f"expected {what} in UTF-8, got {word[:60]!a}") from None
-        if low is not None and not low <= value <= high:
-            expected = f"{low} or more" if high == HIGHEST and not value > high else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"expected {what}, got {word[:60]!a}") from None
+        if low is not None and not low <= value <= most:
+            expected = f"{low} or more" if high == math.inf and not value > most else f"{low} to {most}"
             raise argparse.ArgumentTypeError(f"expected {expected}, got {word[:60]}")
         return value
 

@@ -8,6 +8,7 @@ built too when torch is a CUDA build and an nvcc of the same CUDA version is fou
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-if not shutil.which(os.environ.get("CXX", "c++")):
+if not shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]):
     sys.exit("setup.py: no C++ compiler found; install g++ or clang++, or name yours in CXX")
 
 csrc = Path("csrc")

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import (
+    TrainState,
     check_tensors,
     copy_companions,
     holds_model,
@@ -50,7 +51,7 @@ from distributed import (
     sync_gradients,
     uncompile,
 )
-from files import lock, newest, write_json
+from files import checked, lock, newest, write_json
 from machine import can_compile, peak_flops, pick_dtype
 from model import GPT, SIZES, GPTConfig
 from muon import make_optimizers, update
@@ -138,7 +139,8 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
     state, damage = read_last_state(out)
     if damage:
         note(damage)
-    settings, state["data_sha256"] = read_run(out, state)
+    settings, data_sha256 = read_run(out, state)
+    state = checked(state, TrainState, out / "train_state.pt") | {"data_sha256": data_sha256}
     settings = {name: value for name, value in settings.items() if name not in ("out", "resume")}
     try:
         saved = parse(TrainConfig, "", [str(settings.pop("size", "tiny")), *words(settings)])

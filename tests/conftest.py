@@ -38,6 +38,8 @@ TINY = {"vocab_size": 256, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often tests/test_chaos.py kills a training run")
     parser.addoption("--kills-seed", type=int, default=random.randrange(2**32), help="draws the moments of the kills")
+    parser.addoption("--cases", type=int, default=40, help="how many cases each test of tests/test_fuzz.py draws")
+    parser.addoption("--cases-seed", type=int, default=random.randrange(2**32), help="draws them")
 
 
 def save_model(model: GPT, folder: Path) -> None:
@@ -54,6 +56,12 @@ def make_text(words: int, seed: int = 0) -> str:
         sentences.append(f"{rng.choice(names)} {rng.choice(verbs)} {rng.choice(names)} at {rng.choice(hours)}.")
         words -= 5
     return "\n".join(sentences) + "\n"
+
+
+@pytest.fixture(autouse=True)
+def notes_anew() -> None:
+    """A process says the same note once; here each test is one."""
+    cli.note.cache_clear()
 
 
 @pytest.fixture(scope="session")

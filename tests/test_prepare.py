@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 from cli import UserError
 
@@ -151,24 +152,27 @@ def test_a_refused_text_leaves_earlier_data_alone(data, tmp_path, text_file):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_killed_before_meta_json_the_new_files_are_refused(tmp_path, monkeypatch):
-    """Old counts must not describe new tokens. Preparing once more makes all valid."""
+@pytest.mark.parametrize("moved", range(1, 5))
+def test_killed_while_it_replaces_a_folder_no_files_of_two_texts_are_taken(tmp_path, monkeypatch, moved):
+    """The new folder becomes valid in one moment. Preparing once more makes all valid."""
     (tmp_path / "a.txt").write_text(make_text(2000, seed=1))
     config = PrepareConfig(input=(tmp_path / "a.txt",), out=tmp_path / "data")
     prepare.prepare(config)
-    TokenData(tmp_path / "data", 32)
+    before = (tmp_path / "data" / "train.bin").read_bytes()
     (tmp_path / "a.txt").write_text(make_text(2000, seed=1).replace("Owl", "Elk"))  # as many bytes
-    write_json = prepare.write_json
+    replace, left = Path.replace, iter(range(moved))
 
-    def die(path, value):
-        if path.name == "meta.json":
+    def die(path: Path, target: Path) -> Path:
+        if path.parent != target.parent and next(left, None) is None:
             raise KeyboardInterrupt
-        write_json(path, value)
+        return replace(path, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare, "write_json", die)
+        patch.setattr(Path, "replace", die)
         prepare.prepare(config)
-    with pytest.raises(UserError, match=r"bin: expected the tokens that meta\.json describes, got others"):
+    with pytest.raises(UserError, match=r"found no meta\.json"):
         TokenData(tmp_path / "data", 32)
     prepare.prepare(config)
     TokenData(tmp_path / "data", 32)
+    assert (tmp_path / "data" / "train.bin").read_bytes() != before
+    assert not list((tmp_path / "data").glob(".*"))

@@ -313,7 +313,8 @@ def test_memory_is_that_of_the_model(tmp_path):
     for row in ("fp32", "owlet int8"):
         if row == "fp32" or int8.owlet_kernels is not None:
             with multiprocessing.get_context("spawn").Pool(1) as fresh:
-                memory[row] = fresh.apply(quantize.resident_memory, (row, tmp_path / "big", "owlet", 1))
+                memory[row] = fresh.apply(quantize.resident_memory,
+                                          (row, tmp_path / "big", tmp_path / "big-int8", "owlet", 1))
     assert 0.9 * stored < memory.pop("fp32") < 1.5 * stored
     assert all(0.2 * stored < size < 0.5 * stored for size in memory.values())
 

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from files import atomic_path, write_json, write_text
+from files import write_json, write_text
 from machine import cpu_name
 from model import GPT, SIZES, GPTConfig
+from picture import new_figure, save
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "out/bench"  # of the benchmarks run by pytest
@@ -80,7 +80,7 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
 def picture(path: Path, title: str, size: tuple[float, float], shape: tuple[int, int] = (1, 1),
             **options: Any) -> Iterator[np.ndarray]:
     """Yield axes (rows, columns) to plot on; then write them to path as PNG, with the first one's legend below."""
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(*size)
     axes = figure.subplots(*shape, squeeze=False, **options)
     yield axes
     for axis in axes.flat:
@@ -88,8 +88,7 @@ def picture(path: Path, title: str, size: tuple[float, float], shape: tuple[int,
     figure.suptitle(title, fontsize=10)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * axes.shape[1],
                   frameon=False, fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    save(figure, path)
 
 
 def machine_name(gpu: bool = False) -> str:
