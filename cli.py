@@ -45,7 +45,8 @@ def note(text: str) -> None:
     from tqdm import tqdm
 
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(f"note: {text}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the disk that holds it may be full
+            tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -53,6 +54,8 @@ def optional(what: object) -> Iterator[None]:
     """For what a run can do without, such as a picture: where it fails, a note, and the run goes on."""
     try:
         yield
+    except BrokenPipeError:  # the reader has left
+        raise
     except Exception as error:
         note(f"{what}: {one_line(error).removeprefix(f'{what}: ')}; going on without")
 

@@ -34,6 +34,7 @@ class DataMeta(TypedDict):
     dtype: Literal["<u2", "<u4"]
     train: Split
     val: Split
+    eos: NotRequired[Annotated[int, Meta(ge=0)] | None]  # the token that ends a text
     mtime_ns: NotRequired[dict[str, int]]
     inputs: NotRequired[list[str]]
 

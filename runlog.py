@@ -78,7 +78,8 @@ def read_records(path: Path) -> list[Record]:
     records, lines = [], plain_file(path, "the log of a run", 1e9).read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         with contextlib.suppress(ValueError, UserError, RecursionError):
-            record = checked(json.loads(line), Record, path)
+            record = json.loads(line)
+            checked(record, Record, path)
             if record.keys() >= {"step"} and all(map(math.isfinite, record.values())):
                 records.append(record)
                 continue

@@ -93,7 +93,8 @@ class Detokenizer:
 
     def __call__(self, token: int) -> str:
         self.tokens.append(token)
-        if re.fullmatch("<0x[0-9A-F]{2}>", self.tokenizer.id_to_token(token) or ""):
+        single_byte = re.fullmatch("<0x[0-9A-F]{2}>", self.tokenizer.id_to_token(token) or "")
+        if single_byte or not self.tokenizer.decode([token]):  # or one that decode leaves out: it ends no run
             return ""
         return self.rest(hold="\ufffd")
 

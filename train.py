@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import StopSignals, UserError, command, flag, given, note, one_line, parse, refuse, run, words
+from cli import StopSignals, UserError, command, flag, given, note, one_line, optional, parse, refuse, run, words
 
 import numpy as np
 import torch
@@ -151,7 +151,12 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
         got = flags.get(name, kept)
         if (got.resolve() if isinstance(got, Path) else got) != kept:
             raise UserError(f"--resume: {name} is {kept} in {out}, expected the same, got {got}")
-    return dataclasses.replace(parse(TrainConfig, DESCRIPTION, args, saved), out=out), state
+    config = dataclasses.replace(parse(TrainConfig, DESCRIPTION, args, saved), out=out)
+    if config.max_steps != saved.max_steps:
+        rates = [lr_scale(state["step"], of) for of in (saved, config)]
+        note(f"--max-steps {config.max_steps} instead of {saved.max_steps}: the learning rates go on at {rates[1]:.0%} "
+             f"of their peak instead of {max(0, rates[0]):.0%}")
+    return config, state
 
 
 # ---------------------------------------------------------------- where from, where to
@@ -194,11 +199,11 @@ def new_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def build_model(config: TrainConfig, vocab_size: int) -> GPT:
+def build_model(config: TrainConfig, vocab_size: int, eos: int | None = None) -> GPT:
     """A new model as the flags say, or the one to fine-tune."""
     if config.init_from is None:
         try:
-            return GPT(GPTConfig(vocab_size, **{name: getattr(config, name) for name in ARCHITECTURE}))
+            return GPT(GPTConfig(vocab_size, eos=eos, **{name: getattr(config, name) for name in ARCHITECTURE}))
         except ValueError as error:
             raise UserError(str(error)) from None
     model = load_model(config.init_from, config.dropout)
@@ -225,12 +230,12 @@ class Run:
 
     def __init__(self, config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: contextlib.ExitStack) -> None:
         self.config, self.ranks = config, ranks
-        self.say = tqdm.write if ranks.is_main else lambda text: None
 
         # model and data
         torch.manual_seed(config.seed)
         if state is None:
-            self.model = build_model(config, read_meta(config.data)["vocab_size"])
+            meta = read_meta(config.data)
+            self.model = build_model(config, meta["vocab_size"], meta.get("eos"))
         else:
             self.model = GPT(state["model_config"])
             check_tensors(config.out / "train_state.pt", self.model.state_dict(), state["model"])
@@ -272,6 +277,11 @@ class Run:
         self.began = self.spoke = time.perf_counter()
         self.train_loss, self.pace, self.speed, self.slow, self.better = math.nan, 0.0, "", False, False
 
+    def say(self, text: str) -> None:
+        if self.ranks.is_main:
+            with optional("standard output"):
+                tqdm.write(text)
+
     def announce(self) -> None:
         config = self.config
         what = f"fine-tuning {config.init_from}" if config.init_from else config.size
@@ -282,6 +292,9 @@ class Run:
             f"{self.ranks.world} x {self.ranks.device.type}, {torch.get_num_threads()} threads each, "
             f"{str(self.dtype).removeprefix('torch.')}, matmul peak {self.peak / 1e9:,.0f} GFLOP/s"
             f"{'; compiling first, some 10 seconds' if config.compile == 'on' else ''}")
+        if config.init_from and not self.first:
+            self.evaluate(0)
+            self.best = math.inf  # the first save is of a trained model
 
     def train_step(self, step: int) -> None:
         """Forward and backward over this rank's share of the batch, part by part, and a step of the optimizers."""
@@ -347,10 +360,10 @@ class Run:
         if not math.isfinite(val_loss):
             raise diverged(self.config, done, f"the validation loss is {val_loss}")
         self.better, self.best = val_loss < self.best, min(self.best, val_loss)
-        bits = val_loss * self.data.bits_per_nat
+        bits, trained = val_loss * self.data.bits_per_nat, f"train {self.train_loss:.3f}, " if done else ""
         if self.log:
             self.log.add(step=done, val_loss=val_loss, val_bits_per_byte=bits)
-            self.say(f"step {done}/{self.config.max_steps}: train {self.train_loss:.3f}, validation {val_loss:.4f} "
+            self.say(f"step {done}/{self.config.max_steps}: {trained}validation {val_loss:.4f} "
                      f"nats = {bits:.4f} bits/byte{'' if self.better else ' (no better)'}{self.speed}")
 
     def save(self, done: int) -> None:

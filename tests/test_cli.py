@@ -1,6 +1,5 @@
 """What the user types, right and wrong: a mistake costs one line and exit code 2, and no file."""
 
-import json
 import os
 import pickle
 import resource
@@ -14,7 +13,7 @@ from pathlib import Path
 import prepare
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, damage, refused
 
 import checkpoint
 import quantize
@@ -25,37 +24,8 @@ TINY = ["--n-layer", 1, "--n-embd", 16, "--n-head", 2, "--block-size", 16, "--ba
         "--eval-tokens", 500, "--threads", 1, "--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
-def checkpoint_folder(data, tmp_path_factory):
-    """A checkpoint of two steps, never changed."""
-    out = tmp_path_factory.mktemp("out") / "wood"
-    config = train.TrainConfig(data=data, out=out, n_layer=1, n_embd=16, n_head=2, block_size=16, batch_size=4,
-                               max_steps=2, eval_tokens=500, device="cpu")
-    assert train.train(config, train.Ranks("cpu", threads=1)) == 0
-    return out
-
-
-@pytest.fixture
-def folder(checkpoint_folder, tmp_path, monkeypatch):
-    """A copy under out/ of the working folder, free to be damaged."""
-    monkeypatch.chdir(tmp_path)
-    return Path(shutil.copytree(checkpoint_folder, tmp_path / "out" / "wood")).relative_to(tmp_path)
-
-
-def refused(result: tuple[int, str, str], *words: object) -> None:
-    code, _, err = result
-    assert code == 2, err
-    assert len(err.strip().splitlines()) == 1, err
-    for word in words:
-        assert str(word) in err
-
-
 def tree(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-def damage(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 # ---------------------------------------------------------------- prepare

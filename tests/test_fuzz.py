@@ -49,7 +49,8 @@ USES = {
 VALUES = [None, "", "x", "\u0000", "\u20ac", [], {}, [None], [[]], {"a": 1}, True, False, -1, 0, 1, 3, 255, 256, 1.5,
           64.0, 1e-40, 1e300, 2**31 - 1, 2**31, 2**40, 2**63, 2**70, -(2**63), "256", "../x", "/etc/passwd"]
 WORDS = ["", " ", "-1", "0", "1", "3", "1.5", "1e-45", "1e38", "1e999", "-1e999", "nan", "9" * 30, "9" * 5000, "x",
-         "None", "[", "~nobody/x", "~", "/dev/null", "/dev/zero", "/nowhere/x", ".", "..", "x" * 300, "\udce9", "$x__y", "a\nb",
+         "None", "[", "~nobody/x", "~", "/dev/null", "/dev/zero", "/nowhere/x", ".", "..", "x" * 300, "\udce9", "$x__y",
+         "a\nb",
          "--", "-", "model", "data", "auto", "cpu", "cuda:99", "mps"]
 
 
@@ -170,8 +171,6 @@ def _run(words: list[str], place: Path) -> None:
 
 def assert_clean(words: list[str], place: Path) -> None:
     code, said = run_script(words, place)
-    if log := os.environ.get("FUZZ_LOG"):
-        with open(log, "a") as f: f.write(f"{code} {ascii(words)[:150]} {said.strip()[-300:]!r}\n")
     assert "Traceback" not in said and "Error:" not in said and "panicked" not in said, said[-3000:]
     assert code in (0, 2, 130), f"exit code {code}: {said[-2000:]}"
     lines = [line for line in re.split("[\r\n]+", said) if line.startswith(f"{words[0]}.py: ")]
