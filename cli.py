@@ -98,7 +98,7 @@ def refuse(flags: dict, names: Iterable[str], why: str) -> None:
     """UserError if one of these stands among the given flags: none is silently without effect."""
     for name in names:
         if name in flags:
-            raise UserError(f"--{name.replace('_', '-')} {flags[name]}: has no effect {why}")
+            raise UserError(f"{words({name: flags[name]})[0]} has no effect {why}")
 
 
 def words(settings: dict) -> list[str]:
@@ -138,7 +138,7 @@ def _path(word: str) -> Path:
 def _conversion(kind: type, low: float | None, high: float, renamed: dict[str, str]) -> Callable[[str], Any]:
     """The conversion of a flag's word; numbers must lie in low..high."""
     what = {int: "a whole number", float: "a number", Path: "a path in UTF-8", str: "text in UTF-8"}[kind]
-    most = min(high, 10**12 if kind is int else sys.float_info.max)
+    most = high if high < math.inf else 10**12 if kind is int else sys.float_info.max
 
     def convert(word: str) -> Any:
         if word in renamed:

@@ -1,21 +1,22 @@
-"""Pictures: figures of matplotlib without a screen, saved whole or not at all. A picture that fails is a note."""
+"""Pictures: figures of matplotlib without a screen, saved whole or not at all.
+
+Callers put theirs into cli.optional: no picture may end a run.
+"""
 
 import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
-from cli import optional
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # first: a home that cannot be written to is named on import
 
-import matplotlib
-from matplotlib.figure import Figure
+import matplotlib  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
-from files import atomic_path
+from files import atomic_path  # noqa: E402
 
 matplotlib.rcParams["text.parse_math"] = False  # the name of a book may hold a $
-# for all threads at once: letters that the font lacks, and a home that cannot be written to
-warnings.filterwarnings("ignore", "Glyph .* missing from font")
-logging.getLogger("matplotlib").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "Glyph .* missing from font")  # for all threads at once
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -24,6 +25,6 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path, **options: Any) -> None:
-    """Write a PNG. Where that fails, a note says so."""
-    with optional(path), atomic_path(path) as temporary:
+    """Write a PNG."""
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120, **options)

@@ -60,17 +60,20 @@ class RunLog:
         """loss.png: training and validation loss in bits per byte against steps."""
         if self.picture is None:
             return
-        figure = self.picture.new_figure(8, 4.5)
-        axes = figure.subplots()
-        for name, style in {"train": {"color": "#9ecae1", "lw": 1},
-                            "val": {"color": "#08519c", "marker": "o", "ms": 4}}.items():
-            points = [(r["step"], r[f"{name}_loss"] * self.bits_per_nat) for r in self.records if f"{name}_loss" in r]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=f"{name} ({points[-1][1]:.3f})", **style)
-        axes.set(title=self.title, xlabel="step", ylabel="bits per byte")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        self.picture.save(figure, self.path.with_name("loss.png"))
+        path = self.path.with_name("loss.png")
+        with optional(path):
+            figure = self.picture.new_figure(8, 4.5)
+            axes = figure.subplots()
+            for name, style in {"train": {"color": "#9ecae1", "lw": 1},
+                                "val": {"color": "#08519c", "marker": "o", "ms": 4}}.items():
+                points = [(r["step"], r[loss] * self.bits_per_nat) for r in self.records
+                          if (loss := f"{name}_loss") in r]
+                if points:
+                    axes.plot(*zip(*points, strict=True), label=f"{name} ({points[-1][1]:.3f})", **style)
+            axes.set(title=self.title, xlabel="step", ylabel="bits per byte")
+            axes.grid(alpha=0.3)
+            axes.legend()
+            self.picture.save(figure, path)
 
 
 def read_records(path: Path) -> list[Record]:

@@ -1,0 +1,468 @@
+"""What a Unix program does: any name, signals, pipes, masks, full disks; and no flag without effect."""
+
+import json
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import cli
+
+import numpy as np
+import prepare
+import pytest
+import torch
+from conftest import ROOT, end_well, fork_train, make_text, random_model, refused, save_model
+from test_fuzz import run_script
+
+import machine
+import picture
+import quantize
+import sample
+import train
+from checkpoint import read_state
+from dataloader import TokenData
+from distributed import Ranks
+from files import beside
+
+TINY = ["--n-layer", 1, "--n-embd", 16, "--n-head", 2]
+QUICK = ["--block-size", 16, "--batch-size", 4, "--max-steps", 2, "--eval-tokens", 500, "--threads", 1,
+         "--device", "cpu", "--compile", "off"]
+SHORT = ["--max-new-tokens", 8, "--seed", 1]
+
+
+def start(*words: object, **options: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *map(str, words)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **options)
+
+
+# ---------------------------------------------------------------- names
+
+@pytest.mark.parametrize("name", ["100$__a_plan", "My Book [1] (v2)", "$x^{2", "书", "it's; a \"test\" & `x`", "-milk"])
+def test_no_name_is_a_language(tmp_path, text_file, name):
+    """Pictures, hints and logs take a name as it is, and every printed command pastes."""
+    (tmp_path / f"{name}.txt").write_text(text_file.read_text())
+    commands = []
+    for words in [["prepare", f"--input=./{name}.txt"], ["train", *map(str, TINY + QUICK), "--data", f"data/{name}"],
+                  ["quantize", "--checkpoint", f"out/{name}-tiny", "--eval-tokens", "99", "--threads", "1"]]:
+        code, err = run_script(words, tmp_path)
+        assert code in (0, None) and err == "", err
+        commands.append(shlex.split(re.search("^next: (.*)$", (tmp_path / "stdout").read_text(), re.M)[1]))
+    assert commands == [["python", "train.py", "--data", f"data/{name}"],
+                        ["python", "sample.py", "--checkpoint", f"out/{name}-tiny"],
+                        ["python", "sample.py", "--checkpoint", f"out/{name}-tiny-int8"]]
+    for path in (f"out/{name}-tiny/loss.png", f"out/{name}-tiny-int8/comparison.png"):
+        assert (tmp_path / path).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("main", "flag"), [
+    (prepare.main, "--input"), (prepare.main, "--out"), (prepare.main, "--tokenizer"), (train.main, "--data"),
+    (train.main, "--out"), (train.main, "--init-from"), (sample.main, "--checkpoint"), (sample.main, "--prompt"),
+    (sample.main, "--prompt-file"), (quantize.main, "--checkpoint"), (quantize.main, "--out"), (quantize.main, "--data")])
+@pytest.mark.parametrize("word", ["caf\udce9", ""])
+def test_a_name_that_cannot_be_written_down_is_refused_before_any_work(script, tmp_path, monkeypatch, main, flag, word):
+    monkeypatch.chdir(tmp_path)
+    Path("caf\udce9").write_text("x" * 1000)
+    if (flag, word) != ("--prompt", ""):
+        refused(script(main, f"{flag}={word}"), flag)
+    assert os.listdir() == ["caf\udce9"]
+
+
+def test_home_is_found_behind_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.parse(prepare.PrepareConfig, "", ["--out=~/x"]).out == tmp_path / "x"
+
+
+def test_a_value_that_begins_with_a_dash_has_its_cure(script):
+    refused(script(sample.main, "--prompt", "-milk"), "--prompt=-")
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_folder_beside_has_a_name(tmp_path, monkeypatch, name):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    assert beside(Path(name), "-int8") == tmp_path / {".": "a/b-int8", "..": "a-int8"}[name]
+
+
+def test_int8_folders_go_where_they_are_sent(script, folder, tmp_path):
+    before = {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()}
+    code, out, err = script(quantize.main, "--out", "small/model", "--no-compare", "--gguf")
+    assert code == 0 and Path("small/model.gguf").exists(), err
+    assert script(sample.main, "--checkpoint", "small/model", *SHORT)[0] == 0
+    assert {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()} == before
+    refused(script(quantize.main, "--out", folder), folder, "training run")
+    save_model(random_model(), tmp_path / "other")
+    refused(script(quantize.main, "--out", tmp_path / "other"), "other", "name another --out")
+
+
+# ---------------------------------------------------------------- compilers
+
+def test_a_compiler_may_be_several_words(tmp_path, monkeypatch):
+    (tmp_path / "ccache").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "ccache").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CXX", "ccache g++ -pipe")
+    assert machine.cxx() and machine.cxx().endswith("g++") and machine.can_compile(torch.device("cpu"))
+    monkeypatch.setenv("CXX", "ccache no-such-compiler")
+    assert machine.cxx() is None and not machine.can_compile(torch.device("cpu"))
+    made = subprocess.run(["make", "-n", "-W", "setup.py", "kernels", "CXX=ccache g++"], cwd=ROOT, capture_output=True, text=True)
+    assert 'CXX="ccache g++"' in made.stdout and "command -v ccache >" in made.stdout
+    code = subprocess.run([sys.executable, ROOT / "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert "no C++ compiler" not in code.stderr + code.stdout
+
+
+def test_where_nothing_compiles_training_goes_on(data, tmp_path):
+    log = tmp_path / "log"
+    changes = "import machine; machine.cxx = lambda: '/bin/false'"
+    said = end_well(fork_train(log, *TINY, *QUICK[:-2], "--compile", "on", "--data", data, "--out", tmp_path / "run",
+                               changes=changes), log)
+    assert len(re.findall("^note: torch.compile failed .*; going on without it, more slowly$", said, re.M)) == 1
+    assert "Traceback" not in said and "step 2/2" in said
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["compile"] == "off"
+
+
+@pytest.mark.long
+def test_training_compiles_where_the_path_has_a_space(data, tmp_path):
+    place = tmp_path / "My Projects"
+    place.mkdir()
+    (place / "packages").symlink_to(Path(torch.__file__).parents[1])
+    done = start("-c", f"import sys; sys.path.insert(0, {str(place / 'packages')!r}); import runpy; "
+                 f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'; "
+                 f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')", *TINY, *QUICK[:-2], "--compile", "on",
+                 "--data", data, "--out", tmp_path / "run",
+                 env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(place / "cache"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"})
+    out, err = done.communicate(timeout=300)
+    assert done.returncode == 0 and "torch.compile failed" not in err and "compiling first" in out, err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flag", ["--benchmark-disable", "--benchmark-skip", "--benchmark-only", "--benchmark-json=x.json"])
+def test_benchmarks_take_the_flags_of_pytest_benchmark(tmp_path, flag):
+    env = os.environ | {"OWLET_BENCH_SIZES": "tiny", "OWLET_BENCH_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", flag.replace("x.json", f"{tmp_path}/x.json"),
+                           ROOT / "tests/bench/bench_kernels.py", ROOT / "tests/bench/bench_inference.py",
+                           "-k", "qkv-owlet or (inference and tiny)"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert ("| matrix |" in done.stdout) == (flag not in ("--benchmark-disable", "--benchmark-skip"))
+
+
+# ---------------------------------------------------------------- what a run can do without
+
+@pytest.mark.parametrize("lost", ["log.jsonl", "loss.png", "runs"])
+def test_what_cannot_be_written_in_the_middle_of_a_run_is_a_note(script, data, tmp_path, monkeypatch, lost):
+    step, out = train.Run.train_step, tmp_path / "run"
+
+    def lose(run: train.Run, number: int) -> None:
+        if number == 12:
+            path = out / lost
+            if path.is_dir():
+                for file in path.iterdir():
+                    file.unlink()
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
+            (path.write_text if lost == "runs" else lambda _: path.mkdir())("x")
+        step(run, number)
+
+    monkeypatch.setattr(train.Run, "train_step", lose)
+    code, said, err = script(train.main, "--data", data, "--out", out, *TINY, *QUICK, "--max-steps", 30, "--eval-every", 10)
+    assert code == 0 and "step 30/30" in said and "Traceback" not in err
+    assert read_state(out / "train_state.pt")["step"] == 30
+    if lost != "runs":  # TensorBoard holds its file open: nothing is lost
+        assert lost in err and err.count("note") == 1
+
+
+@pytest.mark.parametrize("broken", ["savefig", "Figure", "SummaryWriter"])
+def test_pictures_and_curves_that_fail_do_not_end_a_run(script, data, tmp_path, monkeypatch, broken):
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no font\nat all")
+
+    if broken == "savefig":
+        monkeypatch.setattr(picture.Figure, "savefig", fail)
+    elif broken == "Figure":
+        monkeypatch.setattr(picture, "Figure", fail)
+    else:
+        import torch.utils.tensorboard
+        monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", fail)
+    code, _, err = script(train.main, "--data", data, "--out", "run" and tmp_path / "run", *TINY, *QUICK)
+    assert code == 0 and read_state(tmp_path / "run" / "train_state.pt")["step"] == 2
+    assert err.count("\n") == 1 and "no font; going on without" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_standard_output_does_not_end_training(data, tmp_path):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, ROOT / "train.py", "--data", data, "--out", tmp_path / "run",
+                               *map(str, TINY + QUICK)], stdout=full, stderr=full)
+    assert read_state(tmp_path / "run" / "train_state.pt")["step"] == 2
+    assert done.returncode in (0, 2, 120)
+
+
+def test_no_home_is_no_error(data, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "HOME"} | {"HOME": "/proc/nowhere"}
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--data", data, "--out", tmp_path / "run",
+                           *map(str, TINY + QUICK)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and done.stderr == "" and (tmp_path / "run" / "loss.png").exists(), done.stderr
+
+
+# ---------------------------------------------------------------- signals
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["heard", "nohup"])
+def test_a_closed_terminal_saves_and_stops(data, tmp_path, ignored):
+    out, log = tmp_path / "run", tmp_path / "log"
+    changes = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" if ignored else ""
+    process, = fork_train(log, *TINY, *QUICK, "--max-steps", 100_000, "--eval-every", 100, "--data", data, "--out", out,
+                          changes=changes)
+    while "step 100/" not in (log.read_text() if log.exists() else ""):
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGHUP)
+    if ignored:
+        time.sleep(1)
+        assert process.is_alive()
+        os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 128 + (signal.SIGTERM if ignored else signal.SIGHUP)
+    assert f"stopped at step {read_state(out / 'train_state.pt')['step']}; go on with: " in log.read_text()
+
+
+@pytest.mark.long
+def test_a_closed_terminal_saves_and_stops_under_torchrun(data, tmp_path):
+    out = tmp_path / "run"
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *TINY, *QUICK,
+                    "--max-steps", 1_000_000, "--eval-every", 50, "--data", data, "--out", out)
+    while not (out / "train_state.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    said, _ = process.communicate(timeout=60)
+    assert f"stopped at step {read_state(out / 'train_state.pt')['step']}" in said
+
+
+@pytest.mark.parametrize("words", [["train.py"], ["sample.py"], ["quantize.py"], ["data/prepare.py", "--input", "book.txt"],
+                                   ["profile_run.py", "sample.py"]], ids=" ".join)
+@pytest.mark.parametrize("moment", [0.15, 0.5, 0.9, 1.4, 2.0, *(pytest.param(0.1 + 0.2 * i, marks=pytest.mark.long)
+                                                                for i in range(12))])
+def test_ctrl_c_in_the_first_seconds_is_one_line(folder, data, words, moment):
+    Path("book.txt").write_text(make_text(200_000))
+    Path("data").mkdir()
+    Path("data/wood").symlink_to(data)
+    process = start(*[ROOT / word if word.endswith(".py") else word for word in words])
+    time.sleep(moment)
+    process.send_signal(signal.SIGINT)
+    try:
+        said, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert "Traceback" not in err and "Error" not in err, err
+    if process.returncode != 0:  # it had not ended
+        assert process.returncode in (130, -signal.SIGINT)
+        assert err.count("interrupted") == (process.returncode == 130), err
+        if words[0] == "profile_run.py" and "cProfile" in err:
+            assert Path("profile-sample.prof").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("moment", range(3))
+def test_a_stopped_prepare_leaves_nothing(tmp_path, number, moment):
+    (tmp_path / "book.txt").write_text(make_text(300_000))
+    process = start(ROOT / "data/prepare.py", "--input", "book.txt", "--out", "made", "--vocab-size", "2000", cwd=tmp_path)
+    while not list(tmp_path.glob(".made.*.tmp")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.15 * moment)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
+
+
+# ---------------------------------------------------------------- two at once, halves, masks
+
+def test_two_that_prepare_one_folder_do_not_mix(tmp_path):
+    texts = {"a.txt": make_text(30_000, seed=1), "b.txt": make_text(7_000, seed=2)}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    for _ in range(2):
+        both = [start(ROOT / "data/prepare.py", "--input", name, "--out", "made", cwd=tmp_path) for name in texts]
+        assert [process.wait(60) for process in both] == [0, 0]
+        data = TokenData(tmp_path / "made", 16)
+        kept = np.concatenate([np.fromfile(tmp_path / "made" / f"{part}.bin", "<u2") for part in data.files])
+        assert kept.astype(np.uint8).tobytes().decode() in texts.values()
+        assert not list(tmp_path.glob("made/.*")) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("moved", range(6))
+def test_killed_while_it_replaces_an_int8_folder_nothing_is_mixed(script, folder, monkeypatch, moved):
+    assert script(quantize.main, "--no-compare")[0] == 0
+    old = folder.with_name("wood-int8")
+    replace, left = Path.replace, iter(range(moved))
+
+    def die(path: Path, target: Path) -> Path:
+        if path.parent != target.parent and next(left, None) is None:
+            os._exit(9)
+        return replace(path, target)
+
+    context = multiprocessing.get_context("fork")
+
+    def killed() -> None:
+        monkeypatch.setattr(Path, "replace", die)
+        quantize.main()
+
+    monkeypatch.setattr(sys, "argv", ["quantize.py", "--checkpoint", str(folder), "--no-compare"])
+    process = context.Process(target=killed)
+    process.start()
+    process.join()
+    files = len(list(folder.glob("*token*"))) + 3
+    if moved < files:
+        assert process.exitcode == 9
+        refused(script(sample.main, "--checkpoint", old, *SHORT), "config.json")
+    assert script(quantize.main, "--checkpoint", folder, "--no-compare")[0] == 0
+    assert script(sample.main, "--checkpoint", old, *SHORT)[0] == 0 and not list(old.glob(".*"))
+
+
+def test_a_mask_holds_for_every_file(script, data, tmp_path):
+    before = os.umask(0o077)
+    try:
+        assert script(train.main, "--data", data, "--out", tmp_path / "out" / "run", *TINY, *QUICK)[0] == 0
+        assert script(quantize.main, "--checkpoint", tmp_path / "out" / "run", "--gguf", "--eval-tokens", 99)[0] == 0
+        assert script(prepare.main, "--input", data / "meta.json", "--out", tmp_path / "out" / "data")[0] == 0
+    finally:
+        os.umask(before)
+    wrong = [path for path in (tmp_path / "out").rglob("*") if stat.S_IMODE(path.stat().st_mode) & 0o077]
+    assert not wrong
+
+
+# ---------------------------------------------------------------- pipes
+
+def test_a_book_may_come_through_a_pipe(script, tmp_path, text_file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script(prepare.main, "--input", text_file, "--out", "file")
+    for word in ("-", "/dev/stdin"):
+        subprocess.run([sys.executable, ROOT / "data/prepare.py", "--input", word, "--out", "piped"],
+                       input=text_file.read_bytes(), check=True)
+    read, write = os.pipe()
+    writer = threading.Thread(target=lambda: (os.write(write, text_file.read_bytes()), os.close(write)))
+    writer.start()
+    assert script(prepare.main, "--input", f"/dev/fd/{read}", "--out", "fd")[0] == 0
+    writer.join()
+    for made in ("piped", "fd"):
+        for part in ("train.bin", "val.bin"):
+            assert Path(made, part).read_bytes() == Path("file", part).read_bytes()
+    empty, write = os.pipe()
+    os.close(write)
+    refused(script(prepare.main, "--input", f"/dev/fd/{empty}", "--out", "none"), "an empty file")
+    assert not Path("none").exists()
+
+
+@pytest.mark.parametrize(("content", "word"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "Git LFS"), ("Owl".encode("utf-16"), "UTF-16"),
+    ("Owl".encode("utf-16-be"), "zero byte")])
+def test_what_is_no_text_is_called_by_its_name(script, tmp_path, content, word):
+    (tmp_path / "book.txt").write_bytes(content)
+    refused(script(prepare.main, "--input", tmp_path / "book.txt", "--out", tmp_path / "made"), "book.txt", word)
+
+
+def test_prompts_are_read_as_books_are(script, folder, monkeypatch):
+    Path("plain.txt").write_text("Owl\nFox\n")
+    Path("windows.txt").write_bytes(b"\xef\xbb\xbfOwl\r\nFox\r\n")
+    texts = [script(sample.main, "--prompt-file", f"{name}.txt", *SHORT)[1] for name in ("plain", "windows")]
+    with Path("windows.txt").open() as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        texts.append(script(sample.main, "--prompt", "-", *SHORT)[1])
+    assert len(set(texts)) == 1 and texts[0].startswith("Owl\nFox\n")
+
+
+def test_a_book_may_say_where_its_texts_end(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "Once upon a time.<|endoftext|>\n" * 300
+    Path("tales.txt").write_text(text)
+    for size, end in (256, 256), (270, 270):
+        assert script(prepare.main, "--input", "tales.txt", "--vocab-size", size, "--out", "data/tales")[0] == 0
+        tokens = np.fromfile("data/tales/train.bin", "<u2")
+        assert (tokens == end).sum() in (269, 270)
+        out = f"out/{size}"
+        assert script(train.main, "--data", "data/tales", "--out", out, *TINY, *QUICK, "--max-steps", 60,
+                      "--adam-lr", 0.03)[0] == 0
+        assert json.loads(Path(out, "config.json").read_text())["eos_token_id"] == end
+        said = script(sample.main, "--checkpoint", out, "--max-new-tokens", 400, "--temperature", 0)[1]
+        assert len(said) < 400 and "endoftext" not in said
+        assert script(quantize.main, "--checkpoint", out, "--no-compare", "--gguf")[0] == 0
+
+
+# ---------------------------------------------------------------- flags
+
+@pytest.mark.parametrize(("main", "flags", "words"), [
+    *[(train.main, ["--init-from", "out/wood", *flag], [flag[0]]) for flag in (
+        ["--n-layer", 8], ["--n-head", 2], ["--n-kv-head", 1], ["--n-embd", 64], ["--no-qk-norm"], ["--no-tie-embeddings"])],
+    (train.main, ["small", "--init-from", "out/wood"], ["size=small"]),
+    *[(train.main, ["--resume", "--out", "out/wood", *flag], [flag[0].strip("-").replace("-", "_").removeprefix("no_")])
+      for flag in (["--n-layer", 8], ["--block-size", 512], ["--no-qk-norm"], ["--dropout", 0.5], ["--eval-tokens", 9],
+                   ["--init-from", "out/wood"], ["--n-kv-head", 1])],
+    (train.main, ["small", "--resume", "--out", "out/wood"], ["size", "small"]),
+    (train.main, ["--parallel", "fsdp"], ["--parallel", "torchrun"]),
+    *[(quantize.main, ["--no-compare", *flag], [flag[0], "--no-compare"])
+      for flag in (["--data", "x"], ["--eval-tokens", 5], ["--backend", "reference"])],
+    (sample.main, ["--backend", "reference"], ["--backend", "fp32"]), (sample.main, ["--int8-cache"], ["--int8-cache"]),
+    (prepare.main, ["--tokenizer", "out/wood", "--vocab-size", 300], ["--vocab-size", "--tokenizer"]),
+    *[(main, ["--seed", 2**64 - 1], ["--seed", str(2**63 - 1)]) for main in (train.main, sample.main)],
+    *[(main, ["--seed", -1], ["--seed", "-1"]) for main in (train.main, sample.main)],
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) and len(str(value)) < 60 else "")
+def test_no_flag_is_silently_without_effect(script, folder, main, flags, words):
+    before = sorted(Path().rglob("*"))
+    refused(script(main, *flags), *words)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_flags_that_greedy_decoding_ignores_are_noted(script, folder):
+    code, _, err = script(sample.main, "--temperature", 0, "--top-k", 3, "--top-p", 0.5, *SHORT)
+    assert code == 0 and sorted(re.findall("^note: (--[a-z-]+) has no effect", err, re.M)) == ["--seed", "--top-k", "--top-p"]
+
+
+def test_profiles_take_no_flags_that_comparing_ignores(tmp_path):
+    for flag in (["--out", "x"], ["--torch"]):
+        done = subprocess.run([sys.executable, ROOT / "profile_run.py", *flag, "--compare", "a", "b"], capture_output=True,
+                              text=True, cwd=tmp_path)
+        assert done.returncode == 2 and flag[0] in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_seeds_reach_as_far_in_every_script(script, data, folder, tmp_path):
+    for flags in ([train.main, "--data", data, "--out", tmp_path / "x", *TINY, *QUICK],
+                  [sample.main, "--max-new-tokens", 2]):
+        assert script(*flags, "--seed", 2**63 - 1)[0] == 0
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_threads_are_those_that_openmp_is_told(threads):
+    code = "import distributed, torch; distributed.Ranks('cpu', None); print(torch.get_num_threads())"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": threads},
+                          capture_output=True, text=True).stdout
+    assert said == f"{threads}\n"
+    assert Ranks("cpu", 1).world == 1
+
+
+def test_a_mistake_under_torchrun_is_said_once(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
+                           ROOT / "train.py", "--max-stepz", "5"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0 and done.stderr.count("train.py: unrecognized arguments: --max-stepz") == 1
+
+
+def test_a_fine_tune_begins_with_the_loss_it_is_given(script, data, folder, tmp_path):
+    code, out, err = script(train.main, "--init-from", folder, "--data", data, "--out", tmp_path / "tuned", *QUICK)
+    assert code == 0 and "step 0/2: validation 5." in out, err
+    first = json.loads((tmp_path / "tuned" / "log.jsonl").read_text().splitlines()[0])
+    before = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    assert first["step"] == 0 and first["val_loss"] == pytest.approx(before["val_loss"])
+
+
+def test_another_length_of_a_run_is_said_with_its_rates(script, folder):
+    _, _, err = script(train.main, "--resume", "--out", folder, "--max-steps", 4, "--threads", 1)
+    assert "--max-steps 4 instead of 2: the learning rates go on at 71% of their peak instead of 0%" in err
