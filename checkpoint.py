@@ -8,8 +8,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -33,51 +35,20 @@ warnings.filterwarnings("ignore", "Detected pickle protocol")
 
 # ---------------------------------------------------------------- config.json
 
-class HFConfig(msgspec.Struct, kw_only=True):
-    """The fields of config.json that GPTConfig has too, by its names; defaults as in transformers."""
-
-    vocab_size: int
-    block_size: int = msgspec.field(name="max_position_embeddings")
-    n_layer: int = msgspec.field(name="num_hidden_layers")
-    n_head: int = msgspec.field(name="num_attention_heads")
-    n_kv_head: int | None = msgspec.field(name="num_key_value_heads", default=None)
-    head_dim: int | None = None
-    n_embd: int = msgspec.field(name="hidden_size")
-    n_hidden: int = msgspec.field(name="intermediate_size")
-    norm_eps: float = msgspec.field(name="rms_norm_eps", default=1e-6)
-    rope_theta: float = 10_000.0
-    tie_embeddings: bool = msgspec.field(name="tie_word_embeddings", default=False)
-    bos: int | None = msgspec.field(name="bos_token_id", default=None)
-    eos: int | list[int] | None = msgspec.field(name="eos_token_id", default=None)
-
-
-class Rope(TypedDict, total=False):
-    rope_type: str
-    type: str
-    rope_theta: float
-
-
-class Features(msgspec.Struct):
-    """The fields that choose what is computed, with the values that this decoder computes."""
-
-    model_type: str = ""
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    use_sliding_window: bool = False
-    partial_rotary_factor: float = 1.0
-    layer_types: list[str] = []
-    rope_parameters: Rope = {}
-    rope_scaling: Rope = {}
+FIELDS = {  # the name in config.json: the name in GPTConfig
+    "vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "head_dim": "head_dim",
+    "hidden_size": "n_embd", "intermediate_size": "n_hidden", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
+    "tie_word_embeddings": "tie_embeddings", "bos_token_id": "bos", "eos_token_id": "eos",
+}
 
 
 def config_to_hf(config: GPTConfig) -> dict:
     """config.json, readable by transformers 4 (rope_theta) and 5 (rope_parameters)."""
-    ours = {name: getattr(config, name) for name in HFConfig.__struct_fields__}
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
-        **msgspec.to_builtins(HFConfig(**ours)),
+        **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
         "hidden_act": "silu", "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False, "attention_dropout": config.dropout, "dtype": "float32", "torch_dtype": "float32",
     }
@@ -85,42 +56,46 @@ def config_to_hf(config: GPTConfig) -> dict:
 
 def config_from_hf(hf: dict, where: object = "config.json") -> GPTConfig:
     """From config.json's fields, without dropout. Raises UserError that names what this decoder does not compute."""
-    hf = without_nulls(hf)
-    features = checked(hf, Features, where)
-    qwen, ropes = features.model_type == "qwen3", (features.rope_parameters, features.rope_scaling)
-    for name, value in {**msgspec.to_builtins(Features()), "model_type": "qwen3" if qwen else "llama"}.items():
-        got = getattr(features, name)
-        if name in ("rope_parameters", "rope_scaling"):
-            if got.get("rope_type", got.get("type", "default")) != "default":
-                raise UserError(f"{where}: rope scaling = {got!r} is not supported")
-        elif got != value and (name != "layer_types" or set(got) != {"full_attention"}):
-            raise UserError(f"{where}: {name} = {got!r} is not supported")
-    theta = [rope["rope_theta"] for rope in ropes if "rope_theta" in rope]
-    fields = checked(({"head_dim": 128} if qwen else {}) | hf | ({"rope_theta": theta[0]} if theta else {}),
-                     HFConfig, where)
-    ours = {name: getattr(fields, name) for name in HFConfig.__struct_fields__}
-    for name in ("bos", "eos"):
-        ours[name] = known_tokens(ours[name], fields.vocab_size, f"{where}: {name}_token_id")
+    hf = {name: value for name, value in hf.items() if value is not None}
+
+    def refuse(feature: str, value: object) -> None:
+        raise UserError(f"{where}: {feature} = {value!r} is not supported")
+
+    if hf.get("model_type") not in ("qwen3", "llama"):
+        refuse("model_type", hf.get("model_type"))
+    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+            "partial_rotary_factor": 1.0}
+    for feature, expected in only.items():
+        if hf.get(feature, expected) != expected:
+            refuse(feature, hf[feature])
+    if any(layer != "full_attention" for layer in checked(hf.get("layer_types", []), list, f"{where}: layer_types")):
+        refuse("layer_types", hf["layer_types"])
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = checked(hf.get(name, {}), dict, f"{where}: {name}")
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            refuse("rope scaling", rope)
+        hf |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    qwen = hf["model_type"] == "qwen3"
+    fields = {"num_key_value_heads": None, "head_dim": 128 if qwen else None, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+              "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None} | hf  # as in transformers
+    if missing := FIELDS.keys() - fields:
+        raise UserError(f"{where}: {', '.join(sorted(missing))}: missing")
     try:
-        return GPTConfig(**ours, qk_norm=qwen)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def without_nulls(hf: dict) -> dict:
-    return {name: without_nulls(value) if isinstance(value, dict) else value
-            for name, value in hf.items() if value is not None}
-
-
-def known_tokens(ids: int | list[int] | None, vocab_size: int, where: str) -> int | list[int] | None:
-    """Without those that the model does not know, which a note names; None if none is left."""
-    known = [token for token in (ids if isinstance(ids, list) else [ids]) if token is not None
-             and 0 <= token < vocab_size]
-    if known and known in (ids, [ids]):
-        return ids
-    if ids not in (None, []):
-        note(f"{where} = {ids}: the model knows {vocab_size} tokens; going on with {known or 'none'}")
-    return known or None
+        ours = {ours: fields[theirs] for theirs, ours in FIELDS.items()}
+        config = checked(ours | {"qk_norm": qwen}, GPTConfig, where)
+    except UserError as error:
+        theirs = {ours: theirs for theirs, ours in FIELDS.items()}
+        raise UserError(re.sub(r"\w+(?=[:[])", lambda name: theirs.get(name[0], name[0]), str(error))) from None
+    for name in ("bos", "eos"):
+        ids = getattr(config, name)
+        known = [token for token in (ids if isinstance(ids, list) else [ids])
+                 if token is not None and 0 <= token < config.vocab_size]
+        if not known or known not in (ids, [ids]):
+            if ids not in (None, []):
+                note(f"{where}: {name}_token_id = {ids}: the model knows {config.vocab_size} tokens; "
+                     f"going on with {known or 'none'}")
+            setattr(config, name, known or None)
+    return config
 
 
 def read_config(folder: Path) -> dict:
@@ -221,32 +196,27 @@ def check_tensors(file: Path, expected: dict[str, Tensor], got: dict[str, Tensor
 Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]  # the library ends the process at some larger ones
 
 
-class AddedToken(TypedDict):
-    id: Id
-
-
-class TokenizerModel(TypedDict):
-    vocab: dict[str, Id] | list
-
-
-class TokenizerFile(TypedDict):
-    model: TokenizerModel
-    added_tokens: NotRequired[list[AddedToken]]
+@contextlib.contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """The library raises bare Exceptions and Rust's panics: they become UserErrors."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what}: {one_line(error)}") from error
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """A folder's tokenizer, which takes text as it is: truncation and padding are switched off."""
     path = Path(folder) / "tokenizer.json"
-    file = read_json(path, limit=1e9)
-    checked(file, TokenizerFile, path)
-    for setting in ("truncation", "padding"):
-        file[setting] = None
-    try:
+    file = read_json(path, limit=1e9) | {"truncation": None, "padding": None}
+    vocab = checked(file.get("model"), dict, f"{path}: model").get("vocab")
+    checked(vocab, dict[str, Id] | list, f"{path}: model.vocab")
+    checked([added.get("id") for added in checked(file.get("added_tokens", []), list[dict], f"{path}: added_tokens")],
+            list[Id], f"{path}: added_tokens: id")
+    with tokenizer_errors(f"{path}: not a Hugging Face tokenizer"):
         tokenizer = Tokenizer.from_str(json.dumps(file))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exceptions and Rust's panics
-        raise UserError(f"{path}: not a Hugging Face tokenizer: {one_line(error)}") from error
     if not tokenizer.get_vocab_size():
         raise UserError(f"{path}: expected a tokenizer with tokens, got one without")
     return tokenizer
@@ -254,12 +224,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def token_ids(tokenizer: Tokenizer, texts: list[str], special: bool = False) -> list[list[int]]:
     """The ids of each text, on all cores. special: with the tokens that the tokenizer puts around a text."""
-    try:
-        return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise UserError(f"tokenizer.json: cannot encode this text: {one_line(error)}") from error
+    with tokenizer_errors("tokenizer.json: cannot encode this text"):
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
 
 # what lies beside a model's weights and config, and belongs to its tokenizer or its use
@@ -361,24 +327,6 @@ def previous_state(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-class MuonState(TypedDict):
-    momentum_buffer: Tensor
-
-
-class AdamWState(TypedDict):
-    step: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-
-class Muon(TypedDict):
-    state: dict[int, MuonState]  # by the number of the parameter; the settings are the program's own
-
-
-class AdamW(TypedDict):
-    state: dict[int, AdamWState]
-
-
 class TrainState(TypedDict):
     """train_state.pt, all that a resume needs. Older ones hold the settings of the run too, as run.json does now."""
 
@@ -386,7 +334,7 @@ class TrainState(TypedDict):
     best: float
     model_config: GPTConfig
     model: dict[str, Tensor]
-    optimizers: tuple[Muon, AdamW]
+    optimizers: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=2, max_length=2)]
     sha256: str
     config: NotRequired[dict[str, Any]]
     data_sha256: NotRequired[str]
@@ -407,20 +355,27 @@ def read_state(path: Path, mmap: bool = False) -> dict:
     return state
 
 
-def read_last_state(folder: Path) -> tuple[dict, str | None]:
+def read_train_state(path: Path) -> TrainState:
+    """A state with all that a resume needs, in the shapes of its model."""
+    state = checked(read_state(path), TrainState, path)
+    check_tensors(path, empty_model(state["model_config"]).state_dict(), state["model"])
+    return state
+
+
+def read_last_state(folder: Path) -> tuple[TrainState, str | None]:
     """What a run saved last. If that is damaged: what it saved before, and a line that says so."""
     path = Path(folder) / "train_state.pt"
     try:
-        return read_state(path), None
+        return read_train_state(path), None
     except UserError as error:
         before, damage = previous_state(path), error
     if not before.exists():
         raise damage
     try:
-        state = read_state(before)
+        state = read_train_state(before)
     except UserError as error:
         raise UserError(f"{damage}; and {error}") from None
-    return state, f"{damage}; going on from step {state.get('step')}, {before}"
+    return state, f"{damage}; going on from step {state['step']}, {before}"
 
 
 # ---------------------------------------------------------------- a run's settings

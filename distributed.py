@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
+from files import checked
 from machine import cores, help_inductor, pick_device
 from model import GPT
 
@@ -117,11 +118,6 @@ def parallelize(model: GPT, ranks: Ranks, parallel: str = "ddp", dtype: torch.dt
                                    gradient_as_bucket_view=True)
 
 
-def uncompile(model: GPT) -> None:
-    for block in model.model.layers:
-        del block.forward  # the class's own comes to light
-
-
 def sync_gradients(wrapped: nn.Module, on: bool) -> None:
     """Whether the next backward pass sums its gradients over the ranks."""
     if isinstance(wrapped, FSDPModule):
@@ -158,17 +154,19 @@ def gather_to_main(state: dict, ranks: Ranks) -> dict:
     return tree_map_only(Tensor, take, state)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Tensor]]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Set the state of each parameter, of which this rank takes its part; the settings stay the program's own.
 
-    Raises UserError where the state is that of other parameters.
+    Raises UserError where it is that of other parameters.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    kind, params = type(optimizer).__name__, [p for group in optimizer.param_groups for p in group["params"]]
+    names = {"Muon": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}[kind]
+    saved = checked(saved.get("state"), dict[int, dict[str, Tensor]], f"train_state.pt: {kind}: state")
     state = {}
     for i, tensors in saved.items():
-        for name, x in tensors.items():
-            if i not in range(len(params)) or x.shape not in (params[i].shape, ()):
-                raise UserError(f"train_state.pt: {type(optimizer).__name__}'s {name} of parameter {i}: "
-                                f"{tuple(x.shape)} is not the shape of this model's")
+        if i not in range(len(params)) or tensors.keys() != names or any(
+                x.shape not in (params[i].shape, ()) for x in tensors.values()):
+            raise UserError(f"train_state.pt: {kind}: expected {', '.join(sorted(names))} of this model's parameters, "
+                            f"got {', '.join(tensors)} of parameter {i}")
         state[i] = {name: shard_like(x, params[i]) if x.dim() else x for name, x in tensors.items()}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

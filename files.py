@@ -55,39 +55,26 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
 
     A folder without its marker is one that nobody reads. Files of an earlier `path` that the new one lacks stay.
     """
-    # a folder that exists may be a file system of its own, into which nothing outside can be renamed
-    target = path / "new" if path.is_dir() else path
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    new, made = path / f".new.{os.getpid()}.tmp", not path.exists()
     try:
-        remove_stale(target)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():
+        path.mkdir(parents=True, exist_ok=True)
+        remove_stale(path / "new")
+        new.mkdir()
+        yield new
+        for file in new.iterdir():
             _fsync(file)
-        if target is path:
-            with contextlib.suppress(OSError):  # another process has made one meanwhile
-                temporary.rename(path)
-        if temporary.exists():
-            _move_into(path, temporary, marker)
+        (path / marker).unlink(missing_ok=True)
         _fsync(path)
-        _fsync(path.parent)
+        for file in sorted(new.iterdir(), key=lambda file: file.name == marker):
+            file.replace(path / file.name)
+        _fsync(path)
     except OSError as error:
         raise UserError(f"{path}: could not be written: {one_line(error)}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _move_into(path: Path, temporary: Path, marker: str) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(folder, fcntl.LOCK_EX)  # two processes that end together must not mix their files
-        (path / marker).unlink(missing_ok=True)
-        _fsync(path)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == marker):
-            file.replace(path / file.name)
-    finally:
-        os.close(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):  # where it has been filled
+                path.rmdir()
 
 
 def remove_stale(path: Path) -> None:

@@ -57,9 +57,10 @@ class GPTConfig:
         if self.n_head * self.head_dim > 2**20 or self.block_size * self.head_dim > 2**27:
             raise ValueError(f"head_dim: expected less with {self.n_head} heads and {self.block_size} positions, "
                              f"got {self.head_dim}")
-        if not (0 <= self.norm_eps < 1 and 0 < self.rope_theta < math.inf):
-            raise ValueError(f"norm_eps, rope_theta: expected 0 to 1 and above 0, got {self.norm_eps}, "
-                             f"{self.rope_theta}")
+        if not 0 <= self.norm_eps < 1:
+            raise ValueError(f"norm_eps: expected 0 or more and less than 1, got {self.norm_eps}")
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta: expected more than 0, got {self.rope_theta}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: rotary positions need an even number, got {self.head_dim}")
 

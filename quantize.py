@@ -20,15 +20,7 @@ from cli import UserError, command, flag, given, note, optional, parse, refuse, 
 import torch
 from tqdm import tqdm
 
-from checkpoint import (
-    copy_companions,
-    holds_model,
-    is_quantized,
-    load_model,
-    newest_model,
-    read_run,
-    weights_size,
-)
+from checkpoint import copy_companions, holds_model, is_quantized, load_model, newest_model, read_run, weights_size
 from dataloader import TokenData, evaluate
 from files import atomic_folder, beside, write_json
 from generate import generate

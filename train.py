@@ -29,29 +29,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import (
-    TrainState,
-    check_tensors,
-    copy_companions,
-    holds_model,
-    load_model,
-    read_last_state,
-    read_run,
-    save_weights,
-    write_state,
-)
+from checkpoint import copy_companions, holds_model, load_model, read_last_state, read_run, save_weights, write_state
 from dataloader import TokenData, evaluate, forward_loss, read_meta
-from distributed import (
-    Ranks,
-    gather_to_main,
-    launch,
-    load_optimizer,
-    parallelize,
-    restart_folder,
-    sync_gradients,
-    uncompile,
-)
-from files import checked, lock, newest, write_json
+from distributed import Ranks, gather_to_main, launch, load_optimizer, parallelize, restart_folder, sync_gradients
+from files import lock, newest, write_json
 from machine import can_compile, peak_flops, pick_dtype
 from model import GPT, SIZES, GPTConfig
 from muon import make_optimizers, update
@@ -139,8 +120,7 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
     state, damage = read_last_state(out)
     if damage:
         note(damage)
-    settings, data_sha256 = read_run(out, state)
-    state = checked(state, TrainState, out / "train_state.pt") | {"data_sha256": data_sha256}
+    settings, state["data_sha256"] = read_run(out, state)
     settings = {name: value for name, value in settings.items() if name not in ("out", "resume")}
     try:
         saved = parse(TrainConfig, "", [str(settings.pop("size", "tiny")), *words(settings)])
@@ -238,7 +218,6 @@ class Run:
             self.model = build_model(config, meta["vocab_size"], meta.get("eos"))
         else:
             self.model = GPT(state["model_config"])
-            check_tensors(config.out / "train_state.pt", self.model.state_dict(), state["model"])
             self.model.load_state_dict(state["model"])
         self.data = TokenData(config.data, config.block_size, ranks.device, config.seed)
         self.data_sha256 = self.data.meta["train"]["sha256"]
@@ -252,7 +231,7 @@ class Run:
         if state is not None:
             self.first, self.best = state["step"], state["best"]
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                load_optimizer(optimizer, saved["state"])
+                load_optimizer(optimizer, saved)
             state.clear()  # it has been copied: free its memory
 
         # log, checkpoints, signals
@@ -313,7 +292,8 @@ class Run:
                     raise
                 note(f"torch.compile failed ({one_line(error)}); going on without it, more slowly")
                 config.compile = "off"
-                uncompile(self.model)
+                for block in self.model.model.layers:
+                    del block.forward  # the class's own comes to light
                 self.model.zero_grad()
                 return self.train_step(step)
             self.loss_sum += loss.detach()

@@ -21,7 +21,7 @@ from cli import UserError
 
 import pytest
 import torch
-from conftest import ROOT, end_well, fork_train, free_port
+from conftest import ROOT, end_well, fork_train, free_port, random_model
 from test_train import SMALL, assert_same_checkpoint, assert_same_run
 
 import sample
@@ -135,8 +135,10 @@ def last_logged_step(out: Path) -> int:
 def test_a_kill_before_any_step_of_a_save_leaves_a_whole_state(tmp_path):
     def save(out: Path, step: int) -> None:
         write_tensors(out / "model.safetensors", {"step": torch.tensor(step)})
-        write_state(out / "train_state.pt", {"step": step, "weights": torch.full((1000,), step)})
+        write_state(out / "train_state.pt", {"step": step, "best": 1.0, "model_config": vars(model.config),
+                                             "model": model.state_dict(), "optimizers": [{}, {}]})
 
+    model = random_model()
     for n in itertools.count():
         out = tmp_path / str(n)
         save(out, 10)
@@ -270,7 +272,7 @@ def test_ranks_that_found_different_states_do_not_begin(trained, tmp_path):
     changes, log = """
 import checkpoint
 name = ("train_state.pt", "train_state.previous.pt")[rank]
-train.read_last_state = lambda out: (checkpoint.read_state(out / name), None)
+train.read_last_state = lambda out: (checkpoint.read_train_state(out / name), None)
 """, tmp_path / "log"
     processes = fork_train(log, "--resume", "--out", trained, "--max-steps", 70, ranks=2, changes=changes)
     for process in processes:

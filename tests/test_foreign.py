@@ -172,14 +172,14 @@ def test_an_end_token_that_the_model_lacks_is_none(model, script, capsys):
 @pytest.mark.parametrize(("field", "value", "words"), [
     ("vocab_size", "256", ["vocab_size", "int", "str"]),
     ("hidden_size", 64.0, ["hidden_size", "int", "float"]),
-    ("num_hidden_layers", 2**31, ["n_layer", "1024"]),
-    ("max_position_embeddings", 2**31, ["block_size"]),
+    ("num_hidden_layers", 2**31, ["num_hidden_layers", "1024"]),
+    ("max_position_embeddings", 2**31, ["max_position_embeddings"]),
     ("max_position_embeddings", True, ["max_position_embeddings", "bool"]),
-    ("num_attention_heads", 2**31, ["n_head"]),
+    ("num_attention_heads", 2**31, ["num_attention_heads"]),
     ("vocab_size", 2**31, ["vocab_size"]),
     ("head_dim", -2, ["head_dim", "1 or more"]),
     ("rms_norm_eps", "small", ["rms_norm_eps"]),
-    ("rms_norm_eps", -1, ["norm_eps"]),
+    ("rms_norm_eps", -1, ["rms_norm_eps"]),
     ("rope_theta", 0, None),  # rope_parameters has it too, and counts
     ("rope_parameters", "default", ["rope_parameters", "object"]),
     ("rope_parameters", [], ["rope_parameters", "object"]),

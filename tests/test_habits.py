@@ -138,7 +138,7 @@ def test_training_compiles_where_the_path_has_a_space(data, tmp_path):
                  f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'; "
                  f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')", *TINY, *QUICK[:-2], "--compile", "on",
                  "--data", data, "--out", tmp_path / "run",
-                 env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(place / "cache"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"})
+                 env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"})
     out, err = done.communicate(timeout=300)
     assert done.returncode == 0 and "torch.compile failed" not in err and "compiling first" in out, err
 
@@ -275,7 +275,7 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(folder, data, words, moment):
 def test_a_stopped_prepare_leaves_nothing(tmp_path, number, moment):
     (tmp_path / "book.txt").write_text(make_text(300_000))
     process = start(ROOT / "data/prepare.py", "--input", "book.txt", "--out", "made", "--vocab-size", "2000", cwd=tmp_path)
-    while not list(tmp_path.glob(".made.*.tmp")):
+    while not list(tmp_path.glob("made/.*.tmp")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     time.sleep(0.15 * moment)
