@@ -161,7 +161,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """
     kind, params = type(optimizer).__name__, [p for group in optimizer.param_groups for p in group["params"]]
     names = {"Muon": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}[kind]
-    saved = checked(saved.get("state"), dict[int, dict[str, Tensor]], f"train_state.pt: {kind}: state")
+    saved = checked(saved.get("state"), dict[int, dict[str, Tensor]], f"train_state.pt: optimizers: {kind}: state")
     state = {}
     for i, tensors in saved.items():
         if i not in range(len(params)) or tensors.keys() != names or any(
