@@ -223,14 +223,13 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: a UserError is one line and exit code 2, Ctrl-C is 130 without a traceback."""
-    name, error = Path(sys.argv[0]).name, None
+    name, before = Path(sys.argv[0]).name, {}
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the terminal's encoding may lack letters that a book has
     try:
         if signal.getsignal(signal.SIGINT) is _interrupted:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in ends():
-            signal.signal(number, _stop)
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+        before |= {number: signal.signal(number, _stop) for number in ends()}
         main()
         sys.stdout.flush()
         return
@@ -249,8 +248,11 @@ def run(main: Callable[[], None]) -> None:
                                                                        str(memory_error)):
             raise
         error = f"out of memory: {one_line(memory_error)}"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun ends the others once one has ended: one error is said once
-        time.sleep(1)
+        time.sleep(5)
     from tqdm import tqdm
 
     tqdm.write(f"{name}: {error}", file=sys.stderr)  # below a progress bar, not into it

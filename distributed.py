@@ -166,7 +166,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     for i, tensors in saved.items():
         if i not in range(len(params)) or tensors.keys() != names or any(
                 x.shape not in (params[i].shape, ()) for x in tensors.values()):
-            raise UserError(f"train_state.pt: {kind}: expected {', '.join(sorted(names))} of this model's parameters, "
-                            f"got {', '.join(tensors)} of parameter {i}")
+            raise UserError(f"train_state.pt: optimizers: {kind}: expected {', '.join(sorted(names))} of this model's "
+                            f"parameters, got {', '.join(tensors)} of parameter {i}")
         state[i] = {name: shard_like(x, params[i]) if x.dim() else x for name, x in tensors.items()}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

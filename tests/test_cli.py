@@ -73,7 +73,7 @@ def test_prepare_refuses(script, tmp_path, monkeypatch, flags, words):
     (["--threads", 100_000], ["--threads", "4096"]),
     (["--threads", 0], ["--threads"]),
     (["--resume", "--out", "nowhere"], ["nowhere", "train_state.pt"]),
-    (["--init-from", "nowhere"], ["--n-layer 1", "no effect", "nowhere"]),
+    (["--init-from", "nowhere"], ["--n-layer=1", "no effect", "nowhere"]),
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value[0], str) and value[0][:1] in "-h" else "")
 def test_train_refuses(script, data, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)

@@ -45,20 +45,22 @@ def start(*words: object, **options: object) -> subprocess.Popen:
 
 # ---------------------------------------------------------------- names
 
-@pytest.mark.parametrize("name", ["100$__a_plan", "My Book [1] (v2)", "$x^{2", "书", "it's; a \"test\" & `x`", "-milk"])
-def test_no_name_is_a_language(tmp_path, text_file, name):
+@pytest.mark.parametrize(("name", "compare"), [
+    ("100$__a_plan", True), ("书", True), ("My Book [1] (v2)", False), ("$x^{2", False), ("-milk", False),
+    ("it's; a \"test\" & `x`", False)])
+def test_no_name_is_a_language(tmp_path, text_file, name, compare):
     """Pictures, hints and logs take a name as it is, and every printed command pastes."""
     (tmp_path / f"{name}.txt").write_text(text_file.read_text())
     commands = []
     for words in [["prepare", f"--input=./{name}.txt"], ["train", *map(str, TINY + QUICK), "--data", f"data/{name}"],
-                  ["quantize", "--checkpoint", f"out/{name}-tiny", "--eval-tokens", "99", "--threads", "1"]]:
+                  ["quantize", "--checkpoint", f"out/{name}-tiny", *([] if compare else ["--no-compare"])]]:
         code, err = run_script(words, tmp_path)
         assert code in (0, None) and err == "", err
         commands.append(shlex.split(re.search("^next: (.*)$", (tmp_path / "stdout").read_text(), re.M)[1]))
     assert commands == [["python", "train.py", "--data", f"data/{name}"],
                         ["python", "sample.py", "--checkpoint", f"out/{name}-tiny"],
                         ["python", "sample.py", "--checkpoint", f"out/{name}-tiny-int8"]]
-    for path in (f"out/{name}-tiny/loss.png", f"out/{name}-tiny-int8/comparison.png"):
+    for path in (f"out/{name}-tiny/loss.png", *[f"out/{name}-tiny-int8/comparison.png"] * compare):
         assert (tmp_path / path).read_bytes().startswith(b"\x89PNG")
 
 
@@ -258,7 +260,7 @@ def test_a_closed_terminal_saves_and_stops_under_torchrun(data, tmp_path):
 @pytest.mark.parametrize("words", [
     ["train.py"], ["sample.py"], ["quantize.py"], ["data/prepare.py", "--input", "book.txt"],
     ["profile_run.py", "sample.py"]], ids=" ".join)
-@pytest.mark.parametrize("moment", [0.15, 0.5, 0.9, 1.4, 2.0, *(pytest.param(0.1 + 0.2 * i, marks=pytest.mark.long)
+@pytest.mark.parametrize("moment", [0.15, 0.9, 1.8, *(pytest.param(0.1 + 0.2 * i, marks=pytest.mark.long)
                                                                 for i in range(12))])
 def test_ctrl_c_in_the_first_seconds_is_one_line(folder, data, words, moment):
     Path("book.txt").write_text(make_text(200_000))
