@@ -3,12 +3,12 @@
 None of them may end a run: what cannot be read or written is a note.
 """
 
-import contextlib
 import json
-import math
 from pathlib import Path
 
 from cli import UserError, note, optional
+
+import msgspec
 
 from files import checked, plain_file, write_text
 
@@ -21,17 +21,15 @@ class RunLog:
     def __init__(self, folder: Path, step: int, bits_per_nat: float, title: str) -> None:
         self.path, self.bits_per_nat, self.title = folder / "log.jsonl", bits_per_nat, title
         self.records: list[Record] = []  # of the steps before the resume
-        self.picture = self.board = None
+        self.board = None
         with optional(self.path):
-            if self.path.exists():
-                self.records = [record for record in read_records(self.path) if record["step"] <= step]
+            self.records = [record for record in read_records(self.path) if record["step"] <= step]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
-        # imported now, not with the first picture: from here on the memory of the process stays as it is
-        with optional(folder / "loss.png"):
-            import picture
-            self.picture = picture
         with optional(folder / "runs"):
+            # imported now, not with the first picture: from here on the memory of the process stays as it is
             from torch.utils.tensorboard import SummaryWriter
+
+            import picture  # noqa: F401
             self.board = SummaryWriter(folder / "runs", purge_step=step)
 
     def add(self, **record: float) -> None:
@@ -58,11 +56,11 @@ class RunLog:
 
     def plot(self) -> None:
         """loss.png: training and validation loss in bits per byte against steps."""
-        if self.picture is None:
-            return
         path = self.path.with_name("loss.png")
         with optional(path):
-            figure = self.picture.new_figure(8, 4.5)
+            import picture
+
+            figure = picture.new_figure(8, 4.5)
             axes = figure.subplots()
             for name, style in {"train": {"color": "#9ecae1", "lw": 1},
                                 "val": {"color": "#08519c", "marker": "o", "ms": 4}}.items():
@@ -73,18 +71,17 @@ class RunLog:
             axes.set(title=self.title, xlabel="step", ylabel="bits per byte")
             axes.grid(alpha=0.3)
             axes.legend()
-            self.picture.save(figure, path)
+            picture.save(figure, path)
 
 
 def read_records(path: Path) -> list[Record]:
     """The lines of log.jsonl that are records; a killed run may leave half a line, and a note names the others."""
-    records, lines = [], plain_file(path, "the log of a run", 1e9).read_bytes().splitlines()
+    records = []
+    lines = plain_file(path, "the log of a run", 1e9).read_bytes().splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
-        with contextlib.suppress(ValueError, UserError, RecursionError):
-            record = json.loads(line)
-            checked(record, Record, path)
-            if record.keys() >= {"step"} and all(map(math.isfinite, record.values())):
-                records.append(record)
-                continue
-        note(f"{path}: line {number} is no record; going on without it")
+        try:
+            record = checked(msgspec.json.decode(line), Record, path)
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, KeyError, RecursionError, UserError):
+            note(f"{path}: line {number} is no record; going on without it")
     return records
