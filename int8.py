@@ -177,8 +177,8 @@ def why_no_owlet(device: torch.device) -> str | None:
         return why_no_kernels
     if device.type == "cpu":
         try:
-            owlet_kernels.isa()
-        except ValueError as error:  # a wrong OWLET_ISA
+            owlet_kernels.isa(), owlet_kernels.variant()
+        except ValueError as error:  # a wrong OWLET_ISA or OWLET_KERNEL
             raise UserError(str(error)) from None
         return None
     if device.type != "cuda" or not has_cuda_kernels():
@@ -364,8 +364,9 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: str, device: tor
     model = model.eval().requires_grad_(False).to(device)
     model.backend = backend
     if backend == "owlet":
-        model.backend += f" ({owlet_kernels.isa() if device.type == 'cpu' else device.type})"
         add_decoder(model)
+        how = f"{owlet_kernels.isa()}, {owlet_kernels.variant()}" if device.type == "cpu" else device.type
+        model.backend += f" ({how})"
     return model
 
 
@@ -381,6 +382,8 @@ def add_decoder(model: Int8GPT) -> None:
     head_dim = model.config.head_dim
     if model.device.type == "cpu":
         model.pages, model.decoder = owlet_kernels.HugePages(), model.make_decoder()
+        with torch.inference_mode():  # the first token chooses how the weights are read
+            model(torch.zeros(1, 1, dtype=torch.long), cache=model.new_cache(1, 1))
     elif head_dim % 16 or head_dim > 128:
         note(f"csrc/cuda/decoder.cu takes heads of 16, 32, ... 128, not of {head_dim}; "
              "going on with PyTorch's attention")

@@ -1,6 +1,7 @@
 """What this machine has: devices, number formats, compilers, cores, and how fast it multiplies."""
 
 import importlib.util
+import itertools
 import math
 import os
 import platform
@@ -9,6 +10,7 @@ import resource
 import shlex
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cli import UserError
@@ -32,16 +34,20 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
-    """auto: bfloat16 where it is fast, for matrices at least `width` wide; else float32."""
+def pick_dtype(name: str, device: torch.device, work: Callable[[torch.dtype], object]) -> torch.dtype:
+    """auto: what GPUs with bfloat16 have; on a CPU bfloat16 where `work` takes less time in it, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":
+    if device.type != "cpu":
         return torch.bfloat16 if gpu_has_bf16(device) else torch.float32
-    # On a CPU bf16 pays with AMX tiles only, and, since fp32 is converted for each product, only if that product is
-    # wide enough to outweigh the conversions (docs/log.md, "bfloat16 on a CPU").
-    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if amx and width >= 256 else torch.float32
+    dtypes = (torch.float32, torch.bfloat16)
+    best = dict.fromkeys(dtypes, math.inf)
+    for _, dtype in itertools.product(range(4), dtypes):  # the first turn warms up
+        start = time.perf_counter()
+        work(dtype)
+        best[dtype] = min(best[dtype], time.perf_counter() - start)
+    # fp32 for the same speed: it is more exact (docs/log.md, "bfloat16 on a CPU")
+    return torch.bfloat16 if best[torch.bfloat16] < 0.95 * best[torch.float32] else torch.float32
 
 
 def gpu_has_bf16(device: torch.device) -> bool:

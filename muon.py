@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distributed import local, shard_like, whole
+from machine import pick_dtype
 from model import GPT
 
 # An odd polynomial: five iterations take singular values of 0.01 to 1 to between 0.7 and 1.2 (ibid.).
@@ -88,6 +89,30 @@ def batches_of_a_shape(params: list[Tensor]) -> list[list[Tensor]]:
         shapes.setdefault(p.shape, []).append(p)
     most = dist.get_world_size() if isinstance(params[0], DTensor) else len(params)
     return [same[i:i + most] for same in shapes.values() for i in range(0, len(same), most)]
+
+
+def pick_dtypes(model: GPT, device: torch.device, tokens: int, dtype: str = "auto",
+                muon_dtype: str = "auto") -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the model's products and of Muon's, by name or, of "auto", by timing them on this machine.
+
+    tokens: of each forward pass. Timed are a block's MLP, forward and backward with fp32 weights, and a product of an
+    iteration; of large models with fewer tokens, so that this takes tenths of a second.
+    """
+    mlp, C = model.model.layers[0].mlp, model.config.n_embd
+    x = torch.randn(min(tokens, max(256, 2**18 // C)), C)
+
+    def forward_backward(dtype: torch.dtype) -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = mlp(x.to(dtype)).sum()
+        loss.backward()
+        model.zero_grad()
+
+    def gram(dtype: torch.dtype) -> None:
+        y = mlp.up_proj.weight.detach()[:C].to(dtype)
+        y @ y.mT
+
+    muon_dtype = dtype if muon_dtype == "auto" else muon_dtype
+    return pick_dtype(dtype, device, forward_backward), pick_dtype(muon_dtype, device, gram)
 
 
 def make_optimizers(model: GPT, muon_lr: float, adam_lr: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:

@@ -33,9 +33,9 @@ from checkpoint import copy_companions, holds_model, load_model, read_last_state
 from dataloader import TokenData, evaluate, forward_loss, read_meta
 from distributed import Ranks, gather_to_main, launch, load_optimizer, parallelize, restart_folder, sync_gradients
 from files import lock, newest, write_json
-from machine import can_compile, peak_flops, pick_dtype
+from machine import can_compile, peak_flops
 from model import GPT, SIZES, GPTConfig
-from muon import make_optimizers, update
+from muon import make_optimizers, pick_dtypes, update
 from runlog import RunLog
 
 DESCRIPTION = "Train a GPT on prepared tokens, in one process or under torchrun."
@@ -77,7 +77,8 @@ class TrainConfig:
     eval_tokens: int = flag(100_000, "Validation tokens of an evaluation, always the same, evenly spread.", 1)
     seed: int = flag(1337, "Draws the weights and the order of the data.", 0, 2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps.")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of matrix products; auto: bfloat16 where it is fast.")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of matrix products; auto: what is faster here.")
+    muon_dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of Muon's products; auto: as --dtype.")
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile (10 seconds); auto: for 1000 steps or more.")
     threads: int | None = flag(None, "CPU threads of each rank; default: cores / ranks on this machine.", 1, 4096)
     parallel: Literal["ddp", "fsdp"] = flag("ddp", "Each rank has the whole model (ddp) or a part of it (fsdp).")
@@ -223,10 +224,13 @@ class Run:
         self.data_sha256 = self.data.meta["train"]["sha256"]
         if state is not None and state["data_sha256"] != self.data_sha256:
             raise UserError(f"--resume: {config.out} was trained on other data than {config.data} now holds")
-        self.dtype = pick_dtype(config.dtype, ranks.device, self.model.config.n_embd)
+        tokens = config.batch_size // ranks.world // config.grad_accum * config.block_size
+        dtypes = pick_dtypes(self.model, ranks.device, tokens, config.dtype, config.muon_dtype)
+        self.dtype, muon_dtype = ranks.all_values(dtypes)[0]  # measured by every rank, so that none waits
+        # settled for resumed runs too: they are to have the same arithmetic
+        config.dtype, config.muon_dtype = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, muon_dtype))
         self.wrapped = parallelize(self.model, ranks, config.parallel, self.dtype, config.compile == "on").train()
-        self.optimizers = make_optimizers(self.model, config.muon_lr, config.adam_lr,
-                                          pick_dtype(config.dtype, ranks.device, 256))  # Muon converts nothing
+        self.optimizers = make_optimizers(self.model, config.muon_lr, config.adam_lr, muon_dtype)
         self.first, self.best = 0, math.inf  # step to begin with; best validation loss
         if state is not None:
             self.first, self.best = state["step"], state["best"]
@@ -269,7 +273,7 @@ class Run:
             f"({self.data.tokens['train']:,} tokens), steps {self.first} to {config.max_steps} of "
             f"{config.batch_size * config.block_size:,} tokens\n"
             f"{self.ranks.world} x {self.ranks.device.type}, {torch.get_num_threads()} threads each, "
-            f"{str(self.dtype).removeprefix('torch.')}, matmul peak {self.peak / 1e9:,.0f} GFLOP/s"
+            f"{config.dtype} (Muon {config.muon_dtype}), matmul peak {self.peak / 1e9:,.0f} GFLOP/s"
             f"{'; compiling first, some 10 seconds' if config.compile == 'on' else ''}")
         if config.init_from and not self.first:
             self.evaluate(0)

@@ -6,7 +6,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <cstdlib>
 #include <thread>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -70,6 +73,23 @@ class Decoder::Barrier {
   alignas(64) std::atomic<unsigned> phase_{0};
 };
 
+// Calls body(barrier, index, team) on each thread of a team.
+template <typename Body>
+void Decoder::in_parallel(int threads, const Body& body) {
+#ifdef _OPENMP
+  std::unique_ptr<Barrier> barrier;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp single
+    barrier = std::make_unique<Barrier>(omp_get_num_threads());  // the team may be smaller than requested
+    body(*barrier, omp_get_thread_num(), omp_get_num_threads());
+  }
+#else
+  Barrier barrier(1);
+  body(barrier, 0, 1);
+#endif
+}
+
 // The quantized inputs of the products.
 struct Decoder::Rows {
   Rows(const DecoderModel& m, int64_t rows)
@@ -86,8 +106,50 @@ struct Decoder::Thread {
 Decoder::Decoder(DecoderModel model) : model_(std::move(model)) {}
 Decoder::~Decoder() = default;
 
+void Decoder::choose_variant(int threads) {
+  const Variant* const variants = kernel().variants;
+  if (!variants[1].dot_panel || std::getenv("OWLET_KERNEL")) return;
+  std::vector<const Int8Linear*> linears;
+  for (const DecoderBlock& b : model_.blocks) linears.insert(linears.end(), {&b.qkv, &b.o, &b.gate_up, &b.down});
+  linears.push_back(&model_.head);
+  int64_t longest = 0;
+  for (const Int8Linear* linear : linears) longest = std::max(longest, row_bytes(ceil_div(linear->K, 4)));
+  const std::vector<int8_t> token(longest);
+
+  // Each turn goes on where the last one ended, so that weights come from the cache or the memory, as in decoding.
+  constexpr int kTurns = 8;
+  constexpr int64_t kTurnBytes = 2 << 20;  // for each thread
+  std::vector<double> best;
+  in_parallel(threads, [&](Barrier& barrier, int index, int team) {
+    std::vector<std::pair<const uint8_t*, int64_t>> panels;  // of this thread, as multiply shares them out
+    for (const Int8Linear* linear : linears) {
+      const int64_t quads = ceil_div(linear->K, 4), count = linear->tasks(1);
+      for (int64_t i = count * index / team; i < count * (index + 1) / team; ++i)
+        panels.emplace_back(linear->packed + i * quads * kQuadBytes, quads);
+    }
+    size_t at = 0;
+    for (int turn = 0; turn < kTurns; ++turn)
+      for (const Variant* v = variants; v->dot_panel; ++v) {
+        barrier.wait();
+        const auto start = std::chrono::steady_clock::now();
+        const int32_t q_sum = 0;
+        int32_t acc[kPanelRows];
+        for (int64_t bytes = 0; !panels.empty() && bytes < kTurnBytes; at = (at + 1) % panels.size()) {
+          v->dot_panel(token.data(), &q_sum, panels[at].first, panels[at].second, acc);
+          bytes += panels[at].second * kQuadBytes;
+        }
+        barrier.wait();
+        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        if (index > 0) continue;
+        if (turn == 0) best.push_back(seconds);
+        best[v - variants] = std::min(best[v - variants], seconds);
+      }
+  });
+  use_variant(variants[std::min_element(best.begin(), best.end()) - best.begin()].name);
+}
+
 void Decoder::prepare(const Step& step, int threads) {
-  kernel();  // choosing the instruction set may throw, which a parallel region does not allow
+  variant();  // choosing the kernel may throw, which a parallel region does not allow
   const DecoderModel& m = model_;
   const int64_t rows = step.batch * step.count;
   if (rows > rows_) {
@@ -113,19 +175,7 @@ void Decoder::forward(Step step, int threads) {
     step.count = std::min(chunk, end - step.pos);
     step.logits = step.pos + step.count == end ? logits : nullptr;
     prepare(step, threads);
-#ifdef _OPENMP
-    std::unique_ptr<Barrier> barrier;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp single
-      barrier = std::make_unique<Barrier>(omp_get_num_threads());  // the team may be smaller than requested
-      const int index = omp_get_thread_num();
-      run(step, *threads_[index], *barrier, index, omp_get_num_threads());
-    }
-#else
-    Barrier barrier(1);
-    run(step, *threads_[0], barrier, 0, 1);
-#endif
+    in_parallel(threads, [&](Barrier& barrier, int index, int team) { run(step, *threads_[index], barrier, index, team); });
   }
 }
 

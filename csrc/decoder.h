@@ -59,13 +59,17 @@ class Decoder {
  public:
   explicit Decoder(DecoderModel model);
   ~Decoder();
-  // Two threads must not call this at once.
+  // Two threads must not call these at once.
   void forward(Step step, int threads);
+  // Times the variants of the one-token kernel on this model's weights for some milliseconds, and uses the best.
+  void choose_variant(int threads);
 
  private:
   struct Rows;
   struct Thread;  // a thread's own buffers
   class Barrier;
+  template <typename Body>
+  static void in_parallel(int threads, const Body& body);
   void prepare(const Step& step, int threads);
   void run(const Step& step, Thread& thread, Barrier& barrier, int index, int threads);
   void append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t i);

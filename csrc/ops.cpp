@@ -231,7 +231,9 @@ class CpuDecoder : public CheckedModel<CpuBackend> {
     const Step step{token, B, T, T, pos, cache("keys", keys, key_scales, B, length),
                     cache("values", values, value_scales, B, length), length, logits.mutable_data_ptr<float>()};
     const std::lock_guard<std::mutex> lock(mutex_);
-    decoder_.forward(step, at::get_num_threads());
+    const int threads = at::get_num_threads();
+    if (threads != tuned_for_) decoder_.choose_variant(tuned_for_ = threads);
+    decoder_.forward(step, threads);
     return logits;
   }
 
@@ -245,6 +247,7 @@ class CpuDecoder : public CheckedModel<CpuBackend> {
   }
   std::mutex mutex_;  // Python's own lock is not held while the decoder works
   Decoder decoder_{model_};
+  int tuned_for_ = 0;  // threads
 };
 
 }  // namespace
@@ -303,6 +306,9 @@ PYBIND11_MODULE(owlet_kernels, m) {
   using namespace owlet;
   m.doc() = "Registers torch.ops.owlet.int8_linear, pack_int8 and int8_rows.";
   m.def("isa", [] { return kernel().name; }, "The instruction set in use.");
+  m.def("variant", [] { return variant().name; }, "How it reads the weights for one token: $OWLET_KERNEL, or the best.");
+  m.def("variants", variant_names, "Its ways to do that.");
+  m.def("use_variant", use_variant, "Use this one from now on; for tests.");
   m.def("isas", kernel_names, "The instruction sets this CPU supports, best first.");
   m.def("use_isa", use_kernel, "Use this instruction set from now on; for tests.");
   m.def("pack_tiles", pack_tiles, py::arg("w"), "What pack_int8 does on a GPU, on any device.");

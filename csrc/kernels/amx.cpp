@@ -77,7 +77,7 @@ bool supported() {
 
 template <int... Tokens>
 constexpr Kernel make_kernel(std::integer_sequence<int, Tokens...>) {
-  return {"amx", supported, &avx512_math, kMaxTileTokens, {dot_panel<Tokens + 1>...}};
+  return {"amx", supported, &avx512_math, kMaxTileTokens, {dot_panel<Tokens + 1>...}, avx512_variants};
 }
 
 }  // namespace

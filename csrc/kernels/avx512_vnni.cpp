@@ -11,24 +11,24 @@
 namespace owlet {
 namespace {
 
-// The prefetch distance in bytes. The hardware prefetcher alone leaves a fifth of the L2 cache's bandwidth unused
-// (docs/log.md, "Prefetch distance and streams").
+// For several tokens, the prefetch distance in bytes.
 constexpr int64_t kAhead = 2048;
 
-TARGET inline void add_quad(__m512i sum[4], const uint8_t* w, const int8_t* q, int64_t ahead) {
+template <int64_t Ahead, _mm_hint Level>
+TARGET inline void add_quad(__m512i sum[4], const uint8_t* w, const int8_t* q, int64_t further = 0) {
   const __m512i a = _mm512_set1_epi32(load_quad(q));
   for (int v = 0; v < 4; ++v) {
-    _mm_prefetch(w + ahead + 64 * v, _MM_HINT_T0);
+    if constexpr (Ahead > 0) _mm_prefetch(w + Ahead + further + 64 * v, Level);
     sum[v] = _mm512_dpbusd_epi32(sum[v], _mm512_loadu_si512(w + 64 * v), a);
   }
 }
 
-// For one token, which is bound by memory. Four streams read a quarter of the panel each: the hardware prefetcher
-// follows a stream only to the end of a 4 KB page, and the other streams bridge that gap. This is a fifth faster for
-// weights that come from beyond the L3 cache.
+// For one token. Each stream reads its own part of the panel: hardware prefetchers follow a stream only to the end of a
+// 4 KB page, and other streams bridge that gap on some machines. Weights are prefetched Ahead bytes before their use;
+// from the end of a stream the prefetches run on to its start in the next panel.
+template <int kStreams, int64_t Ahead, _mm_hint Level>
 TARGET void dot_panel_once(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int32_t* acc) {
-  constexpr int kStreams = 4;
-  const int64_t part = quads / kStreams, near_end = std::max<int64_t>(0, part - kAhead / kQuadBytes);
+  const int64_t part = quads / kStreams, near_end = std::max<int64_t>(0, part - Ahead / kQuadBytes);
   const int64_t next_panel = (quads - part) * kQuadBytes;  // from the end of a stream to its start in the next panel
   __m512i sum[kStreams][4];
   for (int s = 0; s < kStreams; ++s)
@@ -36,11 +36,11 @@ TARGET void dot_panel_once(const int8_t* q, const int32_t* q_sum, const uint8_t*
 
   for (int64_t i = 0; i < near_end; ++i)
     for (int s = 0; s < kStreams; ++s)
-      add_quad(sum[s], panel + (s * part + i) * kQuadBytes, q + 4 * (s * part + i), kAhead);
+      add_quad<Ahead, Level>(sum[s], panel + (s * part + i) * kQuadBytes, q + 4 * (s * part + i));
   for (int64_t i = near_end; i < part; ++i)
     for (int s = 0; s < kStreams; ++s)
-      add_quad(sum[s], panel + (s * part + i) * kQuadBytes, q + 4 * (s * part + i), kAhead + next_panel);
-  for (int64_t i = kStreams * part; i < quads; ++i) add_quad(sum[0], panel + i * kQuadBytes, q + 4 * i, kAhead);
+      add_quad<Ahead, Level>(sum[s], panel + (s * part + i) * kQuadBytes, q + 4 * (s * part + i), next_panel);
+  for (int64_t i = kStreams * part; i < quads; ++i) add_quad<Ahead, Level>(sum[0], panel + i * kQuadBytes, q + 4 * i);
 
   for (int v = 0; v < 4; ++v) {
     for (int s = 1; s < kStreams; ++s) sum[0][v] = _mm512_add_epi32(sum[0][v], sum[s][v]);
@@ -72,9 +72,17 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
 
 }  // namespace
 
+// docs/log.md, "Prefetch distance and streams"
+const Variant avx512_variants[] = {
+    {"4x2048 L1", dot_panel_once<4, 2048, _MM_HINT_T0>}, {"1x4096 L2", dot_panel_once<1, 4096, _MM_HINT_T1>},
+    {"1x8192 L1", dot_panel_once<1, 8192, _MM_HINT_T0>}, {"2x4096 L2", dot_panel_once<2, 4096, _MM_HINT_T1>},
+    {"1x2048 L1", dot_panel_once<1, 2048, _MM_HINT_T0>}, {"1x0", dot_panel_once<1, 0, _MM_HINT_T0>}, {}};
+
 const Kernel avx512_vnni = {
     "avx512_vnni", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); },
-    &avx512_math, 6, {dot_panel_once, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
+    &avx512_math, 6,
+    {dot_panel_once<4, 2048, _MM_HINT_T0>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>},
+    avx512_variants};
 
 }  // namespace owlet
 #endif

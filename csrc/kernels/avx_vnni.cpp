@@ -13,11 +13,13 @@ TARGET inline __m256i add_products(__m256i sum, __m256i w, __m256i a) { return _
 
 #include "ymm.inl"
 
+const Variant variants[] = {{"1x0", dot_panel<1>}, {}};
+
 }  // namespace
 
 const Kernel avx_vnni = {
     "avx_vnni", [] { return avx2.supported() && __builtin_cpu_supports("avxvnni"); }, &fma_math, 6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
+    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}, variants};
 
 }  // namespace owlet
 #endif

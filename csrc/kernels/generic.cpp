@@ -21,10 +21,12 @@ void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int64_t qu
   }
 }
 
+const Variant variants[] = {{"1x0", dot_panel<1>}, {}};
+
 }  // namespace
 
 const Kernel generic = {
     "generic", [] { return true; }, &generic_math, 6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
+    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}, variants};
 
 }  // namespace owlet

@@ -115,6 +115,7 @@ int64_t Int8Linear::tasks(int64_t tokens) const { return ceil_div(N, kPanelRows)
 void Int8Linear::forward(const QuantizedTokens& x, int64_t tokens, const float* residual, int64_t begin,
                          int64_t end, float* y) const {
   const Kernel& kernel = owlet::kernel();
+  DotPanel* const once = variant().dot_panel;
   const int64_t blocks = ceil_div(tokens, kTaskTokens);
   const int rows_per_column = activation == Activation::swiglu ? 2 : 1;
   for (int64_t task = begin; task < end; ++task) {
@@ -128,7 +129,7 @@ void Int8Linear::forward(const QuantizedTokens& x, int64_t tokens, const float* 
     for (int64_t t = block, tile; t < block_end; t += tile) {
       tile = ceil_div(block_end - t, ceil_div(block_end - t, kernel.tile_tokens));  // tiles of about equal size
       int32_t acc[kMaxTileTokens][kPanelRows];
-      kernel.dot_panel[tile - 1](&x.q[t * row_bytes(x.quads)], &x.q_sum[t], panel, x.quads, acc[0]);
+      (tile == 1 ? once : kernel.dot_panel[tile - 1])(&x.q[t * row_bytes(x.quads)], &x.q_sum[t], panel, x.quads, acc[0]);
       const int64_t at = t * columns() + n / rows_per_column;
       epilogue(acc[0], tile, &x.scale[t], scales, bias ? biases : nullptr, activation,
                residual ? residual + at : nullptr, rows / rows_per_column, columns(), y + at);

@@ -39,6 +39,23 @@ const Kernel*& current() {
   return chosen;
 }
 
+const Variant& find_variant(const std::string& name) {
+  for (const Variant* v = kernel().variants; v->dot_panel; ++v)
+    if (name == v->name) return *v;
+  std::string names;
+  for (const std::string& known : variant_names()) names += (names.empty() ? "" : ", ") + known;
+  throw std::invalid_argument("kernel '" + name + "' (OWLET_KERNEL) is unknown to " + kernel().name + ", which has: " +
+                              names);
+}
+
+const Variant*& current_variant() {
+  static const Variant* chosen = [] {
+    const char* name = std::getenv("OWLET_KERNEL");
+    return name && *name ? &find_variant(name) : kernel().variants;
+  }();
+  return chosen;
+}
+
 }  // namespace
 
 const Kernel& kernel() { return *current(); }
@@ -50,6 +67,19 @@ std::vector<std::string> kernel_names() {
   return names;
 }
 
-void use_kernel(const std::string& name) { current() = find(name); }
+void use_kernel(const std::string& name) {
+  current() = find(name);
+  current_variant() = kernel().variants;
+}
+
+const Variant& variant() { return *current_variant(); }
+
+std::vector<std::string> variant_names() {
+  std::vector<std::string> names;
+  for (const Variant* v = kernel().variants; v->dot_panel; ++v) names.push_back(v->name);
+  return names;
+}
+
+void use_variant(const std::string& name) { current_variant() = &find_variant(name); }
 
 }  // namespace owlet

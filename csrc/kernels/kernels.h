@@ -82,21 +82,33 @@ extern const FloatMath generic_math;
 
 constexpr int kMaxTileTokens = 32;  // docs/log.md, "Tokens per kernel call"
 
+// A way to read the weights for one token, which is bound by memory. The best differs from machine to machine.
+struct Variant {
+  const char* name;  // "streams x bytes prefetched ahead, into which cache"
+  DotPanel* dot_panel;
+};
+
 struct Kernel {
   const char* name;
   bool (*supported)();  // by this CPU and its operating system
   const FloatMath* floats;
   int tile_tokens;                      // the most tokens of a call: one load of the weights serves all of them
-  DotPanel* dot_panel[kMaxTileTokens];  // [tokens - 1]
+  DotPanel* dot_panel[kMaxTileTokens];  // [tokens - 1]; [0] is the first of the variants
+  const Variant* variants;              // for one token, up to one that is null
 };
 
 extern const Kernel amx, avx512_vnni, avx_vnni, avx2;  // x86-64
 extern const Kernel neon;                              // 64-bit Arm
 extern const Kernel generic;
+extern const Variant avx512_variants[];
 
 const Kernel& kernel();                    // the one in use: $OWLET_ISA, or else the best this CPU supports
 std::vector<std::string> kernel_names();   // the kernels this CPU supports, best first
 void use_kernel(const std::string& name);  // switches, for tests; not while another thread computes
+
+const Variant& variant();                   // of kernel(), in use: $OWLET_KERNEL, or what use_variant set, or the first
+std::vector<std::string> variant_names();   // of kernel()
+void use_variant(const std::string& name);  // not while another thread computes
 
 // Packs panels [panel_begin, panel_end) of w, int8 (N, K) row-major. Returns false if w holds a -128, which the
 // symmetric format does not have.

@@ -44,11 +44,13 @@ bool supported() {
 #endif
 }
 
+const Variant variants[] = {{"1x0", dot_panel<1>}, {}};
+
 }  // namespace
 
 const Kernel neon = {
     "neon", supported, &neon_math, 6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
+    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}, variants};
 
 }  // namespace owlet
 #endif

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from dataloader import forward_loss
 from distributed import Ranks, parallelize
-from machine import can_compile, peak_flops, pick_dtype
+from machine import can_compile, peak_flops
 from model import GPT, SIZES, GPTConfig
-from muon import make_optimizers, update
+from muon import make_optimizers, pick_dtypes, update
 
 BATCH = 32 if torch.cuda.is_available() else 16
 VOCABULARY = 256
@@ -45,9 +45,9 @@ def new_model(size: str) -> GPT:
 
 def owlet_step(size: str, ranks: Ranks, name: Literal["auto", "float32"]) -> Step:
     model = new_model(size)
-    dtype = pick_dtype(name, ranks.device, model.config.n_embd)
+    dtype, muon_dtype = pick_dtypes(model, ranks.device, BATCH * model.config.block_size, name)
     wrapped = parallelize(model, ranks, dtype=dtype, compile=can_compile(ranks.device))
-    optimizers = make_optimizers(model, *RATES, pick_dtype(name, ranks.device, 256))  # as in train.py
+    optimizers = make_optimizers(model, *RATES, muon_dtype)
 
     def step(x: Tensor, y: Tensor) -> None:
         forward_loss(wrapped, x, y, dtype).backward()
@@ -85,7 +85,7 @@ def seconds(step: Step, x: Tensor, y: Tensor) -> float:
 def measure(size: str, ranks: Ranks, rounds: int) -> list[dict]:
     """A row for each way to take a step."""
     device, block = ranks.device, SIZES[size]["block_size"]
-    auto = pick_dtype("auto", device, SIZES[size]["n_embd"])
+    auto, _ = pick_dtypes(new_model(size), device, BATCH * block)
     plain = auto if device.type == "cuda" else torch.float32
     compiled = {"plain compiled": (plain, plain_step(size, ranks, plain, compile=True))}
     steps = {"plain": (plain, plain_step(size, ranks, plain)),
