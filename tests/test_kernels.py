@@ -450,6 +450,36 @@ def test_owlet_isa_refuses(isa):
         owlet_kernels.use_isa(isa)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_variant_sums_one_token_exactly(isa):
+    """They differ in the order of reading alone; the first and the last panel have no neighbour to prefetch from."""
+    owlet_kernels.use_isa(isa)
+    for variant in owlet_kernels.variants():
+        owlet_kernels.use_variant(variant)
+        assert owlet_kernels.variant() == variant
+        for K in (1, 4, 15, 63, 64, 257, 4097):
+            for N in (1, 64, 130):
+                x, w = full_range(1, K).float(), full_range(N, K)
+                y = int8_linear(x, pack_int8(w), torch.ones(N))
+                assert torch.equal(y, int8_linear_reference(x, w, torch.ones(N))), (variant, K, N)
+    with pytest.raises(ValueError, match=r"9x9' .*, which has: "):
+        owlet_kernels.use_variant("9x9")
+
+
+@pytest.mark.parametrize("variant", ["", owlet_kernels.variants()[-1], "9x9"])
+def test_owlet_kernel_chooses(variant):
+    code = """if True:
+        import torch, owlet_kernels, int8
+        from model import GPT, GPTConfig
+        print(int8.quantize(GPT(GPTConfig(n_layer=1)), "owlet").backend)"""
+    result = python(code, OWLET_KERNEL=variant)
+    if variant == "9x9":
+        assert "kernel '9x9' (OWLET_KERNEL) is unknown" in result.stderr
+    else:
+        expected = [variant] if variant else owlet_kernels.variants()
+        assert result.stdout.strip() in [f"owlet ({ISAS[0]}, {name})" for name in expected], result.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_runs_on_torchs_threads(threads):

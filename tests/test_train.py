@@ -17,11 +17,12 @@ import pytest
 import torch
 from conftest import ROOT, assert_same, end_well, fork_train, refused, save_model
 
+import muon
 import train
 from checkpoint import load_model, read_run, read_safetensors, read_state, write_state
 from dataloader import TokenData, evaluate
 from distributed import Ranks
-from machine import can_compile
+from machine import can_compile, pick_dtype
 from model import SIZES
 from muon import make_optimizers
 from train import TrainConfig, lr_scale
@@ -275,6 +276,29 @@ def test_optimizers_share_out_every_parameter_once(tiny):
     assert sorted(ours) == sorted(id(p) for p in tiny.parameters())
     assert id(tiny.lm_head.weight) in {id(p) for group in adam.param_groups for p in group["params"]}
     assert all(p.dim() == 2 for group in muon.param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [
+    (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (None, torch.float32)], ids=str)
+def test_the_faster_dtype_is_taken(slow, chosen):
+    def work(dtype: torch.dtype) -> None:
+        time.sleep(0.02 if dtype == slow else 0.01)
+
+    assert pick_dtype("auto", torch.device("cpu"), work) == chosen
+    assert pick_dtype("bfloat16", torch.device("cpu"), work) == torch.bfloat16
+
+
+def test_a_resume_keeps_the_dtypes_that_were_measured(script, data, tmp_path, monkeypatch):
+    """The other machine, or the other day, may measure something else."""
+    flags = ["--data", data, "--out", tmp_path / "run", *SMALL, "--dtype", "auto", "--max-steps", 10]
+    monkeypatch.setattr(muon, "pick_dtype", lambda name, *_: torch.bfloat16)
+    code, out, err = script(train.main, *flags)
+    assert code == 0 and "bfloat16 (Muon bfloat16)" in out, err
+    settings, _ = read_run(tmp_path / "run")
+    assert (settings["dtype"], settings["muon_dtype"]) == ("bfloat16", "bfloat16")
+    monkeypatch.setattr(muon, "pick_dtype", lambda name, *_: getattr(torch, name))  # auto would fail
+    code, out, err = script(train.main, "--resume", "--out", tmp_path / "run", "--max-steps", 20)
+    assert code == 0 and "bfloat16 (Muon bfloat16)" in out, err
 
 
 def test_fine_tuning_starts_from_the_given_weights(run, script, data, tmp_path):
