@@ -66,17 +66,24 @@ def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch
     return model, f"int8 by {model.backend}{', int8 cache' * int8_cache}"
 
 
+LONGEST_PROMPT = 10**7  # bytes: more than any context holds
+
+
 def read_prompt(config: SampleConfig) -> str:
     """The text to continue; of a file or pipe as prepare.py reads books: no byte order mark, newlines as \\n."""
     if config.prompt is not None and config.prompt_file is not None:
         raise UserError("--prompt and --prompt-file: expected one of them, got both")
     if config.prompt_file is None and config.prompt != "-":
         return config.prompt or "\n"
-    raw = config.prompt_file.read_bytes() if config.prompt_file is not None else sys.stdin.buffer.read()
+    name = config.prompt_file or "standard input"
+    with config.prompt_file.open("rb") if config.prompt_file is not None else sys.stdin.buffer as file:
+        raw = file.read(LONGEST_PROMPT + 1)
+    if len(raw) > LONGEST_PROMPT:
+        raise UserError(f"{name}: expected a prompt of at most {LONGEST_PROMPT:,} bytes, got more")
     try:
         return io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
-        raise UserError(f"{config.prompt_file or 'standard input'}: expected UTF-8 text: {error}") from None
+        raise UserError(f"{name}: expected UTF-8 text: {error}") from None
 
 
 class Detokenizer:

@@ -127,6 +127,9 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
         saved = parse(TrainConfig, "", [str(settings.pop("size", "tiny")), *words(settings)])
     except UserError as error:
         raise UserError(f"{out}/run.json: {error}") from None
+    if saved.block_size > state["model_config"].block_size:
+        raise UserError(f"{out}/run.json: --block-size: expected at most {state['model_config'].block_size}, the "
+                        f"model's context, got {saved.block_size}")
     for name in FIXED:
         kept = getattr(state["model_config"] if name in SHAPE else saved, name)
         got = flags.get(name, kept)

@@ -393,6 +393,10 @@ def test_prompts_are_read_as_books_are(script, folder, monkeypatch):
     assert len(set(texts)) == 1 and texts[0].startswith("Owl\nFox\n")
 
 
+def test_a_prompt_without_end_is_refused(script, folder):
+    refused(script(sample.main, "--prompt-file", "/dev/zero"), "/dev/zero", "at most")
+
+
 def test_a_book_may_say_where_its_texts_end(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = "Once upon a time.<|endoftext|>\n" * 300
