@@ -4,7 +4,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-CXX ?= c++
+ifeq ($(origin CXX),default)  # make's own default is no choice of the user's
+CXX := c++
+endif
 
 .PHONY: demo test test-long bench gpu lint kernels clean
 .DELETE_ON_ERROR:
@@ -12,6 +14,9 @@ CXX ?= c++
 .venv/requirements: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "owlet needs Python 3.11 or later; name one: make PYTHON=python3.12"; exit 2; }
+	@if [ "$$(uname)" = Linux ] && ! [ -e /dev/nvidia0 ] && ! env | grep -q '^PIP_' && ! $(PYTHON) -m pip config list | grep -q .; \
+	then echo "note: no GPU here, but pip's torch for Linux is the CUDA build, 4.9 GB installed; the CPU build takes 1.4 GB:" && \
+	    echo "      stop, set PIP_EXTRA_INDEX_URL as PyTorch's install page says for CPUs, and make again"; fi
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@

@@ -12,11 +12,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 
 if not shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]):
     sys.exit("setup.py: no C++ compiler found; install g++ or clang++, or name yours in CXX")
@@ -39,13 +40,20 @@ def why_no_cuda() -> str | None:
     nvcc = Path(CUDA_HOME or "") / "bin/nvcc"
     if not nvcc.exists():
         return "no nvcc found"
-    if not (Path(CUDA_HOME) / "include/cuda_runtime.h").exists():
-        return f"no CUDA headers in {CUDA_HOME}/include; name the toolkit's folder in CUDA_HOME"
     version = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     if version is None or version[1] != torch.version.cuda.split(".")[0]:
         return f"{nvcc} is of CUDA {version and version[1]}, torch of {torch.version.cuda}"
     if any(torch.cuda.get_device_capability(i) < (7, 5) for i in range(torch.cuda.device_count())):
         return "there is a GPU older than Turing"  # it has no int8 tensor cores
+    with tempfile.TemporaryDirectory() as folder:  # an nvcc may lack the toolkit's headers or refuse the C++ compiler
+        trial = Path(folder, "trial.cu")
+        trial.write_text("#include <c10/cuda/CUDAGuard.h>\n__global__ void kernel() {}\n")
+        headers = [f"-I{path}" for path in include_paths("cuda")]
+        command = [nvcc, "-std=c++20", "-c", trial, "-o", f"{trial}.o", *headers]
+        tried = subprocess.run(command, capture_output=True, text=True)
+    if tried.returncode:
+        errors = [line for line in tried.stderr.splitlines() if "error" in line.lower()]
+        return f"{nvcc} compiles nothing here ({errors[0] if errors else tried.returncode}); set CUDA_HOME"
     return None
 
 

@@ -377,7 +377,8 @@ def test_a_state_of_another_version_is_refused_by_the_field(script, folder, fiel
 @pytest.mark.parametrize(("change", "word"), [
     ({"settings": None}, "settings"), ({"settings": {}}, None), ({"settings": {"muon_lr": "fast"}}, "--muon-lr"),
     ({"settings": {"max_steps": -1}}, "--max-steps"), ({"settings": {"size": "huge"}}, "huge"),
-    ({"settings": {"colour": 1}}, "--colour"), ({"settings": {"block_size": 17}}, "--block-size"), ({"settings": {"muon_lr": []}}, "settings"),
+    ({"settings": {"colour": 1}}, "--colour"),
+    ({"settings": {"block_size": 17}}, "--block-size"), ({"settings": {"muon_lr": []}}, "settings"),
     ({"data_sha256": 5}, "data_sha256"),
 ], ids=str)
 def test_settings_of_a_run_are_checked_as_flags_are(script, folder, change, word):

@@ -1,6 +1,7 @@
 // AMX: tdpbsud multiplies a tile of 16 tokens x 64 k by a tile of 64 k x 16 rows of w. The packed layout holds the
 // second tile as it is: 16 quads of 16 rows, 256 bytes apart.
 #if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -71,8 +72,10 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
 // A process must ask Linux for permission before it uses tile registers.
 bool supported() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return avx512_vnni.supported() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  constexpr unsigned kTileAndInt8 = 3u << 24;  // of leaf 7's edx: older compilers have no names for them
+  unsigned eax, ebx, ecx, edx;
+  return avx512_vnni.supported() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
+         (edx & kTileAndInt8) == kTileAndInt8 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 template <int... Tokens>

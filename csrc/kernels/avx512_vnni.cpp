@@ -75,8 +75,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
 // docs/log.md, "Prefetch distance and streams"
 const Variant avx512_variants[] = {
     {"4x2048 L1", dot_panel_once<4, 2048, _MM_HINT_T0>}, {"1x4096 L2", dot_panel_once<1, 4096, _MM_HINT_T1>},
-    {"1x8192 L1", dot_panel_once<1, 8192, _MM_HINT_T0>}, {"2x4096 L2", dot_panel_once<2, 4096, _MM_HINT_T1>},
-    {"1x2048 L1", dot_panel_once<1, 2048, _MM_HINT_T0>}, {"1x0", dot_panel_once<1, 0, _MM_HINT_T0>}, {}};
+    {"1x8192 L1", dot_panel_once<1, 8192, _MM_HINT_T0>}, {"1x0", dot_panel_once<1, 0, _MM_HINT_T0>}, {}};
 
 const Kernel avx512_vnni = {
     "avx512_vnni", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); },
