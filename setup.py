@@ -19,7 +19,8 @@ import torch
 from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 
-if not shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]):
+cxx = shlex.split(os.environ.get("CXX") or "c++")
+if not shutil.which(cxx[0]):
     sys.exit("setup.py: no C++ compiler found; install g++ or clang++, or name yours in CXX")
 
 csrc = Path("csrc")
@@ -45,15 +46,16 @@ def why_no_cuda() -> str | None:
         return f"{nvcc} is of CUDA {version and version[1]}, torch of {torch.version.cuda}"
     if any(torch.cuda.get_device_capability(i) < (7, 5) for i in range(torch.cuda.device_count())):
         return "there is a GPU older than Turing"  # it has no int8 tensor cores
-    with tempfile.TemporaryDirectory() as folder:  # an nvcc may lack the toolkit's headers or refuse the C++ compiler
-        trial = Path(folder, "trial.cu")
-        trial.write_text("#include <c10/cuda/CUDAGuard.h>\n__global__ void kernel() {}\n")
-        headers = [f"-I{path}" for path in include_paths("cuda")]
-        command = [nvcc, "-std=c++20", "-c", trial, "-o", f"{trial}.o", *headers]
-        tried = subprocess.run(command, capture_output=True, text=True)
-    if tried.returncode:
-        errors = [line for line in tried.stderr.splitlines() if "error" in line.lower()]
-        return f"{nvcc} compiles nothing here ({errors[0] if errors else tried.returncode}); set CUDA_HOME"
+    headers = [f"-I{path}" for path in include_paths("cuda")]
+    for compiler, ending in ([nvcc], "cu"), (cxx, "cpp"):  # the toolkit's headers may be missing for one or both
+        with tempfile.TemporaryDirectory() as folder:
+            trial = Path(folder, f"trial.{ending}")
+            trial.write_text("#include <c10/cuda/CUDAGuard.h>\n")
+            command = [*compiler, "-std=c++20", "-c", trial, "-o", f"{trial}.o", *headers]
+            tried = subprocess.run(command, capture_output=True, text=True)
+        if tried.returncode:
+            errors = [line for line in tried.stderr.splitlines() if "error" in line]
+            return f"{compiler[-1]} compiles none ({errors[0] if errors else tried.returncode}); set CUDA_HOME"
     return None
 
 
