@@ -19,8 +19,8 @@ import signal
 import sys
 import timeit
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -105,7 +105,7 @@ def run_script(command: list[str], profile: cProfile.Profile, operators: Abstrac
         sys.excepthook(type(error), error.with_traceback(trace), trace)
         return 1
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the report is written
         sys.path[:] = our_path
 
 
@@ -282,6 +282,16 @@ def compare(before: Stats, after: Stats, top: int) -> str:
 
 # ---------------------------------------------------------------- command line
 
+@contextmanager
+def ctrl_c_as_before() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@ctrl_c_as_before()
 def record(config: ProfileConfig, command: list[str]) -> int:
     """Run the script under the profilers, write the files, report. Returns the script's exit code."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
