@@ -41,7 +41,8 @@ def record(monkeypatch):
 
     def run(path):
         profile = cProfile.Profile()
-        code = profile_run.run_script([str(path)], profile, nullcontext())
+        with profile_run.ctrl_c_as_before():
+            code = profile_run.run_script([str(path)], profile, nullcontext())
         return code, profile_run.snapshot(profile)
 
     return run
