@@ -103,9 +103,8 @@ def pick_dtypes(model: GPT, device: torch.device, tokens: int, dtype: str = "aut
 
     def forward_backward(dtype: torch.dtype) -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = mlp(x.to(dtype)).sum()
-        loss.backward()
-        model.zero_grad()
+            y = mlp(x.to(dtype))
+        torch.autograd.grad(y.sum(), [*mlp.parameters()])
 
     def gram(dtype: torch.dtype) -> None:
         y = mlp.up_proj.weight.detach()[:C].to(dtype)
