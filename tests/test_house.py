@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -91,3 +92,13 @@ def test_make_clean_removes_build_products_only():
     command = ["make", "--no-print-directory", "--dry-run", "clean"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.split() == ["rm", "-rf", ".venv", "build", "*.so"]
+
+
+def test_the_run_for_gpus_can_be_tried_without_one(tmp_path):
+    command = [sys.executable, ROOT / "tests/bench/gpu.py", "--out", tmp_path / "gpu"]
+    dry = subprocess.run([*command, "--dry", "--only", "build", "smoke", "train"], capture_output=True, text=True)
+    assert dry.returncode == 0 and re.findall(r"^(\w+): ok", dry.stdout, re.M) == ["build", "smoke", "train"], dry.stderr
+    assert (tmp_path / "gpu" / "stages.md").read_text().count("| ok |") == 3
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    refused = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "needs a CUDA GPU" in refused.stderr
