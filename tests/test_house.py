@@ -94,10 +94,18 @@ def test_make_clean_removes_build_products_only():
     assert said.split() == ["rm", "-rf", ".venv", "build", "*.so"]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["cuda", "ladder", "loss", "peers", "scaling", "train"])
+def test_every_benchmark_explains_itself(name):
+    command = [sys.executable, ROOT / f"tests/bench/bench_{name}.py", "--help"]
+    assert "usage:" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def test_the_run_for_gpus_can_be_tried_without_one(tmp_path):
     command = [sys.executable, ROOT / "tests/bench/gpu.py", "--out", tmp_path / "gpu"]
     dry = subprocess.run([*command, "--dry", "--only", "build", "smoke", "train"], capture_output=True, text=True)
-    assert dry.returncode == 0 and re.findall(r"^(\w+): ok", dry.stdout, re.M) == ["build", "smoke", "train"], dry.stderr
+    assert dry.returncode == 0, dry.stderr
+    assert re.findall(r"^(\w+): ok", dry.stdout, re.M) == ["build", "smoke", "train"]
     assert (tmp_path / "gpu" / "stages.md").read_text().count("| ok |") == 3
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     refused = subprocess.run(command, capture_output=True, text=True, env=env)

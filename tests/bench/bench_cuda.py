@@ -20,11 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from report import machine_name, publish, random_model, table, take_turns
 from cli import UserError, flag, parse, run
 
 import torch
 import torch.nn.functional as F
-from report import machine_name, publish, random_model, table, take_turns
 from torch import Tensor
 
 import int8

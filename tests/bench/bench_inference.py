@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from report import GPT2_VOCAB, OUT, THREADS, picture, publish, random_model, sizes, summary, table, uncaptured
+
 import pytest
 import torch
 from probe import Limits, int8_machine
-from report import GPT2_VOCAB, OUT, THREADS, picture, publish, random_model, sizes, summary, table, uncaptured
 from torch import Tensor
 
 import int8

@@ -9,11 +9,12 @@ in a model: a single matrix would stay in the second-level cache. The table is p
 import functools
 from collections.abc import Callable, Iterator
 
+from report import GPT2_VOCAB, OUT, THREADS, publish, sizes, table, uncaptured
+
 import pytest
 import torch
 import torch.nn.functional as F
 from probe import Limits, int8_machine
-from report import GPT2_VOCAB, OUT, THREADS, publish, sizes, table, uncaptured
 from torch import Tensor
 
 from int8 import LINEARS, activate, matrix_shapes, quantize_rows

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from report import OUT, machine_name, publish, table, take_turns
 from cli import flag, parse, run
 
 import torch
 import torch.nn.functional as F
 from probe import Limits, compiled, owlet_kernels
-from report import OUT, machine_name, publish, table, take_turns
 from torch import Tensor
 
 from int8 import int8_linear_reference, quantize_rows, quantize_tokens

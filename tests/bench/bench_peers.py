@@ -22,12 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from report import GPT2_VOCAB, machine_name, picture, publish, random_model, summary, table, take_turns
 from cli import UserError, flag, parse, run
 
 import numpy as np
 import torch
 from engines import ENGINES, Engine
-from report import GPT2_VOCAB, machine_name, picture, publish, random_model, summary, table, take_turns
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from checkpoint import load_model, save_weights

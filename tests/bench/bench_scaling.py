@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Literal
 from unittest import mock
 
+from report import machine_name, picture, publish, summary, table, take_turns
 from cli import UserError, flag, parse, run
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from report import machine_name, picture, publish, summary, table, take_turns
 from torch import Tensor
 
 from dataloader import forward_loss

@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from report import machine_name, publish, table, take_turns
 from cli import flag, parse, run
 
 import torch
-from report import machine_name, publish, table, take_turns
 from torch import Tensor, nn
 
 from dataloader import forward_loss

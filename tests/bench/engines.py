@@ -7,8 +7,9 @@ itself, so that a missing one stops no other engine.
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import report  # noqa: F401  makes the modules below importable
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

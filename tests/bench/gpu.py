@@ -15,10 +15,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from report import ROOT, table
 from cli import UserError, flag, parse, run
 
 import torch
-from report import ROOT, table
 
 from files import write_text
 

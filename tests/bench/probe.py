@@ -8,8 +8,9 @@ import importlib
 import sys
 from types import ModuleType
 
-import pytest
 from report import ROOT, machine_name
+
+import pytest
 from setuptools import Distribution
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
