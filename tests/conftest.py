@@ -40,7 +40,7 @@ TINY = {"vocab_size": 256, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often tests/test_chaos.py kills a training run")
     parser.addoption("--kills-seed", type=int, default=random.randrange(2**32), help="draws the moments of the kills")
-    parser.addoption("--cases", type=int, default=40, help="how many cases each test of tests/test_fuzz.py draws")
+    parser.addoption("--cases", type=int, default=30, help="how many cases each test of tests/test_fuzz.py draws")
     parser.addoption("--cases-seed", type=int, default=random.randrange(2**32), help="draws them")
 
 
