@@ -6,7 +6,6 @@ found as the model runs ("dynamic"). Products are summed exactly in int32.
 
 import copy
 import io
-import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -272,12 +271,7 @@ class Int8GPT(GPT):
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         kind = Int8KVCache if self.int8_cache else KVCache
-        empty = self.huge_empty if self.decoder and self.device.type == "cpu" else torch.empty
-        return kind(self.config, batch_size, length, self.device, empty=empty)
-
-    def huge_empty(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """torch.empty on the CPU, on huge pages, which the model keeps for its next cache."""
-        return self.pages.empty(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        return kind(self.config, batch_size, length, self.device)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
@@ -381,7 +375,7 @@ def add_decoder(model: Int8GPT) -> None:
     """On a GPU, where it may never have run, the decoder must agree with PyTorch: wrong text is worse than slow."""
     head_dim = model.config.head_dim
     if model.device.type == "cpu":
-        model.pages, model.decoder = owlet_kernels.HugePages(), model.make_decoder()
+        model.decoder = model.make_decoder()
         with torch.inference_mode():  # the first token chooses how the weights are read
             model(torch.zeros(1, 1, dtype=torch.long), cache=model.new_cache(1, 1))
     elif head_dim % 16 or head_dim > 128:

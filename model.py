@@ -7,7 +7,6 @@ B: sequences, T: tokens of each, C: n_embd, nh: heads, hd: head_dim.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,10 +68,9 @@ class KVCache:
     """Keys and values of the tokens seen so far, each (n_layer, B, n_kv_head, length, head_dim)."""
 
     def __init__(self, config: GPTConfig, batch_size: int, length: int | None = None,
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                 empty: Callable[..., Tensor] = torch.empty) -> None:
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         shape = (config.n_layer, batch_size, config.n_kv_head, length or config.block_size, config.head_dim)
-        self.keys, self.values = (empty(shape, device=device, dtype=dtype) for _ in range(2))
+        self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.pos = 0  # tokens held; GPT.forward moves it on
 
     def end(self, T: int) -> int:

@@ -9,7 +9,6 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <memory>
 #include <mutex>
 
 #include "huge_pages.h"
@@ -130,48 +129,6 @@ Tensor new_rows(const Tensor& packed, const Tensor& scale, const Tensor& idx, in
   return at::empty_symint(shape, scale.options());
 }
 
-// ---- memory for what is read from front to back again and again
-
-// Memory for the caches of a model. Finding huge pages takes a system milliseconds, so the pool keeps the last two
-// blocks given back (the keys and values of one cache) for the next request of their size. Tensors may outlive it.
-class HugePages : public std::enable_shared_from_this<HugePages> {
- public:
-  // uint8 (bytes), not filled. Small tensors are not worth a huge page.
-  Tensor empty(int64_t bytes) {
-    if (bytes < 2 * kHugePage) return at::empty({bytes}, at::kByte);
-    const Block block = take(huge_size(bytes));
-    const auto give_back = [pool = weak_from_this(), block](void*) {
-      const auto owner = pool.lock();
-      if (!owner) return;
-      const std::lock_guard<std::mutex> lock(owner->mutex_);
-      owner->kept_.push_back(block);
-      if (owner->kept_.size() > 2) owner->kept_.erase(owner->kept_.begin());
-    };
-    return at::from_blob(block.memory.get(), {bytes}, give_back, at::kByte);
-  }
-
- private:
-  struct Block {
-    std::shared_ptr<void> memory;
-    int64_t size;
-  };
-
-  Block take(int64_t size) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto kept = kept_.begin(); kept != kept_.end(); ++kept)
-      if (kept->size == size) {
-        const Block block = *kept;
-        kept_.erase(kept);
-        return block;
-      }
-    void* memory = huge_alloc(size);
-    TORCH_CHECK_WITH(OutOfMemoryError, memory, "no memory for ", size, " bytes");
-    return {std::shared_ptr<void>(memory, std::free), size};
-  }
-  std::mutex mutex_;
-  std::vector<Block> kept_;
-};
-
 // One block for all panels of a model, packed in order of use: the hardware prefetcher runs from one matrix into the
 // next, and huge pages save address look-ups. The block lives as long as its last tensor.
 class Panels {
@@ -179,7 +136,9 @@ class Panels {
   explicit Panels(const std::vector<std::pair<int64_t, int64_t>>& shapes) {
     int64_t bytes = 0;
     for (const auto& [N, K] : shapes) bytes += c10::multiply_integers(panel_shape(N, K));
-    rest_ = std::make_shared<HugePages>()->empty(bytes);
+    void* memory = huge_alloc(bytes);
+    TORCH_CHECK_WITH(OutOfMemoryError, memory, "no memory for ", bytes, " bytes");
+    rest_ = at::from_blob(memory, {bytes}, std::free, at::kByte);
   }
 
   // w (N, K) int8 -> panels (ceil(N / 64), ceil(K / 4), 64, 4) uint8, the next piece of the block.
@@ -315,9 +274,6 @@ PYBIND11_MODULE(owlet_kernels, m) {
   py::class_<Panels>(m, "Panels", "One block of memory for the packed matrices of a model, on huge pages.")
       .def(py::init<const std::vector<std::pair<int64_t, int64_t>>&>(), py::arg("shapes"))
       .def("pack", &Panels::pack, py::arg("w"), "pack_int8 of w (N, K) into the next piece of the block.");
-  py::class_<HugePages, std::shared_ptr<HugePages>>(m, "HugePages", "Memory on huge pages that is used again.")
-      .def(py::init<>())
-      .def("empty", &HugePages::empty, py::arg("bytes"), "A uint8 tensor, not filled, on huge pages if it is large.");
   define_decoder<CpuDecoder>(m, "Decoder", "A whole int8 model, in one parallel region.")
       .def("forward", &CpuDecoder::forward, py::arg("tokens"), py::arg("pos"), py::arg("keys"), py::arg("values"),
            py::arg("key_scales") = py::none(), py::arg("value_scales") = py::none(),

@@ -1,7 +1,6 @@
 """The int8 kernels: exact sums, the same bits on every instruction set and thread count, clear errors."""
 
 import functools
-import mmap
 import os
 import shutil
 import subprocess
@@ -231,9 +230,6 @@ def test_rows(N, K, pack):
 
 # --- memory -------------------------------------------------------------------------------------
 
-MB = 1 << 20
-
-
 def test_panels_are_one_block_in_order_of_use():
     for shapes in [[(70, 33), (1, 1), (64, 257)], [(640, 4096), (1000, 4096)]]:  # without and with huge pages
         panels = owlet_kernels.Panels(shapes)
@@ -257,45 +253,6 @@ def test_panels_refuse(w, message):
     panels = owlet_kernels.Panels([(2, 2)])
     with pytest.raises(RuntimeError, match=message):
         panels.pack(w)
-
-
-@pytest.mark.parametrize("size", [0, 5, 3 * MB, 5 * MB + 3])
-def test_huge_pages_give_bytes(size):
-    tensor = owlet_kernels.HugePages().empty(size)
-    assert tensor.shape == (size,) and tensor.dtype == torch.uint8 and tensor.is_contiguous()
-    tensor.fill_(3)  # the tensor outlives the pool
-    assert tensor.eq(3).all()
-
-
-def test_huge_pages_reuse_a_block_for_its_rounded_size_alone():
-    pages = owlet_kernels.HugePages()
-    address = pages.empty(8 * MB).data_ptr()  # given back at once
-    others = [pages.empty(size) for size in (4 * MB, 6 * MB, 8 * MB + 1)]
-    assert address not in {other.data_ptr() for other in others}
-    same = pages.empty(6 * MB + 1)  # rounded to pages of 2 MB
-    assert same.data_ptr() == address
-    assert pages.empty(8 * MB).data_ptr() != address  # still in use
-    assert owlet_kernels.HugePages().empty(8 * MB).data_ptr() != address
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_huge_pages_keep_two_blocks_until_their_owner_goes():
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE // MB
-
-    size, before, pages = 64, resident(), owlet_kernels.HugePages()  # malloc returns blocks of this size to the system
-    first, second, third, fourth = (pages.empty(size * MB).fill_(1) for _ in range(4))
-    assert abs(resident() - before - 4 * size) < size / 2
-    addresses = {second.data_ptr(), third.data_ptr()}
-    del first, second, third
-    assert abs(resident() - before - 3 * size) < size / 2
-    again = [pages.empty(size * MB) for _ in range(2)]
-    assert {block.data_ptr() for block in again} == addresses
-    del again, pages
-    assert abs(resident() - before - size) < size / 2
-    assert fourth.eq(1).all()
-    del fourth
-    assert abs(resident() - before) < size / 2
 
 
 # --- errors -------------------------------------------------------------------------------------
