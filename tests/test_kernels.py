@@ -465,8 +465,9 @@ def test_runs_on_torchs_threads(threads):
         pytest.param("c++", ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], [],
                      marks=pytest.mark.long),
         pytest.param("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"], marks=pytest.mark.long),
+        pytest.param("clang++", ["-O2"], [], marks=pytest.mark.long),
     ],
-    ids=["native", "sanitized", "aarch64"],
+    ids=["native", "sanitized", "aarch64", "clang"],
 )
 def test_native_self_test(compiler, flags, runner, tmp_path):
     for tool in [compiler, *runner]:

@@ -11,14 +11,15 @@
 namespace owlet {
 namespace {
 
+constexpr int kToL1 = 3, kToL2 = 2;  // where __builtin_prefetch brings the weights
 // For several tokens, the prefetch distance in bytes.
 constexpr int64_t kAhead = 2048;
 
-template <int64_t Ahead, _mm_hint Level>
+template <int64_t Ahead, int Locality>
 TARGET inline void add_quad(__m512i sum[4], const uint8_t* w, const int8_t* q, int64_t further = 0) {
   const __m512i a = _mm512_set1_epi32(load_quad(q));
   for (int v = 0; v < 4; ++v) {
-    if constexpr (Ahead > 0) _mm_prefetch(w + Ahead + further + 64 * v, Level);
+    if constexpr (Ahead > 0) __builtin_prefetch(w + Ahead + further + 64 * v, 0, Locality);
     sum[v] = _mm512_dpbusd_epi32(sum[v], _mm512_loadu_si512(w + 64 * v), a);
   }
 }
@@ -26,7 +27,7 @@ TARGET inline void add_quad(__m512i sum[4], const uint8_t* w, const int8_t* q, i
 // For one token. Each stream reads its own part of the panel: hardware prefetchers follow a stream only to the end of a
 // 4 KB page, and other streams bridge that gap on some machines. Weights are prefetched Ahead bytes before their use;
 // from the end of a stream the prefetches run on to its start in the next panel.
-template <int kStreams, int64_t Ahead, _mm_hint Level>
+template <int kStreams, int64_t Ahead, int Locality>
 TARGET void dot_panel_once(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int32_t* acc) {
   const int64_t part = quads / kStreams, near_end = std::max<int64_t>(0, part - Ahead / kQuadBytes);
   const int64_t next_panel = (quads - part) * kQuadBytes;  // from the end of a stream to its start in the next panel
@@ -36,11 +37,11 @@ TARGET void dot_panel_once(const int8_t* q, const int32_t* q_sum, const uint8_t*
 
   for (int64_t i = 0; i < near_end; ++i)
     for (int s = 0; s < kStreams; ++s)
-      add_quad<Ahead, Level>(sum[s], panel + (s * part + i) * kQuadBytes, q + 4 * (s * part + i));
+      add_quad<Ahead, Locality>(sum[s], panel + (s * part + i) * kQuadBytes, q + 4 * (s * part + i));
   for (int64_t i = near_end; i < part; ++i)
     for (int s = 0; s < kStreams; ++s)
-      add_quad<Ahead, Level>(sum[s], panel + (s * part + i) * kQuadBytes, q + 4 * (s * part + i), next_panel);
-  for (int64_t i = kStreams * part; i < quads; ++i) add_quad<Ahead, Level>(sum[0], panel + i * kQuadBytes, q + 4 * i);
+      add_quad<Ahead, Locality>(sum[s], panel + (s * part + i) * kQuadBytes, q + 4 * (s * part + i), next_panel);
+  for (int64_t i = kStreams * part; i < quads; ++i) add_quad<Ahead, Locality>(sum[0], panel + i * kQuadBytes, q + 4 * i);
 
   for (int v = 0; v < 4; ++v) {
     for (int s = 1; s < kStreams; ++s) sum[0][v] = _mm512_add_epi32(sum[0][v], sum[s][v]);
@@ -74,13 +75,13 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
 
 // docs/log.md, "Prefetch distance and streams"
 const Variant avx512_variants[] = {
-    {"4x2048 L1", dot_panel_once<4, 2048, _MM_HINT_T0>}, {"1x4096 L2", dot_panel_once<1, 4096, _MM_HINT_T1>},
-    {"1x8192 L1", dot_panel_once<1, 8192, _MM_HINT_T0>}, {"1x0", dot_panel_once<1, 0, _MM_HINT_T0>}, {}};
+    {"4x2048 L1", dot_panel_once<4, 2048, kToL1>}, {"1x4096 L2", dot_panel_once<1, 4096, kToL2>},
+    {"1x8192 L1", dot_panel_once<1, 8192, kToL1>}, {"1x0", dot_panel_once<1, 0, kToL1>}, {}};
 
 const Kernel avx512_vnni = {
     "avx512_vnni", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); },
     &avx512_math, 6,
-    {dot_panel_once<4, 2048, _MM_HINT_T0>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>},
+    {dot_panel_once<4, 2048, kToL1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>},
     avx512_variants};
 
 }  // namespace owlet

@@ -1,5 +1,6 @@
 // AVX-VNNI: the 256-bit vpdpbusd of CPUs without AVX512 (Alder Lake and later, Zen 5).
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -13,12 +14,18 @@ TARGET inline __m256i add_products(__m256i sum, __m256i w, __m256i a) { return _
 
 #include "ymm.inl"
 
+bool supported() {
+  constexpr unsigned kAvxVnni = 1u << 4;  // of leaf 7, 1's eax: older compilers have no name for it
+  unsigned eax, ebx, ecx, edx;
+  return avx2.supported() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnni);
+}
+
 const Variant variants[] = {{"1x0", dot_panel<1>}, {}};
 
 }  // namespace
 
 const Kernel avx_vnni = {
-    "avx_vnni", [] { return avx2.supported() && __builtin_cpu_supports("avxvnni"); }, &fma_math, 6,
+    "avx_vnni", supported, &fma_math, 6,
     {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}, variants};
 
 }  // namespace owlet
