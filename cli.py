@@ -170,6 +170,17 @@ class _Parser(argparse.ArgumentParser):
 
 # ---------------------------------------------------------------- signals, errors, exit codes
 
+@contextlib.contextmanager
+def handling(handler: Any, numbers: Iterable[int]) -> Iterator[None]:
+    """These signals go to `handler` within this context, or the function that it decorates."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
 class StopSignals:
     """SIGINT, SIGTERM and SIGHUP ask for a stop, which the loop obeys between two steps, where the state is whole.
 
@@ -180,13 +191,8 @@ class StopSignals:
         self.asked: int | None = None  # the first signal
         self.when, self.said = 0.0, False
 
-    def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, *ends())}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def heard(self) -> contextlib.AbstractContextManager:
+        return handling(self.handle, [signal.SIGINT, *ends()])
 
     def handle(self, number: int, frame: object) -> None:
         if self.asked is None:
@@ -223,15 +229,14 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: a UserError is one line and exit code 2, Ctrl-C is 130 without a traceback."""
-    name, before = Path(sys.argv[0]).name, {}
+    name = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the terminal's encoding may lack letters that a book has
     try:
-        if signal.getsignal(signal.SIGINT) is _interrupted:
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
-        before |= {number: signal.signal(number, _stop) for number in ends()}
-        main()
-        sys.stdout.flush()
+        importing = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is _interrupted else []
+        with handling(signal.default_int_handler, importing), handling(_stop, ends()):
+            main()
+            sys.stdout.flush()
         return
     except BrokenPipeError:  # the reader has left, as `head` does: end as SIGPIPE would end us
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -248,9 +253,6 @@ def run(main: Callable[[], None]) -> None:
                                                                        str(memory_error)):
             raise
         error = f"out of memory: {one_line(memory_error)}"
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun ends the others once one has ended: one error is said once
         time.sleep(5)
     from tqdm import tqdm

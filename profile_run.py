@@ -19,13 +19,13 @@ import signal
 import sys
 import timeit
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
-from cli import UserError, flag, given, optional, parse, refuse, run
+from cli import UserError, flag, given, handling, optional, parse, refuse, run
 
 # files, matplotlib and torch are imported after the script has run. A module imported earlier would be missing from the
 # phase "Python import", as torch is under --torch.
@@ -282,16 +282,7 @@ def compare(before: Stats, after: Stats, top: int) -> str:
 
 # ---------------------------------------------------------------- command line
 
-@contextmanager
-def ctrl_c_as_before() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@ctrl_c_as_before()
+@handling(signal.default_int_handler, [signal.SIGINT])  # run_script changes that, to the end of the report
 def record(config: ProfileConfig, command: list[str]) -> int:
     """Run the script under the profilers, write the files, report. Returns the script's exit code."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -251,7 +251,8 @@ class Run:
         self.saver, self.saving = ThreadPoolExecutor(1), None
         title = f"{config.out.name}: {self.model.num_params() / 1e6:.1f}M parameters on {config.data.name}"
         self.log = RunLog(config.out, self.first, self.data.bits_per_nat, title) if ranks.is_main else None
-        self.signals = at_exit.enter_context(StopSignals())
+        self.signals = StopSignals()
+        at_exit.enter_context(self.signals.heard())
         at_exit.callback(self.wait_for_save)  # before signals kill again: torchrun sends one when another rank has died
 
         # what is measured between two reports

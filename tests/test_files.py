@@ -84,7 +84,8 @@ def test_only_what_has_a_checksum_is_hashed(tmp_path, monkeypatch):
 def test_a_signal_during_a_print_is_only_noted(capfd):
     """A handler that printed would interrupt a write to the same stream, which Python refuses."""
     said = []
-    with StopSignals() as signals:
+    signals = StopSignals()
+    with signals.heard():
         write, signals_sent = sys.stdout.write, []
 
         def interrupted(text: str) -> int:

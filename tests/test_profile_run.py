@@ -5,10 +5,13 @@ import json
 import marshal
 import os
 import pstats
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+
+from cli import handling
 
 import pytest
 
@@ -41,7 +44,7 @@ def record(monkeypatch):
 
     def run(path):
         profile = cProfile.Profile()
-        with profile_run.ctrl_c_as_before():
+        with handling(signal.SIG_IGN, [signal.SIGINT]):
             code = profile_run.run_script([str(path)], profile, nullcontext())
         return code, profile_run.snapshot(profile)
 
