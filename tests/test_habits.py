@@ -282,7 +282,7 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(folder, data, words, moment):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
-@pytest.mark.parametrize("moment", [0, 2, *(pytest.param(i, marks=pytest.mark.long) for i in (1, 3, 4))])
+@pytest.mark.parametrize("moment", [0, 2, *(pytest.param(i, marks=pytest.mark.long) for i in (1, 3, 4, 6))])
 def test_a_stopped_prepare_leaves_nothing(tmp_path, number, moment):
     (tmp_path / "book.txt").write_text(make_text(300_000))
     process = start(ROOT / "data/prepare.py", "--input", "book.txt", "--out", "made", "--vocab-size", 2000,
@@ -293,7 +293,11 @@ def test_a_stopped_prepare_leaves_nothing(tmp_path, number, moment):
     time.sleep(0.15 * moment)
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and "Traceback" not in err
+    assert "Traceback" not in err
+    if process.returncode == 0 and moment > 2:  # it had ended already
+        TokenData(tmp_path / "made", 16)
+        return
+    assert process.returncode == 128 + number
     assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
 
 
