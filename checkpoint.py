@@ -201,7 +201,7 @@ def tokenizer_errors(what: str) -> Iterator[None]:
     """The library raises bare Exceptions and Rust's panics: they become UserErrors."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, UserError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, UserError):
         raise
     except BaseException as error:
         raise UserError(f"{what}: {one_line(error)}") from error
