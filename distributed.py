@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from files import checked
-from machine import cores, help_inductor, pick_device
+from machine import CPUThreads, help_inductor, pick_device
 from model import GPT
 
 
@@ -37,9 +37,7 @@ class Ranks:
             if self.world > 1:
                 self.device = pick_device(f"cuda:{local_rank}")
             torch.cuda.set_device(self.device)
-        if threads is None and self.world == 1 and "OMP_NUM_THREADS" in os.environ:  # torchrun sets it to 1
-            threads = torch.get_num_threads()
-        torch.set_num_threads(threads or max(1, cores() // local_world))
+        self.threads = CPUThreads(threads, local_world)
         if self.world > 1:
             store = next(dist.rendezvous("env://"))[0]
             if os.environ.get("GROUP_WORLD_SIZE") == "1":

@@ -267,7 +267,15 @@ class Int8GPT(GPT):
     int8_cache: keep keys and values in int8 too. Halves the bytes read per token at long contexts.
     """
 
-    decoder, int8_cache, backend = None, False, ""
+    decoder, int8_cache, linears = None, False, ""
+
+    @property
+    def backend(self) -> str:
+        """What computes the products. On a CPU the first tokens choose how the kernel reads the weights."""
+        if self.linears != "owlet":
+            return self.linears
+        on_cpu = self.device.type == "cpu"
+        return f"owlet ({f'{owlet_kernels.isa()}, {owlet_kernels.variant()}' if on_cpu else self.device.type})"
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         kind = Int8KVCache if self.int8_cache else KVCache
@@ -356,11 +364,9 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: str, device: tor
         model.lm_head if config.tie_embeddings and table is make else
         table(state[f"{embedding}.weight"].to(device), state[f"{embedding}.weight_scale"].to(device)))
     model = model.eval().requires_grad_(False).to(device)
-    model.backend = backend
+    model.linears = backend
     if backend == "owlet":
         add_decoder(model)
-        how = f"{owlet_kernels.isa()}, {owlet_kernels.variant()}" if device.type == "cpu" else device.type
-        model.backend += f" ({how})"
     return model
 
 
@@ -376,8 +382,6 @@ def add_decoder(model: Int8GPT) -> None:
     head_dim = model.config.head_dim
     if model.device.type == "cpu":
         model.decoder = model.make_decoder()
-        with torch.inference_mode():  # the first token chooses how the weights are read
-            model(torch.zeros(1, 1, dtype=torch.long), cache=model.new_cache(1, 1))
     elif head_dim % 16 or head_dim > 128:
         note(f"csrc/cuda/decoder.cu takes heads of 16, 32, ... 128, not of {head_dim}; "
              "going on with PyTorch's attention")

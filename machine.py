@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cli import UserError
+from cli import UserError, note
 
 import torch
 
@@ -82,6 +82,44 @@ def help_inductor() -> None:
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class CPUThreads:
+    """Torch's CPU threads: `asked`, or $OMP_NUM_THREADS, or the cores shared by `ranks` processes of ours.
+
+    One process by itself leaves out the cores that others keep busy: threads wait for each other some thousand times a
+    second, so that one on a busy core delays all (docs/log.md, "A busy core").
+    """
+
+    def __init__(self, asked: int | None, ranks: int = 1) -> None:
+        self.most = cores() // ranks if ranks > 1 else torch.get_num_threads()  # torchrun sets OMP_NUM_THREADS to 1
+        self.fixed = asked is not None or ranks > 1 or "OMP_NUM_THREADS" in os.environ
+        torch.set_num_threads(asked or max(1, self.most))
+        self.seen = core_seconds()
+
+    def adapt(self) -> None:
+        """Fewer threads, or more again, by what other processes used since the last call."""
+        if self.fixed:
+            return
+        time.sleep(max(0.0, self.seen[0] + 0.1 - time.monotonic()))  # the system counts in steps of 0.01 s
+        before, self.seen = self.seen, core_seconds()
+        seconds, busy, own = (now - then for now, then in zip(self.seen, before, strict=True))
+        others = max(0.0, busy - own) / seconds
+        threads = max(1, min(self.most, cores() - round(others)))
+        if threads != torch.get_num_threads():
+            note(f"other processes use {others:.1f} of {cores()} cores; going on with {threads} of {self.most} threads "
+                 "(--threads sets a number that stays)")
+            torch.set_num_threads(threads)
+
+
+def core_seconds() -> tuple[float, float, float]:
+    """Now; how long the cores that this process may use have been busy, where Linux says it; and busy with it."""
+    busy, stat = 0.0, Path("/proc/stat")
+    for name, *ticks in map(str.split, stat.read_text().splitlines() if stat.exists() else ()):
+        if re.fullmatch(r"cpu\d+", name) and int(name[3:]) in os.sched_getaffinity(0):
+            user, nice, system, _, _, irq, soft_irq = map(int, ticks[:7])
+            busy += (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic(), busy, time.process_time()
 
 
 def cpu_name() -> str:

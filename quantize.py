@@ -25,7 +25,7 @@ from dataloader import TokenData, evaluate
 from files import atomic_folder, beside, write_json
 from generate import generate
 from int8 import Int8GPT, has_torch_ao, load_quantized, pick_backend, quantize, save_quantized, stored_size, torch_ao
-from machine import cpu_name, resident_bytes
+from machine import CPUThreads, cpu_name, resident_bytes
 from model import GPT, GPTConfig
 
 LONGEST = 1024  # tokens of context in the comparison, of models that have more (docs/log.md, "Tests and tools")
@@ -142,7 +142,7 @@ class QuantizeConfig:
     data: Path | None = flag(None, "Prepared folder to measure the loss on; default: what the model was trained on.")
     eval_tokens: int = flag(100_000, "Validation tokens to measure the loss on, evenly spread.", 1, 10**9)
     backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag("auto", "Int8 arithmetic; auto: the fastest.")
-    threads: int | None = flag(None, "CPU threads; default: PyTorch's choice.", 1, 4096)
+    threads: int | None = flag(None, "CPU threads; default: as many as cores are free.", 1, 4096)
 
 
 def validation_data(source: Path | None, folder: Path, model: GPTConfig) -> TokenData | None:
@@ -169,7 +169,7 @@ def main() -> None:
     config = parse(QuantizeConfig, "Shrink a checkpoint to int8, and show what that costs and brings.")
     if not config.compare:
         refuse(given(QuantizeConfig), ["data", "eval_tokens", "backend"], "with --no-compare")
-    torch.set_num_threads(config.threads or torch.get_num_threads())
+    threads = CPUThreads(config.threads)
     folder = config.checkpoint or newest_model(Path("out"), quantized=False)
     model, out = load_model(folder), config.out or beside(folder, "-int8")
     if (out / "train_state.pt").exists() or (holds_model(out) and not is_quantized(out)):
@@ -192,6 +192,7 @@ def main() -> None:
         print(f"{folder} -> {path}: {size / 1e6:.2f} MB ({size / before:.1%})")
     if config.compare:
         del model
+        threads.adapt()
         result = compare(folder, out, data, backend, config.eval_tokens)
         write_json(out / "comparison.json", result)
         with optional(out / "comparison.png"):

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 
 from checkpoint import is_quantized, load_model, newest_model, read_tokenizer, token_ids
 from generate import generate
-from int8 import load_quantized
-from machine import gpu_has_bf16, pick_device
+from int8 import Int8GPT, load_quantized
+from machine import CPUThreads, gpu_has_bf16, pick_device
 from model import GPT
 
 
@@ -42,28 +42,27 @@ class SampleConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of fp32 folders; auto: bfloat16 on GPUs with it.")
     backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag("auto", "Int8 arithmetic; auto: the fastest.")
     int8_cache: bool = flag(False, "Keep keys and values in int8 too, for long contexts (int8 folders only).")
-    threads: int | None = flag(None, "CPU threads; default: PyTorch's choice.", 1, 4096)
+    threads: int | None = flag(None, "CPU threads; default: as many as cores are free.", 1, 4096)
 
 
-def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch.device) -> tuple[GPT, str]:
-    """The model of an fp32 or int8 folder, on the device, and a word on how it computes."""
+def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch.device) -> GPT:
+    """The model of an fp32 or int8 folder, on the device."""
     if not is_quantized(folder):
         if int8_cache or backend != "auto":
             raise UserError(f"{'--int8-cache' if int8_cache else '--backend'}: expected an int8 folder, as quantize.py "
                             f"makes one; {folder} is fp32")
         model = load_model(folder).to(device)
         if dtype == "float32" or (dtype == "auto" and not gpu_has_bf16(device)):
-            return model, "fp32"
+            return model
         for parameter in model.parameters():  # model.to would round the rotary angles as well
             parameter.data = parameter.data.bfloat16()
-        return model, "bf16"
+        return model
     if dtype == "bfloat16":
         raise UserError(f"--dtype bfloat16: expected an fp32 folder; {folder} is int8")
     if device.type == "mps":
         note("int8 models run on CPUs and CUDA; going on with the CPU")
         device = torch.device("cpu")
-    model = load_quantized(folder, backend, device, int8_cache)
-    return model, f"int8 by {model.backend}{', int8 cache' * int8_cache}"
+    return load_quantized(folder, backend, device, int8_cache)
 
 
 LONGEST_PROMPT = 10**7  # bytes: more than any context holds
@@ -120,7 +119,7 @@ def main() -> None:
     config = parse(SampleConfig, "Text from a checkpoint folder, fp32 or int8, streamed as it is made.")
     for name in {"top_k", "top_p", "seed"} & given(SampleConfig).keys() if config.temperature == 0 else ():
         note(f"--{name.replace('_', '-')} has no effect with --temperature 0, which draws nothing")
-    torch.set_num_threads(config.threads or torch.get_num_threads())
+    threads = CPUThreads(config.threads)
     device = pick_device(config.device)
     folder = config.checkpoint or newest_model(Path("out"))
     if not folder.is_dir():
@@ -128,11 +127,12 @@ def main() -> None:
     tokenizer = read_tokenizer(folder)
     text = read_prompt(config)
     [prompt] = token_ids(tokenizer, [text], special=True)
-    model, how = load(folder, config.dtype, config.backend, config.int8_cache, device)
+    model = load(folder, config.dtype, config.backend, config.int8_cache, device)
     for token in prompt:
         if token >= model.config.vocab_size:
             raise UserError(f"--prompt: {tokenizer.id_to_token(token)!r} is token {token}; "
                             f"the model knows {model.config.vocab_size}")
+    threads.adapt()
     seed = config.seed if config.seed is not None else torch.seed() % 2**32
     generator = torch.Generator(model.device).manual_seed(seed)
 
@@ -158,6 +158,8 @@ def main() -> None:
 
     first, rest = times[1] - times[0], times[-1] - times[1]
     pace = f"{(len(rows) - 1) * config.num_samples / rest:,.0f} tokens/s" if len(rows) > 1 else "-"
+    how = f"int8 by {model.backend}{', int8 cache' * config.int8_cache}" if isinstance(model, Int8GPT) else (
+        "bf16" if model.lm_head.weight.dtype == torch.bfloat16 else "fp32")
     print(f"[{folder}, {how}; prompt of {len(prompt)}: {len(prompt) * config.num_samples / first:,.0f} tokens/s; "
           f"{len(rows) * config.num_samples} new: {pace}; seed {seed}]", file=sys.stderr)
 

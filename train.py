@@ -80,7 +80,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of matrix products; auto: what is faster here.")
     muon_dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of Muon's products; auto: as --dtype.")
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile (10 seconds); auto: for 1000 steps or more.")
-    threads: int | None = flag(None, "CPU threads of each rank; default: cores / ranks on this machine.", 1, 4096)
+    threads: int | None = flag(None, "CPU threads of each rank; default: as many as cores are free.", 1, 4096)
     parallel: Literal["ddp", "fsdp"] = flag("ddp", "Each rank has the whole model (ddp) or a part of it (fsdp).")
 
 
@@ -227,6 +227,7 @@ class Run:
         self.data_sha256 = self.data.meta["train"]["sha256"]
         if state is not None and state["data_sha256"] != self.data_sha256:
             raise UserError(f"--resume: {config.out} was trained on other data than {config.data} now holds")
+        ranks.threads.adapt()
         tokens = config.batch_size // ranks.world // config.grad_accum * config.block_size
         dtypes = pick_dtypes(self.model, ranks.device, tokens, config.dtype, config.muon_dtype)
         self.dtype, muon_dtype = ranks.all_values(dtypes)[0]  # measured by every rank, so that none waits
@@ -344,6 +345,7 @@ class Run:
         return stops > 0
 
     def evaluate(self, done: int) -> None:
+        self.ranks.threads.adapt()
         val_loss = evaluate(self.model, self.data, self.config.eval_tokens, self.ranks, self.dtype)
         if not math.isfinite(val_loss):
             raise diverged(self.config, done, f"the validation loss is {val_loss}")

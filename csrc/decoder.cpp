@@ -106,48 +106,6 @@ struct Decoder::Thread {
 Decoder::Decoder(DecoderModel model) : model_(std::move(model)) {}
 Decoder::~Decoder() = default;
 
-void Decoder::choose_variant(int threads) {
-  const Variant* const variants = kernel().variants;
-  if (!variants[1].dot_panel || std::getenv("OWLET_KERNEL")) return;
-  std::vector<const Int8Linear*> linears;
-  for (const DecoderBlock& b : model_.blocks) linears.insert(linears.end(), {&b.qkv, &b.o, &b.gate_up, &b.down});
-  linears.push_back(&model_.head);
-  int64_t longest = 0;
-  for (const Int8Linear* linear : linears) longest = std::max(longest, row_bytes(ceil_div(linear->K, 4)));
-  const std::vector<int8_t> token(longest);
-
-  // Each turn goes on where the last one ended, so that weights come from the cache or the memory, as in decoding.
-  constexpr int kTurns = 8;
-  constexpr int64_t kTurnBytes = 2 << 20;  // for each thread
-  std::vector<double> best;
-  in_parallel(threads, [&](Barrier& barrier, int index, int team) {
-    std::vector<std::pair<const uint8_t*, int64_t>> panels;  // of this thread, as multiply shares them out
-    for (const Int8Linear* linear : linears) {
-      const int64_t quads = ceil_div(linear->K, 4), count = linear->tasks(1);
-      for (int64_t i = count * index / team; i < count * (index + 1) / team; ++i)
-        panels.emplace_back(linear->packed + i * quads * kQuadBytes, quads);
-    }
-    size_t at = 0;
-    for (int turn = 0; turn < kTurns; ++turn)
-      for (const Variant* v = variants; v->dot_panel; ++v) {
-        barrier.wait();
-        const auto start = std::chrono::steady_clock::now();
-        const int32_t q_sum = 0;
-        int32_t acc[kPanelRows];
-        for (int64_t bytes = 0; !panels.empty() && bytes < kTurnBytes; at = (at + 1) % panels.size()) {
-          v->dot_panel(token.data(), &q_sum, panels[at].first, panels[at].second, acc);
-          bytes += panels[at].second * kQuadBytes;
-        }
-        barrier.wait();
-        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-        if (index > 0) continue;
-        if (turn == 0) best.push_back(seconds);
-        best[v - variants] = std::min(best[v - variants], seconds);
-      }
-  });
-  use_variant(variants[std::min_element(best.begin(), best.end()) - best.begin()].name);
-}
-
 void Decoder::prepare(const Step& step, int threads) {
   variant();  // choosing the kernel may throw, which a parallel region does not allow
   const DecoderModel& m = model_;
@@ -168,14 +126,34 @@ void Decoder::prepare(const Step& step, int threads) {
   }
 }
 
+// Times the ways to read the weights on a model's first tokens, in turns, and uses the fastest from then on. The sums
+// are exact, so the tokens are the same in each.
+void Decoder::choose_variant(const Step& step, int threads) {
+  constexpr size_t kTurns = 8;
+  const Variant* const variants = kernel().variants;
+  const size_t count = variant_names().size();
+  if (threads != chosen_for_) seconds_.clear(), chosen_for_ = threads;
+  if (std::getenv("OWLET_KERNEL") || count == 1 || seconds_.size() == kTurns * count) return run_all(step, threads);
+  use_variant(variants[seconds_.size() % count].name);
+  const auto start = std::chrono::steady_clock::now();
+  run_all(step, threads);
+  seconds_.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  if (seconds_.size() == kTurns * count)
+    use_variant(variants[(std::min_element(seconds_.begin(), seconds_.end()) - seconds_.begin()) % count].name);
+}
+
+void Decoder::run_all(const Step& step, int threads) {
+  prepare(step, threads);
+  in_parallel(threads, [&](Barrier& barrier, int index, int team) { run(step, *threads_[index], barrier, index, team); });
+}
+
 void Decoder::forward(Step step, int threads) {
   const int64_t end = step.pos + step.count, chunk = std::max<int64_t>(1, kMaxRows / step.batch);
   float* const logits = step.logits;
   for (; step.pos < end; step.pos += step.count, step.tokens += step.count) {
     step.count = std::min(chunk, end - step.pos);
     step.logits = step.pos + step.count == end ? logits : nullptr;
-    prepare(step, threads);
-    in_parallel(threads, [&](Barrier& barrier, int index, int team) { run(step, *threads_[index], barrier, index, team); });
+    step.batch * step.count == 1 ? choose_variant(step, threads) : run_all(step, threads);
   }
 }
 

@@ -59,10 +59,8 @@ class Decoder {
  public:
   explicit Decoder(DecoderModel model);
   ~Decoder();
-  // Two threads must not call these at once.
+  // Two threads must not call this at once.
   void forward(Step step, int threads);
-  // Times the variants of the one-token kernel on this model's weights for some milliseconds, and uses the best.
-  void choose_variant(int threads);
 
  private:
   struct Rows;
@@ -70,6 +68,8 @@ class Decoder {
   class Barrier;
   template <typename Body>
   static void in_parallel(int threads, const Body& body);
+  void choose_variant(const Step& step, int threads);
+  void run_all(const Step& step, int threads);
   void prepare(const Step& step, int threads);
   void run(const Step& step, Thread& thread, Barrier& barrier, int index, int threads);
   void append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t i);
@@ -85,6 +85,8 @@ class Decoder {
   std::vector<float> hidden_;    // (rows, n_hidden)
   std::unique_ptr<Rows> quantized_;
   std::vector<std::unique_ptr<Thread>> threads_;
+  std::vector<double> seconds_;  // of the first tokens, for choose_variant
+  int chosen_for_ = 0;           // threads
 };
 
 }  // namespace owlet

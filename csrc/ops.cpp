@@ -190,9 +190,7 @@ class CpuDecoder : public CheckedModel<CpuBackend> {
     const Step step{token, B, T, T, pos, cache("keys", keys, key_scales, B, length),
                     cache("values", values, value_scales, B, length), length, logits.mutable_data_ptr<float>()};
     const std::lock_guard<std::mutex> lock(mutex_);
-    const int threads = at::get_num_threads();
-    if (threads != tuned_for_) decoder_.choose_variant(tuned_for_ = threads);
-    decoder_.forward(step, threads);
+    decoder_.forward(step, at::get_num_threads());
     return logits;
   }
 
@@ -206,7 +204,6 @@ class CpuDecoder : public CheckedModel<CpuBackend> {
   }
   std::mutex mutex_;  // Python's own lock is not held while the decoder works
   Decoder decoder_{model_};
-  int tuned_for_ = 0;  // threads
 };
 
 }  // namespace

@@ -29,6 +29,7 @@ from model import GPT, GPTConfig
 
 # Threads wait for each other by spinning: on a machine with other work, two can take ten times as long as one.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for scripts in processes of their own
 
 # A test run started in the background ignores Ctrl-C, and the processes it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -472,6 +472,39 @@ def test_threads_are_those_that_openmp_is_told(threads):
     assert Ranks("cpu", 1).world == 1
 
 
+@pytest.mark.parametrize("asked, told, others, expected", [
+    (None, None, 0.2, 4), (None, None, 1.1, 3), (None, None, 2.9, 1), (None, None, 9, 1), (3, None, 2, 3),
+    (None, "4", 2, 4)])
+def test_threads_are_as_many_as_cores_are_free(monkeypatch, notes_anew, capsys, asked, told, others, expected):
+    seconds = iter([(0, 10, 5), (2, 14 + 2 * others, 9), (3, 15 + 2 * others, 10)])
+    monkeypatch.setattr(machine, "core_seconds", lambda: next(seconds))
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    monkeypatch.setattr(machine.time, "monotonic", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if told:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    torch.set_num_threads(4)
+    try:
+        threads = machine.CPUThreads(asked)
+        threads.adapt()
+        assert torch.get_num_threads() == expected
+        assert ("other processes use" in capsys.readouterr().err) == (expected < (asked or 4))
+        if asked is None and told is None:
+            threads.adapt()  # they have ended
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux says how busy its cores are")
+def test_seconds_of_cores_are_counted():
+    before, start = machine.core_seconds(), time.monotonic()
+    while time.monotonic() < start + 0.5:
+        pass
+    seconds, busy, own = (now - then for now, then in zip(machine.core_seconds(), before, strict=True))
+    assert 0.2 < own < 1.05 * seconds and own - 0.05 < busy < machine.cores() * seconds + 0.1
+
+
 def test_a_mistake_under_torchrun_is_said_once(tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
                            ROOT / "train.py", "--max-stepz", "5"], capture_output=True, text=True, cwd=tmp_path)

@@ -426,9 +426,12 @@ def test_every_variant_sums_one_token_exactly(isa):
 @pytest.mark.parametrize("variant", ["", owlet_kernels.variants()[-1], "9x9"])
 def test_owlet_kernel_chooses(variant):
     code = """if True:
-        import torch, owlet_kernels, int8
+        import torch, int8
+        from generate import generate
         from model import GPT, GPTConfig
-        print(int8.quantize(GPT(GPTConfig(n_layer=1)), "owlet").backend)"""
+        model = int8.quantize(GPT(GPTConfig(n_layer=1)), "owlet")
+        list(generate(model, torch.zeros(1, 1, dtype=torch.long), 50))
+        print(model.backend)"""
     result = python(code, OWLET_KERNEL=variant)
     if variant == "9x9":
         assert "kernel '9x9' (OWLET_KERNEL) is unknown" in result.stderr
