@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <functional>
 #include <thread>
 #include <utility>
 
@@ -42,8 +43,9 @@ const float* read_cache(const Cache& cache, int64_t row, int64_t count, int64_t 
 }  // namespace
 
 // Threads meet here some forty times per token, so they spin. A thread that has waited long yields, in case there are
-// more threads than free cores. The last thread to arrive has acquired the writes of all others with arrived_ and
-// releases them with phase_ to every thread that leaves. It resets arrived_ first, so the next phase starts at 0.
+// more threads than free cores, and then sleeps. The last thread to arrive has acquired the writes of all others with
+// arrived_ and releases them with phase_ to every thread that leaves. It resets arrived_ first, so the next phase starts
+// at 0.
 class Decoder::Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
@@ -52,14 +54,21 @@ class Decoder::Barrier {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
+      phase_.notify_all();
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
-      spins < kSpins ? pause() : std::this_thread::yield();
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+      if (spins < kSpins)
+        pause();
+      else if (spins < kYields)
+        std::this_thread::yield();
+      else
+        phase_.wait(phase, std::memory_order_acquire);
+    }
   }
 
  private:
-  static constexpr int kSpins = 2000;  // about 50 us (docs/log.md, "Spin barriers")
+  static constexpr int kSpins = 2000, kYields = 4000;  // about 50 us, and another 0.5 ms (docs/log.md, "Spin barriers")
   static void pause() {
 #if defined(__x86_64__)
     _mm_pause();
@@ -73,22 +82,37 @@ class Decoder::Barrier {
   alignas(64) std::atomic<unsigned> phase_{0};
 };
 
-// Calls body(barrier, index, team) on each thread of a team.
-template <typename Body>
-void Decoder::in_parallel(int threads, const Body& body) {
-#ifdef _OPENMP
-  std::unique_ptr<Barrier> barrier;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp single
-    barrier = std::make_unique<Barrier>(omp_get_num_threads());  // the team may be smaller than requested
-    body(*barrier, omp_get_thread_num(), omp_get_num_threads());
+// Threads for a build without OpenMP (macOS, clang on Linux). With it, torch's own threads are used: two pools would
+// take each other's cores.
+class Decoder::Team {
+ public:
+  explicit Team(int threads) : threads(threads), barrier(threads) {
+    for (int i = 1; i < threads; ++i)
+      workers_.emplace_back([this, i] {
+        for (barrier.wait(); work_; barrier.wait()) {
+          (*work_)(i);
+          barrier.wait();
+        }
+      });
   }
-#else
-  Barrier barrier(1);
-  body(barrier, 0, 1);
-#endif
-}
+  ~Team() {
+    work_ = nullptr;
+    barrier.wait();
+    for (std::thread& worker : workers_) worker.join();
+  }
+  void run(const std::function<void(int)>& work) {
+    work_ = &work;
+    barrier.wait();
+    work(0);
+    barrier.wait();
+  }
+  const int threads;
+  Barrier barrier;
+
+ private:
+  const std::function<void(int)>* work_ = nullptr;
+  std::vector<std::thread> workers_;
+};
 
 // The quantized inputs of the products.
 struct Decoder::Rows {
@@ -144,7 +168,18 @@ void Decoder::choose_variant(const Step& step, int threads) {
 
 void Decoder::run_all(const Step& step, int threads) {
   prepare(step, threads);
-  in_parallel(threads, [&](Barrier& barrier, int index, int team) { run(step, *threads_[index], barrier, index, team); });
+#ifdef _OPENMP
+  std::unique_ptr<Barrier> barrier;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp single
+    barrier = std::make_unique<Barrier>(omp_get_num_threads());  // the team may be smaller than requested
+    run(step, *threads_[omp_get_thread_num()], *barrier, omp_get_thread_num(), omp_get_num_threads());
+  }
+#else
+  if (!team_ || team_->threads != threads) team_ = std::make_unique<Team>(threads);
+  team_->run([&](int index) { run(step, *threads_[index], team_->barrier, index, threads); });
+#endif
 }
 
 void Decoder::forward(Step step, int threads) {

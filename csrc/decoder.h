@@ -66,8 +66,7 @@ class Decoder {
   struct Rows;
   struct Thread;  // a thread's own buffers
   class Barrier;
-  template <typename Body>
-  static void in_parallel(int threads, const Body& body);
+  class Team;
   void choose_variant(const Step& step, int threads);
   void run_all(const Step& step, int threads);
   void prepare(const Step& step, int threads);
@@ -85,6 +84,7 @@ class Decoder {
   std::vector<float> hidden_;    // (rows, n_hidden)
   std::unique_ptr<Rows> quantized_;
   std::vector<std::unique_ptr<Thread>> threads_;
+  std::unique_ptr<Team> team_;
   std::vector<double> seconds_;  // of the first tokens, for choose_variant
   int chosen_for_ = 0;           // threads
 };
