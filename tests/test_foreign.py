@@ -408,7 +408,7 @@ def test_the_text_of_a_row_ends_at_its_first_end_token(model, script, monkeypatc
     rows = [[72, 105], [33, 257], [257, 33], [72, 72]]  # a row a token; the first ends third, the second second
     monkeypatch.setattr(sample, "generate", lambda *_, **__: map(torch.tensor, rows))
     damage(model / "config.json", eos_token_id=257, vocab_size=256)
-    monkeypatch.setattr(sample, "load", lambda *_: (random_model(vocab_size=258, eos=257), "fp32"))
+    monkeypatch.setattr(sample, "load", lambda *_: random_model(vocab_size=258, eos=257))
     code, out, err = script(sample.main, "--checkpoint", model, "--num-samples", 2, "--prompt", ">")
     assert code == 0 and out == ">H!\n\n--- 2 of 2\n>i\n", (out, err)
 

@@ -273,6 +273,10 @@ def test_sampling():
     assert set(draw(logits, seen=[0], temperature=0, repetition_penalty=2.0)) == {1}
     counts = [draw(logits, count=20_000).count(i) / 20_000 for i in range(4)]
     assert counts == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.02)
+    shuffled = [-math.inf, *reversed(logits)]  # 0.4 is the last; the first cannot be
+    counts = [draw(shuffled, top_p=0.75, count=20_000).count(i) / 20_000 for i in range(5)]
+    assert counts == pytest.approx([0, 0, 2 / 9, 3 / 9, 4 / 9], abs=0.02) and counts[:2] == [0, 0]
+    assert set(draw([-math.inf] * 49_999 + [0.0])) == {49_999}
     assert draw(logits) == draw(logits)
 
 
