@@ -30,7 +30,7 @@ sources = [*csrc.glob("*.cpp"), *csrc.glob("kernels/*.cpp")]
 cxx_flags = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math"]
 is_gcc = "Free Software Foundation" in subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
 if sys.platform == "linux" and not is_gcc:
-    print(f"setup.py: torch brings GCC's OpenMP, not that of {cxx[-1]}: the kernels use one thread")
+    print(f"setup.py: torch brings GCC's OpenMP, not that of {cxx[-1]}: products outside the decoder use one thread")
 elif sys.platform == "linux":
     # at::parallel_for is a template: compiled without OpenMP, it uses one thread. Linking without -fopenmp makes the
     # calls resolve to the OpenMP runtime that torch brings, not to a second one.

@@ -1,12 +1,15 @@
-// Tests every kernel this CPU supports against naive loops, without torch or Python:
-//   g++ -O2 -std=c++17 -ffp-contract=off tests/selftest.cpp csrc/kernels/*.cpp -o selftest && ./selftest
+// Tests every kernel this CPU supports against naive loops, and the decoder's own threads, without torch or Python:
+//   g++ -O2 -std=c++20 -ffp-contract=off -pthread tests/selftest.cpp csrc/decoder.cpp csrc/kernels/*.cpp -o selftest
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <random>
+#include <thread>
 
-#include "../csrc/kernels/kernels.h"
+#include "../csrc/decoder.h"
 
 namespace {
 
@@ -181,6 +184,47 @@ bool right(const Head& h, const std::vector<float>& y) {
   return good;
 }
 
+// ---- the decoder, on threads of its own
+
+// Logits after two prompts of 7 tokens and a token each, on so many threads; the second call finds the threads asleep.
+std::vector<float> decode(int threads) {
+  constexpr int64_t kEmbd = 64, kHeads = 4, kKvHeads = 2, kSize = 16, kHidden = 96, kVocab = 70, kLength = 8, kLayers = 3;
+  std::mt19937 random(7);
+  std::deque<std::vector<uint8_t>> packed;
+  std::deque<std::vector<float>> floats;
+  const auto numbers = [&](int64_t count) {
+    floats.emplace_back(count);
+    for (float& x : floats.back()) x = std::uniform_real_distribution<float>(0.5f, 1.5f)(random);
+    return floats.back().data();
+  };
+  const auto matrix = [&](int64_t N, int64_t K, Activation activation = Activation::none) {
+    std::vector<int8_t> w(N * K);
+    for (int8_t& q : w) q = static_cast<int8_t>(random() % 255 - 127);
+    const int64_t panels = ceil_div(N, kPanelRows);
+    packed.emplace_back(panels * ceil_div(K, 4) * kQuadBytes);
+    pack_panels(w.data(), N, K, 0, panels, packed.back().data());
+    float* const scale = numbers(N);
+    for (int64_t n = 0; n < N; ++n) scale[n] *= 0.002f;
+    return Int8Linear{{N, K, packed.back().data(), scale, nullptr, activation}};
+  };
+  DecoderModel model{kEmbd, kHeads, kKvHeads, kSize, kHidden, 1e-6f, numbers(kLength * kSize / 2),
+                     numbers(kLength * kSize / 2), matrix(kVocab, kEmbd), {}, numbers(kEmbd), matrix(kVocab, kEmbd)};
+  for (int64_t layer = 0; layer < kLayers; ++layer)
+    model.blocks.push_back({numbers(kEmbd), matrix((kHeads + 2 * kKvHeads) * kSize, kEmbd), numbers(kSize),
+                            numbers(kSize), matrix(kEmbd, kHeads * kSize), numbers(kEmbd),
+                            matrix(2 * kHidden, kEmbd, Activation::swiglu), matrix(kEmbd, kHidden)});
+  const int64_t tokens[2][kLength] = {{1, 2, 3, 4, 5, 6, 7, 8}, {9, 69, 0, 30, 2, 1, 4, 5}};
+  const int64_t cache = kLayers * 2 * kKvHeads * kLength * kSize;
+  std::vector<float> keys(cache), values(cache), logits(2 * kVocab);
+  Decoder decoder(model);
+  for (const auto& [pos, count] : {std::pair<int64_t, int64_t>{0, 7}, {7, 1}}) {
+    decoder.forward({&tokens[0][pos], 2, count, kLength, pos, {keys.data(), nullptr, nullptr},
+                     {values.data(), nullptr, nullptr}, kLength, logits.data()}, threads);
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  return logits;
+}
+
 }  // namespace
 
 int main() {
@@ -224,6 +268,14 @@ int main() {
       }
     }
   int total = 0;
+  for (size_t i = 0; i < names.size(); ++i) {
+    use_kernel(names[i]);
+    const std::vector<float> expected = decode(1);
+    bool good = std::isfinite(expected[0]) && expected[0] != expected[1];
+    for (int threads : {2, 3, 5}) good &= decode(threads) == expected;
+    if (!good) std::printf("%s: other logits on other numbers of threads\n", names[i].c_str());
+    failures[i] += !good;
+  }
   for (size_t i = 0; i < names.size(); ++i) {
     std::printf("%s: %zu cases, %d failed\n", names[i].c_str(), cases.size(), failures[i]);
     total += failures[i];

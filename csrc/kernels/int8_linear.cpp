@@ -5,8 +5,8 @@
 #include "kernels.h"
 
 // Compiles a function for wider vectors too; the loader chooses one of them. FLOAT_CLONES have fused multiply-adds,
-// which take a hundred times as long in software.
-#if defined(__x86_64__) && defined(__GLIBC__)
+// which take a hundred times as long in software. (The loader's choice comes before ThreadSanitizer is ready.)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_THREAD__)
 #define INTEGER_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #define FLOAT_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
 #else
