@@ -121,7 +121,8 @@ def mend_monitoring() -> None:
     if not hasattr(sys, "monitoring"):
         return
     this, on = threading.get_ident(), partial(sys.monitoring.register_callback, sys.monitoring.PROFILER_ID)
-    for name in ["PY_START", "PY_RESUME", "PY_THROW", "PY_RETURN", "PY_YIELD", "PY_UNWIND", "CALL", "C_RETURN", "C_RAISE"]:
+    for name in ("PY_START", "PY_RESUME", "PY_THROW", "PY_RETURN", "PY_YIELD", "PY_UNWIND",
+                 "CALL", "C_RETURN", "C_RAISE"):
         event = getattr(sys.monitoring.events, name)
 
         def forward(code: CodeType, *of: object, theirs: Callable = on(event, None)) -> None:  # noqa: B008
