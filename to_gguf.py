@@ -4,6 +4,7 @@ Matrices are stored as Q8_0 (int8, one fp16 scale per 32 weights of a row), norm
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from cli import UserError
@@ -19,8 +20,25 @@ from model import GPT
 
 Q8_0_BLOCK = gguf.GGML_QUANT_SIZES[Kind.Q8_0][0]
 LARGEST = 65504  # the largest fp16 number; scales and some matrices are stored in fp16
+ARCHITECTURES = {True: "qwen3", False: "llama"}  # by qk_norm
 NUL = "Ā"  # GPT-2's symbol of byte 0
 NO_MERGES = ["∅ ∅"]  # llama.cpp needs a list and gguf writes no empty one; this merge's symbols stand for no byte
+
+
+@dataclass
+class Words:
+    """How a byte-level BPE cuts a text before it merges, as llama.cpp names it in tokenizer.ggml.pre."""
+
+    regex: str | None = None  # None: GPT-2's
+    digits: bool = False  # each digit by itself, first
+    nfc: bool = False  # Unicode's composed form, first
+    ignore_merges: bool = False  # a whole word that is a token stays one
+
+
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = {"gpt-2": Words(), "smollm": Words(digits=True), "qwen2": Words(_LETTERS + r"\p{N}" + _REST, nfc=True),
+         "llama-bpe": Words(_LETTERS + r"\p{N}{1,3}" + _REST, ignore_merges=True)}
 
 
 def write_gguf(model: GPT, folder: Path, path: Path) -> None:
@@ -106,9 +124,10 @@ def add_tensors(writer: gguf.GGUFWriter, model: GPT, names: gguf.TensorNameMap) 
               f"those of {', '.join(map(str, sorted(odd_sizes)))} stay fp16")
 
 
-def interleave_pairs(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder the rows of weight (heads * head_dim, K) from Hugging Face's order to llama.cpp's for a Llama.
+def interleave_pairs(weight: Tensor, head_dim: int, back: bool = False) -> Tensor:
+    """Reorder the rows of weight (heads * head_dim, K) from Hugging Face's order to llama.cpp's for a Llama, or back.
 
     Rows i and i + head_dim / 2 of each head, which rope rotates together, become rows 2 i and 2 i + 1.
     """
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    pair = (head_dim // 2, 2) if back else (2, head_dim // 2)
+    return weight.unflatten(0, (-1, *pair)).transpose(1, 2).flatten(0, 2)
