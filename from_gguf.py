@@ -15,7 +15,7 @@ from cli import UserError, command, flag, one_line, parse, run
 
 import gguf
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from torch import Tensor
 
 from checkpoint import check_tensors, config_from_hf, empty_model, holds_model, save_weights
@@ -65,7 +65,8 @@ class GGUFFile:
 def read_config(file: GGUFFile) -> GPTConfig:
     arch = file.get("general.architecture", str)
     if arch not in ARCHITECTURES.values():
-        raise UserError(f"{file.path}: general.architecture: expected {' or '.join(ARCHITECTURES.values())}, got {arch}")
+        known = " or ".join(ARCHITECTURES.values())
+        raise UserError(f"{file.path}: general.architecture: expected {known}, got {arch}")
 
     def number(name: str, kind: type = int, default: Any = None) -> Any:
         return file.get(f"{arch}.{name}", kind, default)
@@ -107,16 +108,11 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
     tokens, kinds = (file.get(f"tokenizer.ggml.{name}", list, []) for name in ("tokens", "token_type"))
     merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges", list, [])]
     vocab = {token: i for i, token in enumerate(tokens)}
-    spec = WORDS[words]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[pair for pair in merges if "".join(pair) in vocab],
-                                     ignore_merges=spec.ignore_merges))
-    if spec.nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    split = [pre_tokenizers.Digits(individual_digits=True)] if spec.digits else []
-    if spec.regex:
-        split.append(pre_tokenizers.Split(Regex(spec.regex), "isolated"))
-    split.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=spec.regex is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split) if len(split) > 1 else split[0]
+                                     ignore_merges=WORDS[words].ignore_merges))
+    if WORDS[words].nfc:
+        tokenizer.normalizer = WORDS[words].normalizer()
+    tokenizer.pre_tokenizer = WORDS[words].pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     for token, token_type in zip(tokens, kinds, strict=False):
         if token_type in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import check_tensors, config_from_hf, config_to_hf, empty_model, read_config, read_tensors, write_model
+from files import checked
 from generate import StaticKVCache
 from model import GPT, Block, GPTConfig, KVCache
 
@@ -136,6 +137,18 @@ class KernelLinear(Int8Linear):
 
     def rows(self, idx: Tensor) -> Tensor:
         return torch.ops.owlet.int8_rows(self.weight, self.scale, idx, self.in_features)
+
+
+class FineLinear(nn.Module):
+    """A product whose activations have some 15 bits: x in int8, and what that leaves of x in int8 again."""
+
+    def __init__(self, linear: Int8Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, scale = quantize_tokens(x)
+        return self.linear(x) + self.linear(x - q * scale)
 
 
 LINEARS: dict[str, type[Int8Linear]] = {"owlet": KernelLinear, "torch.ao": TorchAOLinear, "reference": ReferenceLinear}
@@ -277,6 +290,10 @@ class Int8GPT(GPT):
         on_cpu = self.device.type == "cpu"
         return f"owlet ({f'{owlet_kernels.isa()}, {owlet_kernels.variant()}' if on_cpu else self.device.type})"
 
+    @property
+    def fine_head(self) -> bool:
+        return isinstance(self.lm_head, FineLinear)
+
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         kind = Int8KVCache if self.int8_cache else KVCache
         return kind(self.config, batch_size, length, self.device)
@@ -304,7 +321,8 @@ class Int8GPT(GPT):
         return make(
             n_embd=config.n_embd, n_head=config.n_head, n_kv_head=config.n_kv_head, head_dim=config.head_dim,
             n_hidden=config.n_hidden, norm_eps=config.norm_eps, cos=self.cos, sin=self.sin,
-            embedding=matrix(self.model.embed_tokens.matrix), norm=self.model.norm.weight, head=matrix(self.lm_head),
+            embedding=matrix(self.model.embed_tokens.matrix), norm=self.model.norm.weight,
+            head=matrix(self.lm_head.linear if self.fine_head else self.lm_head), fine_head=self.fine_head,
             blocks=[(block.input_layernorm.weight, matrix(block.qkv_proj),
                      block.self_attn.q_norm.weight if config.qk_norm else None,
                      block.self_attn.k_norm.weight if config.qk_norm else None,
@@ -336,8 +354,9 @@ def quantize_state(model: GPT) -> dict[str, Tensor]:
     return state
 
 
-def build(config: GPTConfig, state: dict[str, Tensor], backend: str, device: torch.device) -> Int8GPT:
-    """The int8 model from quantize_state's tensors, on the device."""
+def build(config: GPTConfig, state: dict[str, Tensor], backend: str, device: torch.device,
+          fine_head: bool = False) -> Int8GPT:
+    """The int8 model from quantize_state's tensors, on the device. fine_head: the head is a FineLinear."""
     make = LINEARS[backend]
     if backend == "owlet" and device.type == "cpu":
         make = partial(KernelLinear, pack=owlet_kernels.Panels(matrix_shapes(config)).pack)
@@ -363,6 +382,8 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: str, device: tor
     model.model["embed_tokens"] = Int8Embedding(
         model.lm_head if config.tie_embeddings and table is make else
         table(state[f"{embedding}.weight"].to(device), state[f"{embedding}.weight_scale"].to(device)))
+    if fine_head:
+        model.lm_head = FineLinear(model.lm_head)
     model = model.eval().requires_grad_(False).to(device)
     model.linears = backend
     if backend == "owlet":
@@ -382,9 +403,9 @@ def add_decoder(model: Int8GPT) -> None:
     head_dim = model.config.head_dim
     if model.device.type == "cpu":
         model.decoder = model.make_decoder()
-    elif head_dim % 16 or head_dim > 128:
-        note(f"csrc/cuda/decoder.cu takes heads of 16, 32, ... 128, not of {head_dim}; "
-             "going on with PyTorch's attention")
+    elif model.fine_head or head_dim % 16 or head_dim > 128:
+        what = "no FineLinear" if model.fine_head else f"heads of 16, 32, ... 128, not of {head_dim}"
+        note(f"csrc/cuda/decoder.cu takes {what}; going on with PyTorch's attention")
     else:
         model.decoder = model.make_decoder()
         if not model.decoder_agrees():
@@ -412,9 +433,10 @@ def stored_size(model: GPT) -> int:
 
 # ---------------------------------------------------------------- the int8 folder
 
-def save_quantized(model: GPT, folder: Path) -> None:
+def save_quantized(model: GPT, folder: Path, fine_head: bool = False) -> None:
     """Write an fp32 model's int8 folder: row-major int8, which every machine packs for itself."""
-    write_model(folder, quantize_state(model), config_to_hf(model.config) | {"quantization_config": FORMAT})
+    form = FORMAT | ({"fine": ["lm_head"]} if fine_head else {})
+    write_model(folder, quantize_state(model), config_to_hf(model.config) | {"quantization_config": form})
 
 
 def load_quantized(folder: Path, backend: str = "auto", device: torch.device | str = "cpu",
@@ -422,8 +444,10 @@ def load_quantized(folder: Path, backend: str = "auto", device: torch.device | s
     """Load an int8 folder written by save_quantized."""
     folder, device = Path(folder), torch.device(device)
     hf = read_config(folder)
-    if (found := hf.get("quantization_config")) != FORMAT:
-        raise UserError(f"{folder}/config.json: expected quantization_config {FORMAT}, got {found}")
+    found = checked(hf.get("quantization_config"), dict, f"{folder}/config.json: quantization_config")
+    fine = found.pop("fine", [])
+    if found != FORMAT or fine not in ([], ["lm_head"]):
+        raise UserError(f"{folder}/config.json: expected quantization_config {FORMAT}, got {found} with fine {fine}")
     config, state = config_from_hf(hf, folder / "config.json"), read_tensors(folder)
     expected = empty_model(config).state_dict()
     if config.tie_embeddings:
@@ -433,6 +457,6 @@ def load_quantized(folder: Path, backend: str = "auto", device: torch.device | s
             expected[name] = torch.empty(tensor.shape, dtype=torch.int8, device="meta")
             expected[f"{name}_scale"] = torch.empty(len(tensor), device="meta")
     check_tensors(folder / "model.safetensors", expected, state)
-    model = build(config, state, pick_backend(backend, device), device)
+    model = build(config, state, pick_backend(backend, device), device, fine_head=bool(fine))
     model.int8_cache = int8_cache
     return model

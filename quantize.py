@@ -27,6 +27,7 @@ from generate import generate
 from int8 import Int8GPT, has_torch_ao, load_quantized, pick_backend, quantize, save_quantized, stored_size, torch_ao
 from machine import CPUThreads, cpu_name, resident_bytes
 from model import GPT, GPTConfig
+from smooth import smooth
 
 LONGEST = 1024  # tokens of context in the comparison, of models that have more (docs/log.md, "Tests and tools")
 
@@ -178,7 +179,8 @@ def main() -> None:
     backend = pick_backend(config.backend, torch.device("cpu")) if config.compare else ""
     with atomic_folder(out, "config.json") as new:
         copy_companions(folder, new)
-        save_quantized(model, new)
+        smoothed, fine_head = smooth(model)
+        save_quantized(smoothed, new, fine_head)
         for name in ("comparison.json", "comparison.png"):  # of the model that was there
             (out / name).unlink(missing_ok=True)
     before, after = weights_size(folder), weights_size(out)

@@ -12,6 +12,7 @@ from cli import UserError
 import gguf
 from gguf import GGMLQuantizationType as Kind
 from gguf import TokenType
+from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import Tensor
 
 from checkpoint import read_tokenizer
@@ -33,6 +34,14 @@ class Words:
     digits: bool = False  # each digit by itself, first
     nfc: bool = False  # Unicode's composed form, first
     ignore_merges: bool = False  # a whole word that is a token stays one
+
+    def normalizer(self) -> normalizers.Normalizer | None:
+        return normalizers.NFC() if self.nfc else None
+
+    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
+        steps = [pre_tokenizers.Digits(individual_digits=True)] if self.digits else []
+        steps += [pre_tokenizers.Split(Regex(self.regex), "isolated")] if self.regex else []
+        return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(False, use_regex=self.regex is None)])
 
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -70,7 +79,8 @@ def write_gguf(model: GPT, folder: Path, path: Path) -> None:
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, model: GPT, folder: Path) -> None:
-    config, tokenizer = model.config, gpt2_tokenizer(folder)
+    config = model.config
+    tokenizer, words, adds_bos = recognise(folder, config.bos)
     tokens = {token: (f"[PAD{token}]", TokenType.UNUSED) for token in range(config.vocab_size)}
     tokens |= {token: (text, TokenType.NORMAL) for text, token in tokenizer["model"]["vocab"].items()}
     tokens |= {added["id"]: (added["content"], TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
@@ -79,11 +89,11 @@ def add_tokenizer(writer: gguf.GGUFWriter, model: GPT, folder: Path) -> None:
         raise UserError(f"{folder}/tokenizer.json: has tokens up to {max(tokens)}, the model knows {config.vocab_size}")
     texts, kinds = zip(*tokens.values(), strict=True)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(words)
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]] or NO_MERGES)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(adds_bos)
     if config.bos is not None:
         writer.add_bos_token_id(config.bos)
     # GGUF holds one. Without any, llama.cpp ends a text at token 11. A text contains no NUL.
@@ -91,19 +101,31 @@ def add_tokenizer(writer: gguf.GGUFWriter, model: GPT, folder: Path) -> None:
     writer.add_eos_token_id(eos[0])
 
 
-def gpt2_tokenizer(folder: Path) -> dict:
-    """Read the folder's tokenizer.json. Raises UserError unless it tokenizes as llama.cpp's "gpt-2" does."""
+def recognise(folder: Path, bos: int | None) -> tuple[dict, str, bool]:
+    """The folder's tokenizer.json, llama.cpp's name for how it cuts texts, and whether it puts bos before them.
+
+    Raises UserError unless it tokenizes as one of WORDS does.
+    """
     tokenizer = json.loads(read_tokenizer(folder).to_str())
-    model, words, after = (tokenizer[part] or {} for part in ("model", "pre_tokenizer", "post_processor"))
-    as_expected = {
-        "model": model["type"] == "BPE" and not model["ignore_merges"],
-        "normalizer": tokenizer["normalizer"] is None,
-        "pre_tokenizer": words.get("type") == "ByteLevel" and words["use_regex"] and not words["add_prefix_space"],
-        "post_processor": after.get("type", "ByteLevel") == "ByteLevel"}  # ByteLevel changes offsets, not tokens
-    for part, fits in as_expected.items():
-        if not fits:
-            raise UserError(f"{folder}/tokenizer.json: --gguf expects GPT-2's byte-level BPE, got another {part}")
-    return tokenizer
+    model, after = tokenizer["model"], tokenizer["post_processor"] or {}
+    adds_bos = after.get("type") == "TemplateProcessing" and [
+        (part.get("SpecialToken") or part["Sequence"])["id"] for part in after["single"]] == [
+        token["content"] for token in tokenizer["added_tokens"] if token["id"] == bos] + ["A"]
+    found = [name for name, words in WORDS.items() if model["type"] == "BPE" and (
+        model["ignore_merges"], plain(tokenizer["normalizer"]), plain(tokenizer["pre_tokenizer"])) == (
+        words.ignore_merges, plain(words.normalizer()), plain(words.pre_tokenizer()))]
+    if not found or not (adds_bos or after.get("type", "ByteLevel") == "ByteLevel"):  # ByteLevel changes no tokens
+        raise UserError(f"{folder}/tokenizer.json: --gguf expects a byte-level BPE that cuts texts as one of "
+                        f"{', '.join(WORDS)}, got another tokenizer")
+    return tokenizer, found[0], adds_bos
+
+
+def plain(part: object) -> list[dict] | None:
+    """The steps of a normalizer or pre-tokenizer, without what changes no tokens."""
+    part = part if part is None or isinstance(part, dict) else json.loads(part.__getstate__())
+    if part is not None and part["type"] == "Sequence":
+        return [step for each in part.get("pretokenizers") or part["normalizers"] for step in plain(each)]
+    return part and [{name: value for name, value in part.items() if name != "trim_offsets"}]
 
 
 def add_tensors(writer: gguf.GGUFWriter, model: GPT, names: gguf.TensorNameMap) -> None:

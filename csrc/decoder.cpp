@@ -122,8 +122,8 @@ struct Decoder::Rows {
 };
 
 struct Decoder::Thread {
-  explicit Thread(const DecoderModel& m) : quantized(m, 1), normed(m.n_embd) {}
-  Rows quantized;  // for a single token, which every thread quantizes for itself
+  explicit Thread(const DecoderModel& m) : quantized(m, 2), normed(m.n_embd) {}
+  Rows quantized;  // for a single token, which every thread quantizes for itself; two rows for a fine head
   std::vector<float> normed, scratch, keys, values;
 };
 
@@ -133,7 +133,8 @@ Decoder::~Decoder() = default;
 void Decoder::prepare(const Step& step, int threads) {
   variant();  // choosing the kernel may throw, which a parallel region does not allow
   const DecoderModel& m = model_;
-  const int64_t rows = step.batch * step.count;
+  const int64_t rows = step.batch * std::max<int64_t>(step.count, m.fine_head ? 2 : 1);
+  if (m.fine_head) logits_.resize(2 * step.batch * m.head.N);
   if (rows > rows_) {
     x_.resize(rows * m.n_embd);
     qkv_.resize(rows * (m.n_head + 2 * m.n_kv_head) * m.head_dim);
@@ -263,7 +264,30 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
     multiply(block.gate_up, quantize(&Rows::x, normed(block.post_norm)), hidden_.data());
     multiply(block.down, quantize(&Rows::hidden, [&](int64_t i) { return &hidden_[i * m.n_hidden]; }), x, x);
   }
-  multiply(m.head, quantize(&Rows::x, normed(m.norm)), step.logits);
+  if (!m.fine_head) return multiply(m.head, quantize(&Rows::x, normed(m.norm)), step.logits);
+
+  // Row 2 i is x; row 2 i + 1 is what the int8 values of row 2 i leave of it. The logits are the sum of both.
+  QuantizedTokens& both = (rows == 1 ? thread.quantized : *quantized_).x;
+  const auto quantize_twice = [&](int64_t i) {
+    float* const rest = normed(m.norm)(i);
+    both.quantize(2 * i, rest);
+    const int8_t* const q = &both.q[2 * i * row_bytes(both.quads)];
+    for (int64_t k = 0; k < m.n_embd; ++k) rest[k] -= static_cast<float>(q[k]) * both.scale[2 * i];
+    both.quantize(2 * i + 1, rest);
+  };
+  if (rows == 1) {
+    quantize_twice(0);
+  } else {
+    share(rows, quantize_twice);
+    barrier.wait();
+  }
+  rows *= 2;
+  multiply(m.head, both, logits_.data());
+  const int64_t N = m.head.N, first = N * index / threads, last = N * (index + 1) / threads;
+  for (int64_t b = 0; b < step.batch; ++b) {
+    const float *of_x = &logits_[2 * b * N], *of_rest = of_x + N;
+    for (int64_t n = first; n < last; ++n) step.logits[b * N + n] = of_x[n] + of_rest[n];
+  }
 }
 
 // For one key/value head of a token, i = row * n_kv_head + head: applies QK-norm and RoPE to the key and its queries,

@@ -32,6 +32,7 @@ struct DecoderModelOf {
   std::vector<DecoderBlockOf<Linear>> blocks;
   const float* norm;  // (n_embd)
   Linear head;        // (vocab_size, n_embd)
+  bool fine_head;     // takes x in int8, and what that leaves of x in int8 again (FineLinear in int8.py); CPU only
 };
 
 using DecoderBlock = DecoderBlockOf<Int8Linear>;
@@ -82,6 +83,7 @@ class Decoder {
   std::vector<float> qkv_;       // (rows, n_head + 2 n_kv_head, head_dim)
   std::vector<float> attn_out_;  // (rows, n_head, head_dim)
   std::vector<float> hidden_;    // (rows, n_hidden)
+  std::vector<float> logits_;    // (2 batch, vocab_size): of a fine head
   std::unique_ptr<Rows> quantized_;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::unique_ptr<Team> team_;

@@ -64,7 +64,7 @@ class CheckedModel {
  public:
   CheckedModel(int64_t n_embd, int64_t n_head, int64_t n_kv_head, int64_t head_dim, int64_t n_hidden, double norm_eps,
                const at::Tensor& cos, const at::Tensor& sin, const Matrix& embedding, const std::vector<Block>& blocks,
-               const at::Tensor& norm, const Matrix& head)
+               const at::Tensor& norm, const Matrix& head, bool fine_head)
       : device_(cos.device()), vocab_size_(head.second.numel()), block_size_(cos.dim() == 2 ? cos.size(0) : 0) {
     const std::pair<const char*, int64_t> sizes[] = {
         {"n_embd", n_embd}, {"n_head", n_head}, {"n_kv_head", n_kv_head}, {"head_dim", head_dim},
@@ -81,7 +81,8 @@ class CheckedModel {
     model_ = {n_embd, n_head, n_kv_head, head_dim, n_hidden, static_cast<float>(norm_eps),
               floats("cos", cos, {block_size_, head_dim / 2}), floats("sin", sin, {block_size_, head_dim / 2}),
               matrix("embedding", embedding, vocab_size_, n_embd), {}, floats("norm", norm, {n_embd}),
-              matrix("head", head, vocab_size_, n_embd)};
+              matrix("head", head, vocab_size_, n_embd), fine_head};
+    TORCH_CHECK(!fine_head || Backend::kDevice == at::kCPU, "fine_head is for CPUs, got ", device_);
     for (const auto& [input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down] : blocks)
       model_.blocks.push_back({floats("input_norm", input_norm, {n_embd}),
                                matrix("qkv", qkv, width + 2 * n_kv_head * head_dim, n_embd),
@@ -130,9 +131,10 @@ pybind11::class_<Decoder> define_decoder(pybind11::module_& m, const char* name,
   using pybind11::arg;
   return pybind11::class_<Decoder>(m, name, what)
       .def(pybind11::init<int64_t, int64_t, int64_t, int64_t, int64_t, double, const at::Tensor&, const at::Tensor&,
-                          const Matrix&, const std::vector<Block>&, const at::Tensor&, const Matrix&>(),
+                          const Matrix&, const std::vector<Block>&, const at::Tensor&, const Matrix&, bool>(),
            pybind11::kw_only(), arg("n_embd"), arg("n_head"), arg("n_kv_head"), arg("head_dim"), arg("n_hidden"),
-           arg("norm_eps"), arg("cos"), arg("sin"), arg("embedding"), arg("blocks"), arg("norm"), arg("head"));
+           arg("norm_eps"), arg("cos"), arg("sin"), arg("embedding"), arg("blocks"), arg("norm"), arg("head"),
+           arg("fine_head") = false);
 }
 
 namespace cuda { void define(pybind11::module_& m); }  // the decoder for CUDA

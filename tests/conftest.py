@@ -31,7 +31,7 @@ from model import GPT, GPTConfig
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for scripts in processes of their own
 
-# A test run started in the background ignores Ctrl-C, one under nohup SIGHUP; the processes it starts would inherit that.
+# A test run in the background ignores Ctrl-C, one under nohup SIGHUP; the processes it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

@@ -1,5 +1,6 @@
 """GGUF: what the file holds, read back by gguf's own reader; what llama.cpp makes of it, where it is installed."""
 
+import dataclasses
 import json
 
 from cli import UserError
@@ -10,10 +11,12 @@ import prepare
 import pytest
 import torch
 from conftest import assert_same_choice, make_text, random_model, save_model
-from tokenizers import processors
+from tokenizers import Tokenizer, pre_tokenizers, processors
 
+import from_gguf
 import quantize
-from to_gguf import interleave_pairs, write_gguf
+from checkpoint import load_model, read_tokenizer
+from to_gguf import WORDS, interleave_pairs, write_gguf
 
 TEXT = "Owl sees Fox at ten.\n\n  ä, naïve — 日本 12345, don't!\r\n\t \x0b🦉 Wren."
 
@@ -120,7 +123,12 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         write_gguf(model, tmp_path, tmp_path / "m.gguf")
     tokenizer.post_processor = processors.TemplateProcessing("<0> $0", special_tokens=[("<0>", 256)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="another post_processor"):
+    with pytest.raises(UserError, match="got another tokenizer"):
+        write_gguf(model, tmp_path, tmp_path / "m.gguf")
+    tokenizer.post_processor = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="cuts texts as one of gpt-2, smollm, qwen2, llama-bpe, got another"):
         write_gguf(model, tmp_path, tmp_path / "m.gguf")
     save(tmp_path)
     model.lm_head.weight.data[0, 0] = torch.nan
@@ -135,6 +143,91 @@ def test_flag(tmp_path, script):
     assert code == 0, err
     assert f"{tmp_path}/wood.gguf" in out
     assert read(tmp_path / "wood.gguf")[0]["general.name"] == "wood"
+
+
+# ---------------------------------------------------------------- and back
+
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": False, "n_kv_head": 2},
+                                    {"tie_embeddings": False, "bos": 3, "eos": 9}], ids=str)
+def test_a_gguf_becomes_the_folder_it_was_made_of(tmp_path, script, fields):
+    model, tokenizer = save(tmp_path / "wood", 400, **fields)
+    write_gguf(model, tmp_path / "wood", tmp_path / "m.gguf")
+    code, out, err = script(from_gguf.main, tmp_path / "m.gguf", "--out", tmp_path / "back")
+    assert code == 0 and "next: " in out, err
+    again, back = load_model(tmp_path / "back"), read_tokenizer(tmp_path / "back")
+    theirs = dataclasses.asdict(again.config) | {"eos": model.config.eos or again.config.eos}
+    assert theirs == dataclasses.asdict(model.config) | {"eos": model.config.eos or again.config.eos,
+                                                         "norm_eps": pytest.approx(model.config.norm_eps),
+                                                         "n_hidden": again.config.n_hidden}
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, atol=tensor.abs().max().item() / 127, rtol=0)
+    assert back.encode(TEXT).ids == tokenizer.encode(TEXT).ids and back.decode(back.encode(TEXT).ids) == TEXT
+    code, _, err = script(from_gguf.main, tmp_path / "m.gguf", "--out", tmp_path / "back")
+    assert code == 2 and "holds a model already" in err
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_each_way_to_cut_texts_survives(tmp_path, words):
+    model, tokenizer = save(tmp_path, 400)
+    text = json.loads(tokenizer.to_str())
+    text["model"]["ignore_merges"] = WORDS[words].ignore_merges
+    tokenizer = Tokenizer.from_str(json.dumps(text))
+    if WORDS[words].nfc:
+        tokenizer.normalizer = WORDS[words].normalizer()
+    tokenizer.pre_tokenizer = WORDS[words].pre_tokenizer()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write_gguf(model, tmp_path, tmp_path / "m.gguf")
+    assert read(tmp_path / "m.gguf")[0]["tokenizer.ggml.pre"] == words
+    from_gguf.convert(tmp_path / "m.gguf", tmp_path / "back")
+    back = read_tokenizer(tmp_path / "back")
+    assert back.encode(TEXT).ids == tokenizer.encode(TEXT).ids
+    assert back.pre_tokenizer.pre_tokenize_str("ab 1234") == tokenizer.pre_tokenizer.pre_tokenize_str("ab 1234")
+
+
+def rewritten(path, **changes):
+    """A copy of the GGUF with other fields; None leaves one out."""
+    reader, out = gguf.GGUFReader(path), path.with_name("other.gguf")
+    writer = gguf.GGUFWriter(None, "llama")
+    writer.kv_data[0].clear()
+    values = {name: (field.contents(), field.types) for name, field in reader.fields.items() if "GGUF." not in name}
+    for name, (value, kinds) in values.items():
+        value = changes.get(name.rsplit(".", 1)[-1], value)
+        if value is not None:
+            kind = gguf.GGUFValueType.STRING if isinstance(value, str) else kinds[0]
+            writer.add_key_value(name, value, kind, kinds[-1] if len(kinds) > 1 else None)
+    for tensor in reader.tensors:
+        if tensor.name != changes.get("tensor"):
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file(out)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"architecture": "mamba"}, "general.architecture: expected qwen3 or llama, got mamba"),
+    ({"pre": "poro"}, "got gpt2 with poro"), ({"model": "llama"}, "got llama with gpt-2"),
+    ({"tensor": "blk.0.ffn_up.weight"}, "tensor blk.0.ffn_up.weight is missing"),
+    ({"block_count": None}, "num_hidden_layers"), ({"block_count": "2"}, "block_count: expected int, got '2'"),
+    ({"head_count": 3}, "num_key_value_heads"), ({"embedding_length": 128}, "expected torch.float32"),
+    ({"embedding_length": 2**31 - 1}, "hidden_size"), ({"tokens": None}, "vocab_size")], ids=str)
+def test_a_wrong_gguf_is_refused_in_one_line(tmp_path, script, changes, said):
+    model, _ = save(tmp_path / "wood")
+    write_gguf(model, tmp_path / "wood", tmp_path / "m.gguf")
+    code, _, err = script(from_gguf.main, rewritten(tmp_path / "m.gguf", **changes), "--out", tmp_path / "out")
+    assert code == 2 and said in err and err.count("\n") == 1, err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("left", [0, 3, 4, 20, 500, 3000, 20_000, -1])
+def test_a_truncated_gguf_is_refused(tmp_path, script, left):
+    model, _ = save(tmp_path / "wood")
+    write_gguf(model, tmp_path / "wood", tmp_path / "m.gguf")
+    (tmp_path / "m.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:left])
+    code, _, err = script(from_gguf.main, tmp_path / "m.gguf", "--out", tmp_path / "out")
+    assert code == 2 and "m.gguf" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("vocab_size", [256, 400])

@@ -1,0 +1,101 @@
+"""Smoothing: the same fp32 model, and int8 that outliers do not break."""
+
+import pytest
+import torch
+from conftest import random_model, save_model
+
+import int8
+import quantize
+from int8 import FineLinear, int8_linear_reference, load_quantized, quantize_rows, save_quantized
+from smooth import sites, smooth
+
+KINDS = {"grouped, tied": {"n_kv_head": 2}, "llama, untied": {"qk_norm": False, "tie_embeddings": False},
+         "grouped, wide heads": {"qk_norm": False, "n_kv_head": 1, "head_dim": 24}}
+TOKENS = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(5))
+
+
+def with_outliers(**fields):
+    """A model some of whose channels are a hundred times as large, and meet weights that are as much smaller."""
+    model = random_model(std=0.3, **fields)
+    with torch.no_grad():
+        for site in sites(model):
+            if site.source is not None:
+                planted = torch.ones(int(site.rows.max()) + 1)
+                planted[[1, 7]] = 100.0
+                site.source.weight.mul_(planted if site.source.weight.dim() == 1 else planted[:, None])
+                for matrix in site.matrices:
+                    matrix.weight.div_(planted[site.rows])
+    return model
+
+
+def off(model, exact):
+    return ((model(TOKENS)[0] - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
+@torch.no_grad()
+def test_outliers_are_smoothed_away(fields, tmp_path):
+    model = with_outliers(**fields)
+    smoothed, _ = smooth(model)
+    exact = model(TOKENS)[0]
+    torch.testing.assert_close(smoothed(TOKENS)[0], exact, atol=2e-4 * exact.abs().max().item(), rtol=0)
+    plain, better = (int8.quantize(each, "reference") for each in (model, smoothed))
+    save_quantized(smoothed, tmp_path / "fine", fine_head=True)
+    best = load_quantized(tmp_path / "fine", "reference")
+    assert off(better, exact) < 0.25 * off(plain, exact), (off(plain, exact), off(better, exact))
+    assert off(best, exact) < off(better, exact)
+
+
+@torch.no_grad()
+def test_where_nothing_stands_out_int8_is_no_worse():
+    model = random_model(std=0.3)
+    exact = model(TOKENS)[0]
+    plain, smoothed = (off(int8.quantize(each, "reference"), exact) for each in (model, smooth(model)[0]))
+    assert smoothed < 1.05 * plain
+
+
+def test_a_fine_product_is_exact_to_15_bits():
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = quantize_rows(torch.randn(70, 130, generator=generator))
+    x = torch.randn(9, 130, generator=generator)
+    x[3], x[4, 5] = 0, 1e4
+    exact = x.double() @ (weight.double() * scale.double()[:, None]).T
+    plain = int8_linear_reference(x, weight, scale)
+    fine = FineLinear(int8.ReferenceLinear(weight, scale))(x)
+    assert ((plain - exact).norm(dim=1) > 50 * (fine - exact).norm(dim=1))[[0, 1, 2, 4, 5]].all()
+    x[2, 1] = torch.nan
+    fine = FineLinear(int8.ReferenceLinear(weight, scale))(x)
+    assert fine[2].isnan().all() and fine[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.skipif(int8.owlet_kernels is None, reason="the kernels are not built")
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.inference_mode()
+def test_the_decoder_has_the_fine_head(tmp_path, batch):
+    model = with_outliers(n_kv_head=2)
+    save_quantized(model, tmp_path / "fine", fine_head=True)
+    fine, reference = (load_quantized(tmp_path / "fine", backend) for backend in ("owlet", "reference"))
+    assert fine.fine_head and reference.fine_head and fine.decoder is not None
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        cache = fine.new_cache(batch, 32)
+        results.append(torch.cat([fine(part, cache=cache)[0] for part in TOKENS[:batch, :10].split([9, 1], dim=1)], 1))
+    torch.set_num_threads(1)
+    assert all(torch.equal(result, results[0]) for result in results)
+    expected = reference(TOKENS[:batch, :10])[0][:, [8, 9]]
+    torch.testing.assert_close(results[0], expected, atol=2e-2 * expected.abs().max().item(), rtol=0)
+    x = torch.randn(batch, 32)
+    assert torch.equal(fine.lm_head(x), reference.lm_head(x))
+
+
+def test_the_folder_says_which_head_it_needs(tmp_path, script, folder):
+    save_model(with_outliers(vocab_size=256), folder)
+    code, _, err = script(quantize.main, "--checkpoint", folder, "--no-compare")
+    assert code == 0, err
+    config = folder.with_name(f"{folder.name}-int8") / "config.json"
+    assert load_quantized(config.parent).fine_head == ('"fine"' in config.read_text())
+    config.write_text(config.read_text().replace('"bits"', '"fine": ["o_proj"], "bits"').replace(
+        '"fine": [\n      "lm_head"\n    ]', '"fine": ["o_proj"]'))
+    with pytest.raises(Exception, match="fine"):
+        load_quantized(config.parent)
