@@ -151,6 +151,19 @@ class FineLinear(nn.Module):
         return self.linear(x) + self.linear(x - q * scale)
 
 
+class SlicedLinear(nn.Module):
+    """A product whose channels of x have scales in slices, one for each of the linears; their results add up."""
+
+    def __init__(self, linears: list[Int8Linear]) -> None:
+        super().__init__()
+        self.slices = nn.ModuleList(linears)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        for linear, part in zip(self.slices, x.chunk(len(self.slices), dim=-1), strict=True):
+            residual = linear(part, residual)
+        return residual
+
+
 LINEARS: dict[str, type[Int8Linear]] = {"owlet": KernelLinear, "torch.ao": TorchAOLinear, "reference": ReferenceLinear}
 
 
@@ -241,7 +254,7 @@ class Int8Block(nn.Module):
         self.qkv_proj = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.o_proj = linear("self_attn.o_proj")
         self.gate_up_proj = linear("mlp.gate_proj", "mlp.up_proj", activation="swiglu")
-        self.down_proj = linear("mlp.down_proj")
+        self.down_proj = linear("mlp.down_proj", sliced=True)
         for name in "qkvo":  # self_attn keeps what lies between the products
             delattr(self.self_attn, f"{name}_proj")
 
@@ -294,6 +307,10 @@ class Int8GPT(GPT):
     def fine_head(self) -> bool:
         return isinstance(self.lm_head, FineLinear)
 
+    @property
+    def slices(self) -> int:
+        return len(self.model.layers[0].down_proj.slices)
+
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         kind = Int8KVCache if self.int8_cache else KVCache
         return kind(self.config, batch_size, length, self.device)
@@ -327,7 +344,8 @@ class Int8GPT(GPT):
                      block.self_attn.q_norm.weight if config.qk_norm else None,
                      block.self_attn.k_norm.weight if config.qk_norm else None,
                      matrix(block.o_proj), block.post_attention_layernorm.weight,
-                     matrix(block.gate_up_proj), matrix(block.down_proj)) for block in self.model.layers])
+                     matrix(block.gate_up_proj), list(map(matrix, block.down_proj.slices)))
+                    for block in self.model.layers])
 
     @torch.inference_mode()
     def decoder_agrees(self) -> bool:
@@ -340,15 +358,20 @@ class Int8GPT(GPT):
 
 # ---------------------------------------------------------------- quantizing, building
 
-def quantize_state(model: GPT) -> dict[str, Tensor]:
-    """The int8 folder's tensors: X.weight int8 and X.weight_scale; norms stay fp32; a tied head is left out."""
+def quantize_state(model: GPT, slices: int = 1) -> dict[str, Tensor]:
+    """The int8 folder's tensors: X.weight int8 and X.weight_scale; norms stay fp32; a tied head is left out.
+
+    slices: of the columns of down_proj, each with a scale for each row: (N, slices).
+    """
     state = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_embeddings:
             continue
         tensor = tensor.detach().cpu()
         if tensor.dim() == 2:
-            state[name], state[f"{name}_scale"] = quantize_rows(tensor)
+            parts = slices if name.endswith("down_proj.weight") else 1
+            q, scale = quantize_rows(tensor.reshape(len(tensor) * parts, -1))
+            state[name], state[f"{name}_scale"] = q.view_as(tensor), scale.view(-1, parts) if parts > 1 else scale
         else:
             state[name] = tensor.float()
     return state
@@ -358,16 +381,20 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: str, device: tor
           fine_head: bool = False) -> Int8GPT:
     """The int8 model from quantize_state's tensors, on the device. fine_head: the head is a FineLinear."""
     make = LINEARS[backend]
+    slices = state["model.layers.0.mlp.down_proj.weight_scale"].view(config.n_embd, -1).size(1)
     if backend == "owlet" and device.type == "cpu":
-        make = partial(KernelLinear, pack=owlet_kernels.Panels(matrix_shapes(config)).pack)
+        make = partial(KernelLinear, pack=owlet_kernels.Panels(matrix_shapes(config, slices)).pack)
 
-    def linear(prefix: str, *names: str, activation: str = "none") -> Int8Linear:
+    def linear(prefix: str, *names: str, activation: str = "none", sliced: bool = False) -> Int8Linear | SlicedLinear:
         weights = [state[f"{prefix}{name}.weight"] for name in names]
         scales = [state[f"{prefix}{name}.weight_scale"] for name in names]
         if activation == "swiglu":  # row 2i: gate i, row 2i + 1: up i
             weight, scale = (torch.stack(parts, dim=1).flatten(0, 1) for parts in (weights, scales))
         else:
             weight, scale = torch.cat(weights), torch.cat(scales)
+        if sliced:
+            parts = zip(weight.chunk(slices, dim=1), scale.view(len(weight), -1).unbind(dim=1), strict=True)
+            return SlicedLinear([make(w.contiguous().to(device), s.contiguous().to(device)) for w, s in parts])
         return make(weight.to(device), scale.to(device), activation)
 
     model = empty_model(config, Int8GPT)
@@ -391,10 +418,10 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: str, device: tor
     return model
 
 
-def matrix_shapes(config: GPTConfig) -> list[tuple[int, int]]:
+def matrix_shapes(config: GPTConfig, slices: int = 1) -> list[tuple[int, int]]:
     """(N, K) of the model's matrices in the order of use."""
     C, width, H = config.n_embd, config.n_head * config.head_dim, config.n_hidden
-    block = [(width + 2 * config.n_kv_head * config.head_dim, C), (C, width), (2 * H, C), (C, H)]
+    block = [(width + 2 * config.n_kv_head * config.head_dim, C), (C, width), (2 * H, C), *[(C, H // slices)] * slices]
     return block * config.n_layer + [(config.vocab_size, C)] * (1 if config.tie_embeddings else 2)
 
 
@@ -403,8 +430,8 @@ def add_decoder(model: Int8GPT) -> None:
     head_dim = model.config.head_dim
     if model.device.type == "cpu":
         model.decoder = model.make_decoder()
-    elif model.fine_head or head_dim % 16 or head_dim > 128:
-        what = "no FineLinear" if model.fine_head else f"heads of 16, 32, ... 128, not of {head_dim}"
+    elif (parts := model.fine_head or model.slices > 1) or head_dim % 16 or head_dim > 128:
+        what = "no products in parts" if parts else f"heads of 16, 32, ... 128, not of {head_dim}"
         note(f"csrc/cuda/decoder.cu takes {what}; going on with PyTorch's attention")
     else:
         model.decoder = model.make_decoder()
@@ -433,10 +460,10 @@ def stored_size(model: GPT) -> int:
 
 # ---------------------------------------------------------------- the int8 folder
 
-def save_quantized(model: GPT, folder: Path, fine_head: bool = False) -> None:
+def save_quantized(model: GPT, folder: Path, fine_head: bool = False, slices: int = 1) -> None:
     """Write an fp32 model's int8 folder: row-major int8, which every machine packs for itself."""
-    form = FORMAT | ({"fine": ["lm_head"]} if fine_head else {})
-    write_model(folder, quantize_state(model), config_to_hf(model.config) | {"quantization_config": form})
+    form = FORMAT | ({"fine": ["lm_head"]} if fine_head else {}) | ({"down_proj_slices": slices} if slices > 1 else {})
+    write_model(folder, quantize_state(model, slices), config_to_hf(model.config) | {"quantization_config": form})
 
 
 def load_quantized(folder: Path, backend: str = "auto", device: torch.device | str = "cpu",
@@ -445,17 +472,20 @@ def load_quantized(folder: Path, backend: str = "auto", device: torch.device | s
     folder, device = Path(folder), torch.device(device)
     hf = read_config(folder)
     found = checked(hf.get("quantization_config"), dict, f"{folder}/config.json: quantization_config")
-    fine = found.pop("fine", [])
-    if found != FORMAT or fine not in ([], ["lm_head"]):
-        raise UserError(f"{folder}/config.json: expected quantization_config {FORMAT}, got {found} with fine {fine}")
-    config, state = config_from_hf(hf, folder / "config.json"), read_tensors(folder)
+    fine, slices = found.pop("fine", []), found.pop("down_proj_slices", 1)
+    config = config_from_hf(hf, folder / "config.json")
+    if found != FORMAT or fine not in ([], ["lm_head"]) or slices not in range(1, 65) or config.n_hidden % slices:
+        raise UserError(f"{folder}/config.json: expected quantization_config {FORMAT}, "
+                        f"got {found} with fine = {fine} and down_proj_slices = {slices}")
+    state = read_tensors(folder)
     expected = empty_model(config).state_dict()
     if config.tie_embeddings:
         del expected["lm_head.weight"]
     for name, tensor in list(expected.items()):
         if tensor.dim() == 2:
             expected[name] = torch.empty(tensor.shape, dtype=torch.int8, device="meta")
-            expected[f"{name}_scale"] = torch.empty(len(tensor), device="meta")
+            shape = (len(tensor), slices) if slices > 1 and name.endswith("down_proj.weight") else (len(tensor),)
+            expected[f"{name}_scale"] = torch.empty(shape, device="meta")
     check_tensors(folder / "model.safetensors", expected, state)
     model = build(config, state, pick_backend(backend, device), device, fine_head=bool(fine))
     model.int8_cache = int8_cache

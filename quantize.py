@@ -179,8 +179,8 @@ def main() -> None:
     backend = pick_backend(config.backend, torch.device("cpu")) if config.compare else ""
     with atomic_folder(out, "config.json") as new:
         copy_companions(folder, new)
-        smoothed, fine_head = smooth(model)
-        save_quantized(smoothed, new, fine_head)
+        smoothed, form = smooth(model)
+        save_quantized(smoothed, new, **form)
         for name in ("comparison.json", "comparison.png"):  # of the model that was there
             (out / name).unlink(missing_ok=True)
     before, after = weights_size(folder), weights_size(out)

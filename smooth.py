@@ -1,10 +1,10 @@
 """Outliers: a few channels of a published model's activations are a hundred times as large as the others, and one int8
-scale for all of a token rounds the others away. Here scales move from those channels into the weights that they meet,
-before these are rounded (SmoothQuant, Xiao et al., 2022). The fp32 model computes the same; in int8 it loses less.
+scale for all of a token rounds the others away. Three remedies, all exact in fp32 and each used where it helps:
 
-The format stays as it is: what makes a channel smaller is the weight of the norm before it, the rows of v_proj before
-o_proj, the rows of up_proj before down_proj. (A tied head has none: its norm is the model's last, its matrix the
-embedding. See FineLinear in int8.py.)
+Smoothing (Xiao et al., 2022): scales move from large channels into the weights that they meet, before these are
+rounded. What makes a channel smaller is the weight of the norm before it, or the rows of v_proj and up_proj.
+Slices: the hidden channels are put in the order of their size, and each quarter gets scales of its own (SlicedLinear).
+A fine head: its activations take two rounds of int8 (FineLinear). A tied head cannot be smoothed.
 """
 
 import copy
@@ -19,58 +19,62 @@ from generate import generate
 from int8 import quantize, quantize_rows, quantize_tokens
 from model import GPT
 
-ALPHAS = (0.4, 0.5, 0.6, 0.7, 0.8)  # the share of a channel's size that moves; see docs/log.md, "Smoothing"
+# docs/log.md, "Smoothing"
+ALPHAS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8)  # shares of a channel's size that are tried
+COARSE = 0.015  # products that are further off than this share, smoothed, take the remedies behind
+SLICES = 4
 TEXTS, LENGTH = 16, 256  # the model writes so many texts of so many tokens to learn the sizes from
-FINE = 0.01  # a head whose product is further off than this share takes activations in two parts
 TRIED = 256  # tokens on which the shares are tried
 
 
 @dataclass
 class Site:
-    """Matrices that take the same input, and the weight that scales its channels."""
+    """Matrices that take the same input, and what scales its channels."""
 
-    source: nn.Module | None
     matrices: list[nn.Linear]
+    source: nn.Module | None
     rows: Tensor  # (K,) int64: the row of the source that scales each channel of the input
+    gate: nn.Linear | None = None  # where the channels may be put in another order: what makes them beside the source
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([matrix.weight for matrix in self.matrices])
 
 
 def sites(model: GPT) -> list[Site]:
+    """In the order of use; the head is the last."""
     config, found = model.config, []
     channels, hidden = torch.arange(config.n_embd), torch.arange(config.n_hidden)
     heads = torch.arange(config.n_kv_head * config.head_dim).view(config.n_kv_head, 1, config.head_dim)
     values = heads.expand(-1, config.n_head // config.n_kv_head, -1).flatten()  # several heads read the same value
     for block in model.model.layers:
         attention, mlp = block.self_attn, block.mlp
-        found += [Site(block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj], channels),
-                  Site(attention.v_proj, [attention.o_proj], values),
-                  Site(block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj], channels),
-                  Site(mlp.up_proj, [mlp.down_proj], hidden)]
-    return [*found, Site(None if config.tie_embeddings else model.model.norm, [model.lm_head], channels)]
+        found += [Site([attention.q_proj, attention.k_proj, attention.v_proj], block.input_layernorm, channels),
+                  Site([attention.o_proj], attention.v_proj, values),
+                  Site([mlp.gate_proj, mlp.up_proj], block.post_attention_layernorm, channels),
+                  Site([mlp.down_proj], mlp.up_proj, hidden, mlp.gate_proj)]
+    return [*found, Site([model.lm_head], None if config.tie_embeddings else model.model.norm, channels)]
 
 
 @torch.no_grad()
-def smooth(model: GPT, tokens: Tensor | None = None) -> tuple[GPT, bool]:
-    """A copy of an fp32 model, with the same logits, whose int8 loses less; and whether its head needs FineLinear.
+def smooth(model: GPT, tokens: Tensor | None = None) -> tuple[GPT, dict]:
+    """A copy of an fp32 model, with the same logits, whose int8 loses less; and what save_quantized is to do with it.
 
     tokens (n, T) int64: text to learn the channels' sizes from; None: the model writes it.
     """
-    tokens = written(model) if tokens is None else tokens
+    inputs = observe(model, written(model) if tokens is None else tokens)
     model = copy.deepcopy(model).eval()
-    inputs = observe(model, tokens)
-    for site, (largest, some) in zip(sites(model), inputs, strict=True):
-        weight = torch.cat([matrix.weight for matrix in site.matrices])
-        best = torch.ones(int(site.rows.max()) + 1)
-        least = error(some, weight)
-        for alpha in ALPHAS if site.source is not None else ():
-            factors = balance(largest, weight.abs().amax(dim=0), site.rows, alpha)
-            by = factors[site.rows]
-            if (found := error(some / by, weight * by)) < least:
-                least, best = found, factors
-        if site.source is not None:
-            site.source.weight.div_(best if site.source.weight.dim() == 1 else best[:, None])
-            for matrix in site.matrices:
-                matrix.weight.mul_(best[site.rows])
-    return model, least > FINE**2 * (some @ weight.T).square().sum().item()  # the last site is the head
+    found = sites(model)
+    plans = [search(site, *of) for site, of in zip(found, inputs, strict=True)]
+    downs = [plan for site, plan in zip(found, plans, strict=True) if site.gate is not None]
+    slices = SLICES if model.config.n_hidden % SLICES == 0 and sum(off for off, _ in downs) > COARSE * len(downs) else 1
+    for site, of, (_, factors) in zip(found, inputs, plans, strict=True):
+        if site.gate is not None and slices > 1:
+            _, factors = search(site, *of, slices)
+            apply(site, factors, by_size(of[1] / factors))
+        elif site.source is not None:
+            apply(site, factors)
+    return model, {"slices": slices, "fine_head": plans[-1][0] > COARSE}
 
 
 def written(model: GPT) -> Tensor:
@@ -101,9 +105,26 @@ def observe(model: GPT, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
             for parts, _ in seen]
 
 
+def search(site: Site, largest: Tensor, some: Tensor, slices: int = 1) -> tuple[float, Tensor]:
+    """The least relative error of the site's int8 product that an alpha gives; its factors for the source's rows."""
+    weight, exact, found = site.weight, some @ site.weight.T, []
+    for alpha in ALPHAS if site.source is not None else (0.0,):
+        factors = balance(largest, weight.abs().amax(dim=0), site.rows, alpha)
+        x, w = some / factors[site.rows], weight * factors[site.rows]
+        if slices > 1:
+            x, w = (part[:, by_size(x)].unflatten(1, (slices, -1)) for part in (x, w))
+        q, x_scale = quantize_tokens(x)
+        w_q, scale = quantize_rows(w.reshape(-1, w.size(-1)))
+        y = (q * x_scale).view_as(some) @ (w_q * scale[:, None]).view_as(weight).T
+        found.append(((y - exact).norm().item() / max(exact.norm().item(), 1e-30), factors))
+    return min(found, key=lambda each: each[0])
+
+
 def balance(inputs: Tensor, weights: Tensor, rows: Tensor, alpha: float) -> Tensor:
-    """Factors for the rows of the source: size of the input ^ alpha / size of the weights ^ (1 - alpha)."""
-    size, count = [], int(rows.max()) + 1
+    """Factors for the rows of the source: size of the input ^ alpha / size of the weights ^ (1 - alpha); alpha 0: 1."""
+    count, size = int(rows.max()) + 1, []
+    if alpha == 0:
+        return torch.ones(count)
     for each in (inputs, weights):
         largest = torch.zeros(count).scatter_reduce(0, rows, each, "amax")
         size.append(largest.clamp(min=1e-5 * largest.max().clamp(min=1e-30)))
@@ -111,8 +132,17 @@ def balance(inputs: Tensor, weights: Tensor, rows: Tensor, alpha: float) -> Tens
     return factors / factors.log().mean().exp()  # about 1
 
 
-def error(x: Tensor, weight: Tensor) -> float:
-    """The squared error of x (T, K) times weight (N, K), both in int8."""
-    q, x_scale = quantize_tokens(x)
-    w, scale = quantize_rows(weight)
-    return ((q * x_scale) @ (w * scale[:, None]).T - x @ weight.T).square().sum().item()
+def by_size(x: Tensor) -> Tensor:
+    """The order of the channels of x (T, K) by their root mean square."""
+    return x.square().mean(dim=0).argsort()
+
+
+def apply(site: Site, factors: Tensor, order: Tensor | None = None) -> None:
+    """Divide the site's input by factors and multiply its matrices; then put its channels in another order."""
+    site.source.weight.div_(factors if site.source.weight.dim() == 1 else factors[:, None])
+    for matrix in site.matrices:
+        matrix.weight.mul_(factors[site.rows])
+        if order is not None:
+            matrix.weight.copy_(matrix.weight[:, order])
+    for matrix in (site.source, site.gate) if order is not None else ():
+        matrix.weight.copy_(matrix.weight[order])

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <deque>
 #include <functional>
 #include <thread>
 #include <utility>
@@ -116,9 +117,11 @@ class Decoder::Team {
 
 // The quantized inputs of the products.
 struct Decoder::Rows {
-  Rows(const DecoderModel& m, int64_t rows)
-      : x(rows, m.n_embd), attn_out(rows, m.n_head * m.head_dim), hidden(rows, m.n_hidden) {}
-  QuantizedTokens x, attn_out, hidden;
+  Rows(const DecoderModel& m, int64_t rows) : x(rows, m.n_embd), attn_out(rows, m.n_head * m.head_dim) {
+    for (const Int8Linear& slice : m.blocks[0].down) hidden.emplace_back(rows, slice.K);
+  }
+  QuantizedTokens x, attn_out;
+  std::deque<QuantizedTokens> hidden;  // one for each slice of the channels
 };
 
 struct Decoder::Thread {
@@ -205,15 +208,18 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
   };
   // Every thread quantizes a single row for itself, which is faster than waiting for another thread. Threads share
   // several rows.
-  const auto quantize = [&](QuantizedTokens Rows::*which, auto&& row) -> const QuantizedTokens& {
-    QuantizedTokens& out = (rows == 1 ? thread.quantized : *quantized_).*which;
+  const auto each_row = [&](auto&& quantize_row) -> const Rows& {
+    Rows& out = rows == 1 ? thread.quantized : *quantized_;
     if (rows == 1) {
-      out.quantize(0, row(0));
+      quantize_row(out, 0);
     } else {
-      share(rows, [&](int64_t i) { out.quantize(i, row(i)); });
+      share(rows, [&](int64_t i) { quantize_row(out, i); });
       barrier.wait();
     }
     return out;
+  };
+  const auto quantize = [&](QuantizedTokens Rows::*which, auto&& row) -> const QuantizedTokens& {
+    return each_row([&](Rows& out, int64_t i) { (out.*which).quantize(i, row(i)); }).*which;
   };
   const auto normed = [&](const float* weight) {
     return [&, weight](int64_t i) {
@@ -221,10 +227,13 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
       return thread.normed.data();
     };
   };
-  const auto multiply = [&](const Int8Linear& linear, const QuantizedTokens& x, float* y,
-                            const float* residual = nullptr) {
+  const auto multiply_own = [&](const Int8Linear& linear, const QuantizedTokens& x, float* y,
+                                const float* residual = nullptr) {
     const int64_t tasks = linear.tasks(rows);
     linear.forward(x, rows, residual, tasks * index / threads, tasks * (index + 1) / threads, y);
+  };
+  const auto multiply = [&](auto&&... of) {
+    multiply_own(of...);
     barrier.wait();
   };
 
@@ -262,27 +271,25 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
 
     multiply(block.o, quantize(&Rows::attn_out, [&](int64_t i) { return &attn_out_[i * width]; }), x, x);
     multiply(block.gate_up, quantize(&Rows::x, normed(block.post_norm)), hidden_.data());
-    multiply(block.down, quantize(&Rows::hidden, [&](int64_t i) { return &hidden_[i * m.n_hidden]; }), x, x);
+    const Rows& quantized = each_row([&](Rows& out, int64_t i) {
+      for (size_t s = 0; s < block.down.size(); ++s)
+        out.hidden[s].quantize(i, &hidden_[i * m.n_hidden + s * block.down[s].K]);
+    });
+    for (size_t s = 0; s < block.down.size(); ++s) multiply_own(block.down[s], quantized.hidden[s], x, x);
+    barrier.wait();
   }
   if (!m.fine_head) return multiply(m.head, quantize(&Rows::x, normed(m.norm)), step.logits);
 
   // Row 2 i is x; row 2 i + 1 is what the int8 values of row 2 i leave of it. The logits are the sum of both.
-  QuantizedTokens& both = (rows == 1 ? thread.quantized : *quantized_).x;
-  const auto quantize_twice = [&](int64_t i) {
+  const Rows& both = each_row([&](Rows& out, int64_t i) {
     float* const rest = normed(m.norm)(i);
-    both.quantize(2 * i, rest);
-    const int8_t* const q = &both.q[2 * i * row_bytes(both.quads)];
-    for (int64_t k = 0; k < m.n_embd; ++k) rest[k] -= static_cast<float>(q[k]) * both.scale[2 * i];
-    both.quantize(2 * i + 1, rest);
-  };
-  if (rows == 1) {
-    quantize_twice(0);
-  } else {
-    share(rows, quantize_twice);
-    barrier.wait();
-  }
+    out.x.quantize(2 * i, rest);
+    const int8_t* const q = &out.x.q[2 * i * row_bytes(out.x.quads)];
+    for (int64_t k = 0; k < m.n_embd; ++k) rest[k] -= static_cast<float>(q[k]) * out.x.scale[2 * i];
+    out.x.quantize(2 * i + 1, rest);
+  });
   rows *= 2;
-  multiply(m.head, both, logits_.data());
+  multiply(m.head, both.x, logits_.data());
   const int64_t N = m.head.N, first = N * index / threads, last = N * (index + 1) / threads;
   for (int64_t b = 0; b < step.batch; ++b) {
     const float *of_x = &logits_[2 * b * N], *of_rest = of_x + N;

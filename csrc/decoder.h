@@ -20,7 +20,7 @@ struct DecoderBlockOf {
   Linear o;
   const float* post_norm;  // (n_embd)
   Linear gate_up;          // swiglu: 2 n_hidden rows
-  Linear down;
+  std::vector<Linear> down;  // one for each slice of the n_hidden channels; their results add up. On a GPU, one.
 };
 
 template <typename Linear>

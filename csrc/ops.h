@@ -53,7 +53,7 @@ at::Tensor int8_rows(const at::Tensor& packed, const at::Tensor& scale, const at
 using Matrix = std::pair<at::Tensor, at::Tensor>;  // packed, scale
 // input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down
 using Block = std::tuple<at::Tensor, Matrix, std::optional<at::Tensor>, std::optional<at::Tensor>, Matrix, at::Tensor,
-                         Matrix, Matrix>;
+                         Matrix, std::vector<Matrix>>;
 
 // A decoder's model: checks its sizes and tensors and keeps the tensors alive. Backend has
 //   Linear, Packed (the type of its packed weights), packed_shape(N, K)
@@ -82,15 +82,21 @@ class CheckedModel {
               floats("cos", cos, {block_size_, head_dim / 2}), floats("sin", sin, {block_size_, head_dim / 2}),
               matrix("embedding", embedding, vocab_size_, n_embd), {}, floats("norm", norm, {n_embd}),
               matrix("head", head, vocab_size_, n_embd), fine_head};
-    TORCH_CHECK(!fine_head || Backend::kDevice == at::kCPU, "fine_head is for CPUs, got ", device_);
-    for (const auto& [input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down] : blocks)
+    const size_t slices = std::get<7>(blocks[0]).size();
+    TORCH_CHECK(slices > 0 && n_hidden % slices == 0, "down must have 1 or more slices of equal size, got ", slices);
+    TORCH_CHECK(Backend::kDevice == at::kCPU || (slices == 1 && !fine_head), "slices and fine_head are for CPUs");
+    for (const auto& [input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down] : blocks) {
+      TORCH_CHECK(down.size() == slices, "down must have ", slices, " slices in every block, got ", down.size());
       model_.blocks.push_back({floats("input_norm", input_norm, {n_embd}),
                                matrix("qkv", qkv, width + 2 * n_kv_head * head_dim, n_embd),
                                q_norm ? floats("q_norm", *q_norm, {head_dim}) : nullptr,
                                k_norm ? floats("k_norm", *k_norm, {head_dim}) : nullptr,
                                matrix("o", o, n_embd, width), floats("post_norm", post_norm, {n_embd}),
                                matrix("gate_up", gate_up, 2 * n_hidden, n_embd, Activation::swiglu),
-                               matrix("down", down, n_embd, n_hidden)});
+                               {}});
+      for (const Matrix& slice : down)
+        model_.blocks.back().down.push_back(matrix("down", slice, n_embd, n_hidden / static_cast<int64_t>(slices)));
+    }
   }
 
  protected:

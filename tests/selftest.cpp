@@ -208,11 +208,12 @@ std::vector<float> decode(int threads) {
     return Int8Linear{{N, K, packed.back().data(), scale, nullptr, activation}};
   };
   DecoderModel model{kEmbd, kHeads, kKvHeads, kSize, kHidden, 1e-6f, numbers(kLength * kSize / 2),
-                     numbers(kLength * kSize / 2), matrix(kVocab, kEmbd), {}, numbers(kEmbd), matrix(kVocab, kEmbd)};
+                     numbers(kLength * kSize / 2), matrix(kVocab, kEmbd), {}, numbers(kEmbd), matrix(kVocab, kEmbd), true};
   for (int64_t layer = 0; layer < kLayers; ++layer)
     model.blocks.push_back({numbers(kEmbd), matrix((kHeads + 2 * kKvHeads) * kSize, kEmbd), numbers(kSize),
                             numbers(kSize), matrix(kEmbd, kHeads * kSize), numbers(kEmbd),
-                            matrix(2 * kHidden, kEmbd, Activation::swiglu), matrix(kEmbd, kHidden)});
+                            matrix(2 * kHidden, kEmbd, Activation::swiglu),
+                            {matrix(kEmbd, kHidden / 2), matrix(kEmbd, kHidden / 2)}});
   const int64_t tokens[2][kLength] = {{1, 2, 3, 4, 5, 6, 7, 8}, {9, 69, 0, 30, 2, 1, 4, 5}};
   const int64_t cache = kLayers * 2 * kKvHeads * kLength * kSize;
   std::vector<float> keys(cache), values(cache), logits(2 * kVocab);

@@ -131,7 +131,8 @@ def decode(library, model, tokens, pos, cache):
         attention = block.self_attn
         norms = [attention.q_norm.weight, attention.k_norm.weight] if c.qk_norm else [None, None]
         tensors += [block.input_layernorm.weight, *matrix(block.qkv_proj), *norms, *matrix(block.o_proj),
-                    block.post_attention_layernorm.weight, *matrix(block.gate_up_proj), *matrix(block.down_proj)]
+                    block.post_attention_layernorm.weight, *matrix(block.gate_up_proj),
+                    *matrix(block.down_proj.slices[0])]
     array = (ctypes.c_void_p * len(tensors))(*[t if t is None else t.data_ptr() for t in tensors])
     at = torch.tensor([pos])
     sizes = [c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_hidden, c.vocab_size, c.n_layer]

@@ -314,7 +314,8 @@ def decoder_arguments():
     def matrix(N, K):
         return pack_int8(random_int8(N, K)), torch.rand(N)
 
-    block = (torch.rand(10), matrix(48, 10), None, None, matrix(10, 24), torch.rand(10), matrix(14, 10), matrix(10, 7))
+    block = (torch.rand(10), matrix(48, 10), None, None, matrix(10, 24), torch.rand(10), matrix(14, 10),
+             [matrix(10, 7)])
     return {"n_embd": 10, "n_head": 4, "n_kv_head": 2, "head_dim": 6, "n_hidden": 7, "norm_eps": 1e-6,
             "cos": torch.rand(5, 3), "sin": torch.rand(5, 3), "embedding": matrix(11, 10), "blocks": [block],
             "norm": torch.rand(10), "head": matrix(11, 10)}
@@ -327,6 +328,8 @@ def decoder_arguments():
     ({"n_kv_head": 8}, "n_head must be a multiple of n_kv_head, got 4 and 8"),
     ({"head_dim": 5}, "head_dim must be a multiple of 2, .*, got 5"),
     ({"blocks": []}, "blocks must be 1 or more, got 0"),
+    *(({"blocks": [(*decoder_arguments()["blocks"][0][:7], slices)]}, f"slices of equal size, got {len(slices)}")
+      for slices in ([], [(torch.zeros(1, 1, 64, 4, dtype=torch.uint8), torch.rand(10))] * 2)),
     ({"cos": torch.rand(0)}, r"cos must be contiguous Float \[0, 3\] on cpu, got Float \[0\]"),
     ({"sin": torch.rand(4, 3)}, r"sin must be contiguous Float \[5, 3\] on cpu, got Float \[4, 3\]"),
     ({"cos": torch.rand(5, 3, device="meta")}, "cos must be on cpu, got meta"),

@@ -166,7 +166,7 @@ cudaError_t decode(const DecoderModel& m, const Step& step, const Workspace& w, 
                      step.batch, stream);
     multiply(w.attn_out, nullptr, block.o, w.x, w.x);
     multiply(w.x, block.post_norm, block.gate_up, nullptr, w.hidden);
-    multiply(w.hidden, nullptr, block.down, w.x, w.x);
+    multiply(w.hidden, nullptr, block.down[0], w.x, w.x);
   }
   multiply(w.x, m.norm, m.head, nullptr, step.logits);
   return error;

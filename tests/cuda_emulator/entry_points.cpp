@@ -39,10 +39,10 @@ void decode(int64_t n_embd, int64_t n_head, int64_t n_kv_head, int64_t head_dim,
   };
   const int64_t width = n_head * head_dim, qkv_width = width + 2 * n_kv_head * head_dim;
   cuda::DecoderModel model{n_embd, n_head, n_kv_head, head_dim, n_hidden, eps, vector(), vector(),
-                           matrix(vocab_size, n_embd), {}, vector(), matrix(vocab_size, n_embd)};
+                           matrix(vocab_size, n_embd), {}, vector(), matrix(vocab_size, n_embd), false};
   for (int64_t i = 0; i < n_layer; ++i)
     model.blocks.push_back({vector(), matrix(qkv_width, n_embd), vector(), vector(), matrix(n_embd, width), vector(),
-                            matrix(2 * n_hidden, n_embd, Activation::swiglu), matrix(n_embd, n_hidden)});
+                            matrix(2 * n_hidden, n_embd, Activation::swiglu), {matrix(n_embd, n_hidden)}});
   const int64_t widest = std::max({n_embd, width, n_hidden});
   std::vector<float> x(batch * n_embd), qkv(batch * qkv_width), attn_out(batch * width),
       hidden(batch * n_hidden), scale(batch);
