@@ -471,12 +471,12 @@ def load_quantized(folder: Path, backend: str = "auto", device: torch.device | s
     """Load an int8 folder written by save_quantized."""
     folder, device = Path(folder), torch.device(device)
     hf = read_config(folder)
-    found = checked(hf.get("quantization_config"), dict, f"{folder}/config.json: quantization_config")
-    fine, slices = found.pop("fine", []), found.pop("down_proj_slices", 1)
+    where = f"{folder}/config.json: quantization_config"
+    found = checked(hf.get("quantization_config"), dict, where)
+    fine, slices = found.pop("fine", []), checked(found.pop("down_proj_slices", 1), int, f"{where}: down_proj_slices")
     config = config_from_hf(hf, folder / "config.json")
     if found != FORMAT or fine not in ([], ["lm_head"]) or slices not in range(1, 65) or config.n_hidden % slices:
-        raise UserError(f"{folder}/config.json: expected quantization_config {FORMAT}, "
-                        f"got {found} with fine = {fine} and down_proj_slices = {slices}")
+        raise UserError(f"{where}: expected {FORMAT}, got {found} with fine = {fine} and down_proj_slices = {slices}")
     state = read_tensors(folder)
     expected = empty_model(config).state_dict()
     if config.tie_embeddings:

@@ -21,7 +21,7 @@ from model import GPT
 
 # docs/log.md, "Smoothing"
 ALPHAS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8)  # shares of a channel's size that are tried
-COARSE = 0.015  # products that are further off than this share, smoothed, take the remedies behind
+COARSE = 0.02  # products that are further off than this share, smoothed, take the remedies behind
 SLICES = 4
 TEXTS, LENGTH = 16, 256  # the model writes so many texts of so many tokens to learn the sizes from
 TRIED = 256  # tokens on which the shares are tried
