@@ -18,7 +18,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from torch import Tensor
 
-from checkpoint import check_tensors, config_from_hf, empty_model, holds_model, save_weights
+from checkpoint import check_tensors, config_from_hf, empty_model, holds_model, save_weights, tokenizer_errors
 from files import atomic_folder, plain_file, write_json
 from model import GPTConfig
 from to_gguf import ARCHITECTURES, WORDS, interleave_pairs
@@ -105,23 +105,24 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
     if kind != "gpt2" or words not in WORDS:
         raise UserError(f"{file.path}: expected a tokenizer gpt2 with words as of {', '.join(WORDS)}, "
                         f"got {kind} with {words}")
-    tokens, kinds = (file.get(f"tokenizer.ggml.{name}", list, []) for name in ("tokens", "token_type"))
-    merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges", list, [])]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[pair for pair in merges if "".join(pair) in vocab],
-                                     ignore_merges=WORDS[words].ignore_merges))
-    if WORDS[words].nfc:
-        tokenizer.normalizer = WORDS[words].normalizer()
-    tokenizer.pre_tokenizer = WORDS[words].pre_tokenizer()
-    tokenizer.decoder = decoders.ByteLevel()
-    for token, token_type in zip(tokens, kinds, strict=False):
-        if token_type in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):
-            added = AddedToken(token, special=token_type == gguf.TokenType.CONTROL, normalized=False)
-            (tokenizer.add_special_tokens if added.special else tokenizer.add_tokens)([added])
-    bos = file.get("tokenizer.ggml.bos_token_id", int)
-    if file.get("tokenizer.ggml.add_bos_token", bool, words == "llama-bpe") and bos is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)])
+    with tokenizer_errors(f"{file.path}: tokenizer.ggml"):
+        tokens, kinds = (file.get(f"tokenizer.ggml.{name}", list, []) for name in ("tokens", "token_type"))
+        merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges", list, [])]
+        vocab = {token: i for i, token in enumerate(tokens)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[pair for pair in merges if "".join(pair) in vocab],
+                                         ignore_merges=WORDS[words].ignore_merges))
+        if WORDS[words].nfc:
+            tokenizer.normalizer = WORDS[words].normalizer()
+        tokenizer.pre_tokenizer = WORDS[words].pre_tokenizer()
+        tokenizer.decoder = decoders.ByteLevel()
+        for token, token_type in zip(tokens, kinds, strict=False):
+            if token_type in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):
+                added = AddedToken(token, special=token_type == gguf.TokenType.CONTROL, normalized=False)
+                (tokenizer.add_special_tokens if added.special else tokenizer.add_tokens)([added])
+        bos = file.get("tokenizer.ggml.bos_token_id", int)
+        if file.get("tokenizer.ggml.add_bos_token", bool, words == "llama-bpe") and bos is not None:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)])
     return tokenizer
 
 
