@@ -208,7 +208,7 @@ def rewritten(path, **changes):
 @pytest.mark.parametrize(("changes", "said"), [
     ({"architecture": "mamba"}, "general.architecture: expected qwen3 or llama, got mamba"),
     ({"pre": "poro"}, "got gpt2 with poro"), ({"model": "llama"}, "got llama with gpt-2"),
-    ({"token_type": [3.5] * 10, "tokens": ["a"] * 10}, "other.gguf: "),
+    ({"merges": [" a"]}, "tokenizer.ggml: "),
     ({"tensor": "blk.0.ffn_up.weight"}, "tensor blk.0.ffn_up.weight is missing"),
     ({"block_count": None}, "num_hidden_layers"), ({"block_count": "2"}, "block_count: expected int, got '2'"),
     ({"head_count": 3}, "num_key_value_heads"), ({"embedding_length": 128}, "expected torch.float32"),

@@ -13,6 +13,8 @@ from probe import probe
 owlet_kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(b"GOMP_parallel" not in Path(owlet_kernels.__file__).read_bytes(),
+                                reason="the compiler has another OpenMP than torch brings: the benchmarks need GCC")
 
 
 @pytest.fixture(scope="module")
