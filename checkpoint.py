@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
@@ -235,7 +236,7 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 
 def copy_companions(source: Path, folder: Path) -> None:
     for name in COMPANIONS:
-        if (Path(source) / name).exists():
+        if os.path.lexists(Path(source) / name):  # a link to nothing is a mistake, not a folder without this file
             with atomic_path(Path(folder) / name) as temporary:
                 shutil.copyfile(plain_file(Path(source) / name, "a file", 1e9), temporary)
 

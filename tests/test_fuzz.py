@@ -179,7 +179,9 @@ def assert_clean(words: list[str], place: Path) -> None:
     assert not left, left
     for folder in place.iterdir():  # made by this run: whole or not there
         if folder.is_dir() and folder.name.endswith("-int8") and "quantize" in words:
-            assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+            made = {path.name for path in folder.iterdir()}
+            assert {"config.json", "model.safetensors"} <= made
+            assert "tokenizer.json" in made or not os.path.lexists(place / "folder/tokenizer.json")
 
 
 @pytest.fixture
