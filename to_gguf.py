@@ -108,15 +108,18 @@ def recognise(folder: Path, bos: int | None) -> tuple[dict, str, bool]:
     """
     tokenizer = json.loads(read_tokenizer(folder).to_str())
     model, after = tokenizer["model"], tokenizer["post_processor"] or {}
-    adds_bos = after.get("type") == "TemplateProcessing" and [
-        (part.get("SpecialToken") or part["Sequence"])["id"] for part in after["single"]] == [
-        token["content"] for token in tokenizer["added_tokens"] if token["id"] == bos] + ["A"]
+    texts = [token["content"] for token in tokenizer["added_tokens"] if token["id"] == bos]
+    adds_bos = bool(texts) and after.get("type") == "TemplateProcessing" and [
+        (part.get("SpecialToken") or part["Sequence"])["id"] for part in after["single"]] == [*texts, "A"]
     found = [name for name, words in WORDS.items() if model["type"] == "BPE" and (
         model["ignore_merges"], plain(tokenizer["normalizer"]), plain(tokenizer["pre_tokenizer"])) == (
         words.ignore_merges, plain(words.normalizer()), plain(words.pre_tokenizer()))]
-    if not found or not (adds_bos or after.get("type", "ByteLevel") == "ByteLevel"):  # ByteLevel changes no tokens
+    if not found:
         raise UserError(f"{folder}/tokenizer.json: --gguf expects a byte-level BPE that cuts texts as one of "
                         f"{', '.join(WORDS)}, got another tokenizer")
+    if not (adds_bos or after.get("type", "ByteLevel") == "ByteLevel"):  # ByteLevel changes offsets, not tokens
+        raise UserError(f"{folder}/tokenizer.json: --gguf expects no post_processor, or one that puts bos before a "
+                        "text, got another post_processor")
     return tokenizer, found[0], adds_bos
 
 

@@ -159,14 +159,17 @@ void Decoder::prepare(const Step& step, int threads) {
 void Decoder::choose_variant(const Step& step, int threads) {
   constexpr size_t kTurns = 8;
   const Variant* const variants = kernel().variants;
-  const size_t count = variant_names().size();
-  if (threads != chosen_for_) seconds_.clear(), chosen_for_ = threads;
-  if (std::getenv("OWLET_KERNEL") || count == 1 || seconds_.size() == kTurns * count) return run_all(step, threads);
+  if (threads != chosen_for_ || variants != chosen_of_) {
+    const size_t count = std::getenv("OWLET_KERNEL") ? 1 : variant_names().size();
+    seconds_.clear(), chosen_for_ = threads, chosen_of_ = variants, trials_ = count > 1 ? kTurns * count : 0;
+  }
+  if (seconds_.size() == trials_) return run_all(step, threads);
+  const size_t count = trials_ / kTurns;
   use_variant(variants[seconds_.size() % count].name);
   const auto start = std::chrono::steady_clock::now();
   run_all(step, threads);
   seconds_.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  if (seconds_.size() == kTurns * count)
+  if (seconds_.size() == trials_)
     use_variant(variants[(std::min_element(seconds_.begin(), seconds_.end()) - seconds_.begin()) % count].name);
 }
 

@@ -87,8 +87,11 @@ class Decoder {
   std::unique_ptr<Rows> quantized_;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::unique_ptr<Team> team_;
-  std::vector<double> seconds_;  // of the first tokens, for choose_variant
-  int chosen_for_ = 0;           // threads
+  // for choose_variant
+  std::vector<double> seconds_;         // of the first tokens
+  size_t trials_ = 0;                   // how many of them are to be timed
+  int chosen_for_ = 0;                  // threads
+  const Variant* chosen_of_ = nullptr;  // the kernel's
 };
 
 }  // namespace owlet

@@ -123,7 +123,11 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         write_gguf(model, tmp_path, tmp_path / "m.gguf")
     tokenizer.post_processor = processors.TemplateProcessing("<0> $0", special_tokens=[("<0>", 256)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="got another tokenizer"):
+    with pytest.raises(UserError, match="another post_processor"):
+        write_gguf(model, tmp_path, tmp_path / "m.gguf")
+    tokenizer.post_processor = processors.TemplateProcessing("$0", special_tokens=[])  # no bos, and none is added
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="another post_processor"):
         write_gguf(model, tmp_path, tmp_path / "m.gguf")
     tokenizer.post_processor = None
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
