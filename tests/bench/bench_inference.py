@@ -128,13 +128,15 @@ def plot(title: str) -> None:
             for i, (name, color) in enumerate(ENGINES.items()):
                 bars = axis.bar([at + (i - 1) * 0.27 for at in range(len(shown))],
                                 [row["speed"][name]["median"] for row in shown], width=0.25, color=color, label=name)
-                inside = {"label_type": "center", "rotation": 90, "color": "white"}  # clear of the limit's line
-                axis.bar_label(bars, fmt="{:,.0f}", fontsize=6.5, **inside if name == "owlet" else {})
+                inside = {"label_type": "center", "color": "white"}  # clear of the limit's line
+                axis.bar_label(bars, fmt="{:,.0f}", fontsize=6.5, rotation=90,
+                               **inside if name == "owlet" else {"padding": 2})
             axis.hlines([row["limit"] for row in shown],
                         [at + 0.13 for at in range(len(shown))], [at + 0.41 for at in range(len(shown))],
                         color="black", label="owlet's limit")
             axis.set_xticks(range(len(shown)), [row["size"] for row in shown])
             axis.set_title(f"{phase}, {threads} thread{'s' * (threads > 1)}", fontsize=10)
             axis.set(yscale="log", ylabel="tokens/s")
+            axis.yaxis.set_major_formatter("{x:,.0f}")
         for axis in axes[0]:  # shared by the column; setting it ends the automatic scale, so it comes last
             axis.set_ylim(bottom=10)
