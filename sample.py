@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer
 
 from checkpoint import is_quantized, load_model, newest_model, read_tokenizer, token_ids
+from fetch import model_folder
 from generate import generate
 from int8 import Int8GPT, load_quantized
 from machine import CPUThreads, gpu_has_bf16, pick_device
@@ -28,7 +29,7 @@ from model import GPT
 
 @dataclass
 class SampleConfig:
-    checkpoint: Path | None = flag(None, "Folder to sample from; default: the newest under out/.")
+    checkpoint: Path | None = flag(None, "Folder, or ORG/NAME of the Hugging Face hub; default: the newest in out/.")
     prompt: str | None = flag(None, "Text to continue; - reads it from standard input; default: a new line.")
     prompt_file: Path | None = flag(None, "UTF-8 file with the text to continue.")
     num_samples: int = flag(1, "Continuations, made together; the first is streamed.", 1, 10_000)
@@ -121,7 +122,7 @@ def main() -> None:
         note(f"--{name.replace('_', '-')} has no effect with --temperature 0, which draws nothing")
     threads = CPUThreads(config.threads)
     device = pick_device(config.device)
-    folder = config.checkpoint or newest_model(Path("out"))
+    folder = model_folder(config.checkpoint) if config.checkpoint else newest_model(Path("out"))
     if not folder.is_dir():
         raise UserError(f"{folder}: expected a checkpoint folder, found none")
     tokenizer = read_tokenizer(folder)

