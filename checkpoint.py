@@ -272,6 +272,22 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+class StoredTensors:
+    """A folder's tensors, which read_tensors has found to be whole. Each is read when it is asked for, from the file
+    opened anew: with one file for all, what has been read would stay in memory beside what is made of it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files = {}
+        for path in weight_files(folder):
+            with safe_open(path, "pt") as file:
+                self.files |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], "pt") as file:
+            return file.get_tensor(name)
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, checked where the file has owlet's checksum."""
     try:

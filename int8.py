@@ -18,7 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import check_tensors, config_from_hf, config_to_hf, empty_model, read_config, read_tensors, write_model
+from checkpoint import (
+    StoredTensors,
+    check_tensors,
+    config_from_hf,
+    config_to_hf,
+    empty_model,
+    read_config,
+    read_tensors,
+    write_model,
+)
 from files import checked
 from generate import StaticKVCache
 from model import GPT, Block, GPTConfig, KVCache
@@ -377,7 +386,7 @@ def quantize_state(model: GPT, slices: int = 1) -> dict[str, Tensor]:
     return state
 
 
-def build(config: GPTConfig, state: dict[str, Tensor], backend: str, device: torch.device,
+def build(config: GPTConfig, state: dict[str, Tensor] | StoredTensors, backend: str, device: torch.device,
           fine_head: bool = False) -> Int8GPT:
     """The int8 model from quantize_state's tensors, on the device. fine_head: the head is a FineLinear."""
     make = LINEARS[backend]
@@ -391,7 +400,7 @@ def build(config: GPTConfig, state: dict[str, Tensor], backend: str, device: tor
         if activation == "swiglu":  # row 2i: gate i, row 2i + 1: up i
             weight, scale = (torch.stack(parts, dim=1).flatten(0, 1) for parts in (weights, scales))
         else:
-            weight, scale = torch.cat(weights), torch.cat(scales)
+            weight, scale = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (weights, scales))
         if sliced:
             parts = zip(weight.chunk(slices, dim=1), scale.view(len(weight), -1).unbind(dim=1), strict=True)
             return SlicedLinear([make(w.contiguous().to(device), s.contiguous().to(device)) for w, s in parts])
@@ -477,7 +486,6 @@ def load_quantized(folder: Path, backend: str = "auto", device: torch.device | s
     config = config_from_hf(hf, folder / "config.json")
     if found != FORMAT or fine not in ([], ["lm_head"]) or slices not in range(1, 65) or config.n_hidden % slices:
         raise UserError(f"{where}: expected {FORMAT}, got {found} with fine = {fine} and down_proj_slices = {slices}")
-    state = read_tensors(folder)
     expected = empty_model(config).state_dict()
     if config.tie_embeddings:
         del expected["lm_head.weight"]
@@ -486,7 +494,7 @@ def load_quantized(folder: Path, backend: str = "auto", device: torch.device | s
             expected[name] = torch.empty(tensor.shape, dtype=torch.int8, device="meta")
             shape = (len(tensor), slices) if slices > 1 and name.endswith("down_proj.weight") else (len(tensor),)
             expected[f"{name}_scale"] = torch.empty(shape, device="meta")
-    check_tensors(folder / "model.safetensors", expected, state)
-    model = build(config, state, pick_backend(backend, device), device, fine_head=bool(fine))
+    check_tensors(folder / "model.safetensors", expected, read_tensors(folder))
+    model = build(config, StoredTensors(folder), pick_backend(backend, device), device, fine_head=bool(fine))
     model.int8_cache = int8_cache
     return model

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from checkpoint import copy_companions, holds_model, is_quantized, load_model, newest_model, read_run, weights_size
 from dataloader import TokenData, evaluate
+from fetch import model_folder
 from files import atomic_folder, beside, write_json
 from generate import generate
 from int8 import Int8GPT, has_torch_ao, load_quantized, pick_backend, quantize, save_quantized, stored_size, torch_ao
@@ -114,20 +115,22 @@ def plot(result: dict, path: Path) -> None:
     """comparison.png: a panel a figure, a bar a model. The arrow in a title points to better."""
     import picture
 
-    panels = {"file_bytes": ("file, MB  ↓", 1e-6), "memory_bytes": ("memory, MB  ↓", 1e-6),
-              "bits_per_byte": ("bits per byte  ↓", 1), "prompt_tokens_per_second": ("prompt, tokens/s  ↑", 1),
-              "decode_tokens_per_second": ("decode, tokens/s  ↑", 1)}
+    panels = {"file_bytes": ("file, MB  ↓", 1e-6, "{:,.3g}"), "memory_bytes": ("memory, MB  ↓", 1e-6, "{:,.3g}"),
+              "bits_per_byte_change": ("bits per byte beside fp32, %  ↓", 100, "{:+.2f}"),
+              "prompt_tokens_per_second": ("prompt, tokens/s  ↑", 1, "{:,.0f}"),
+              "decode_tokens_per_second": ("decode, tokens/s  ↑", 1, "{:,.0f}")}
     panels = {key: value for key, value in panels.items() if result["rows"]["fp32"][key] is not None}
-    figure = picture.new_figure(2.6 * len(panels), 3.2)
-    names = list(result["rows"])
-    for axis, (key, (title, unit)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        bars = axis.bar(names, [result["rows"][name][key] * unit for name in names],
-                        color=[*["#bdbdbd", "#9ecae1"][:len(names) - 2], "#08519c", "#4292c6"])
-        digits = "{:.3f}" if key == "bits_per_byte" else "{:,.0f}" if unit == 1 else "{:,.3g}"
-        axis.bar_label(bars, fmt=digits, fontsize=8)
+    figure = picture.new_figure(2.6 * len(panels), 2.6)
+    names = list(result["rows"])[::-1]  # barh begins at the bottom
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (key, (title, unit, digits)) in zip(axes, panels.items(), strict=True):
+        bars = axis.barh(names, [result["rows"][name][key] * unit for name in names],
+                         color=["#4292c6", "#08519c", *["#9ecae1", "#bdbdbd"][-(len(names) - 2):]])
+        axis.bar_label(bars, fmt=digits, fontsize=8, padding=2)
+        axis.margins(x=0.25)  # room for the labels
         axis.set_title(title, fontsize=10)
-        axis.tick_params(axis="x", labelrotation=30, labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xticks([])
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
     figure.suptitle(f"{result['model']}: {result['parameters'] / 1e6:.1f}M parameters, {result['threads']} threads")
     picture.save(figure, path)
 
@@ -136,7 +139,7 @@ def plot(result: dict, path: Path) -> None:
 
 @dataclass
 class QuantizeConfig:
-    checkpoint: Path | None = flag(None, "fp32 folder to shrink; default: the newest under out/.")
+    checkpoint: Path | None = flag(None, "fp32 folder, or ORG/NAME of the Hugging Face hub; default: the newest.")
     out: Path | None = flag(None, "Folder to write; default: FOLDER-int8.")
     gguf: bool = flag(False, "Write a .gguf beside it: Q8_0, for llama.cpp and Ollama.")
     compare: bool = flag(True, "Measure size, memory, loss and speed against fp32 and torch.ao.")
@@ -171,20 +174,13 @@ def main() -> None:
     if not config.compare:
         refuse(given(QuantizeConfig), ["data", "eval_tokens", "backend"], "with --no-compare")
     threads = CPUThreads(config.threads)
-    folder = config.checkpoint or newest_model(Path("out"), quantized=False)
+    folder = model_folder(config.checkpoint) if config.checkpoint else newest_model(Path("out"), quantized=False)
     model, out = load_model(folder), config.out or beside(folder, "-int8")
     if (out / "train_state.pt").exists() or (holds_model(out) and not is_quantized(out)):
         raise UserError(f"{out}: holds a training run or its model, which this would replace; name another --out")
     data = validation_data(config.data, folder, model.config) if config.compare else None
     backend = pick_backend(config.backend, torch.device("cpu")) if config.compare else ""
-    with atomic_folder(out, "config.json") as new:
-        copy_companions(folder, new)
-        smoothed, form = smooth(model)
-        save_quantized(smoothed, new, **form)
-        for name in ("comparison.json", "comparison.png"):  # of the model that was there
-            (out / name).unlink(missing_ok=True)
-    before, after = weights_size(folder), weights_size(out)
-    print(f"{folder} -> {out}: {before / 1e6:.2f} -> {after / 1e6:.2f} MB ({after / before:.1%})")
+    before = weights_size(folder)
     if config.gguf:
         from to_gguf import write_gguf  # imports a package that only this flag needs
 
@@ -192,8 +188,15 @@ def main() -> None:
         write_gguf(model, folder, path)
         size = path.stat().st_size
         print(f"{folder} -> {path}: {size / 1e6:.2f} MB ({size / before:.1%})")
+    with atomic_folder(out, "config.json") as new:
+        copy_companions(folder, new)
+        save_quantized(model, new, **smooth(model))
+        for name in ("comparison.json", "comparison.png"):  # of the model that was there
+            (out / name).unlink(missing_ok=True)
+    del model
+    after = weights_size(out)
+    print(f"{folder} -> {out}: {before / 1e6:.2f} -> {after / 1e6:.2f} MB ({after / before:.1%})")
     if config.compare:
-        del model
         threads.adapt()
         result = compare(folder, out, data, backend, config.eval_tokens)
         write_json(out / "comparison.json", result)

@@ -7,8 +7,8 @@ Slices: the hidden channels are put in the order of their size, and each quarter
 A fine head: its activations take two rounds of int8 (FineLinear). A tied head cannot be smoothed.
 """
 
-import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from generate import generate
-from int8 import quantize, quantize_rows, quantize_tokens
+from int8 import quantize_rows, quantize_tokens
 from model import GPT
 
 # docs/log.md, "Smoothing"
 ALPHAS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8)  # shares of a channel's size that are tried
+CLEARLY = 0.9  # a share is taken if it leaves less than this of the error
 COARSE = 0.02  # products that are further off than this share, smoothed, take the remedies behind
 SLICES = 4
 TEXTS, LENGTH = 16, 256  # the model writes so many texts of so many tokens to learn the sizes from
@@ -38,7 +39,8 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        return torch.cat([matrix.weight for matrix in self.matrices])
+        weights = [matrix.weight for matrix in self.matrices]
+        return torch.cat(weights) if len(weights) > 1 else weights[0]  # no copy of a head
 
 
 def sites(model: GPT) -> list[Site]:
@@ -57,13 +59,12 @@ def sites(model: GPT) -> list[Site]:
 
 
 @torch.no_grad()
-def smooth(model: GPT, tokens: Tensor | None = None) -> tuple[GPT, dict]:
-    """A copy of an fp32 model, with the same logits, whose int8 loses less; and what save_quantized is to do with it.
+def smooth(model: GPT, tokens: Tensor | None = None) -> dict:
+    """Change an fp32 model in place: its logits stay, its int8 loses less. Returns save_quantized's options.
 
     tokens (n, T) int64: text to learn the channels' sizes from; None: the model writes it.
     """
     inputs = observe(model, written(model) if tokens is None else tokens)
-    model = copy.deepcopy(model).eval()
     found = sites(model)
     plans = [search(site, *of) for site, of in zip(found, inputs, strict=True)]
     downs = [plan for site, plan in zip(found, plans, strict=True) if site.gate is not None]
@@ -74,50 +75,58 @@ def smooth(model: GPT, tokens: Tensor | None = None) -> tuple[GPT, dict]:
             apply(site, factors, by_size(of[1] / factors))
         elif site.source is not None:
             apply(site, factors)
-    return model, {"slices": slices, "fine_head": plans[-1][0] > COARSE}
+    return {"slices": slices, "fine_head": plans[-1][0] > COARSE}
 
 
 def written(model: GPT) -> Tensor:
-    """Texts that the model writes, in int8: (TEXTS, up to LENGTH) int64."""
+    """Texts that the model writes: (TEXTS, up to LENGTH) int64."""
     generator, length = torch.Generator().manual_seed(0), min(LENGTH, model.config.block_size)
     first = torch.randint(0, model.config.vocab_size, (TEXTS, 1), generator=generator)
-    tokens = generate(quantize(model), first, length - 1, generator=generator)
+    tokens = generate(model, first, length - 1, generator=generator)
     return torch.cat([first, *(token[:, None] for token in tqdm(
         tokens, "writing text to calibrate with", total=length - 1, delay=2, leave=False, disable=None))], dim=1)
 
 
 def observe(model: GPT, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Of each site's input: the largest size of each channel (K,), and TRIED tokens of it (TRIED or less, K)."""
-    seen, every = [], math.ceil(tokens.numel() / TRIED)
+    seen, hooks, every = [], [], math.ceil(tokens.numel() / TRIED)
+    taken = math.ceil(tokens.size(1) / every)  # of each text
     for site in sites(model):
-        parts: list[tuple[Tensor, Tensor]] = []
+        largest = torch.zeros(len(site.rows))
+        some = torch.empty(len(tokens) * taken, len(site.rows))
 
-        def see(matrix: nn.Linear, args: tuple[Tensor], parts: list = parts) -> None:
+        def see(matrix: nn.Linear, args: tuple[Tensor], largest: Tensor = largest,
+                free: Iterator[Tensor] = iter(some.split(taken))) -> None:  # noqa: B008 (one for each site)
             x = args[0].flatten(0, -2)
-            parts.append((x.abs().amax(dim=0), x[::every].clone()))
+            torch.maximum(largest, x.abs().amax(dim=0), out=largest)
+            next(free).copy_(x[::every])
 
-        seen.append((parts, site.matrices[0].register_forward_pre_hook(see)))
+        seen.append((largest, some))
+        hooks.append(site.matrices[0].register_forward_pre_hook(see))
     for text in tqdm(tokens, "calibrating", delay=2, leave=False, disable=None):
         model(text[None])
-    for _, hook in seen:
+    for hook in hooks:
         hook.remove()
-    return [(torch.stack([largest for largest, _ in parts]).amax(dim=0), torch.cat([some for _, some in parts]))
-            for parts, _ in seen]
+    return seen
 
 
 def search(site: Site, largest: Tensor, some: Tensor, slices: int = 1) -> tuple[float, Tensor]:
     """The least relative error of the site's int8 product that an alpha gives; its factors for the source's rows."""
-    weight, exact, found = site.weight, some @ site.weight.T, []
+    weight, found = site.weight, []
     for alpha in ALPHAS if site.source is not None else (0.0,):
-        factors = balance(largest, weight.abs().amax(dim=0), site.rows, alpha)
-        x, w = some / factors[site.rows], weight * factors[site.rows]
+        factors = balance(largest, torch.linalg.vector_norm(weight, math.inf, dim=0), site.rows, alpha)
+        x, order = some / factors[site.rows], torch.arange(len(site.rows))
         if slices > 1:
-            x, w = (part[:, by_size(x)].unflatten(1, (slices, -1)) for part in (x, w))
-        q, x_scale = quantize_tokens(x)
-        w_q, scale = quantize_rows(w.reshape(-1, w.size(-1)))
-        y = (q * x_scale).view_as(some) @ (w_q * scale[:, None]).view_as(weight).T
-        found.append(((y - exact).norm().item() / max(exact.norm().item(), 1e-30), factors))
-    return min(found, key=lambda each: each[0])
+            order = by_size(x)
+        q, x_scale = quantize_tokens(x[:, order].unflatten(1, (slices, -1)))
+        rounded, off = (q * x_scale).flatten(1), torch.zeros(2)
+        for rows in weight.split(4096):  # of a head: its copies take as much memory as the model
+            w_q, scale = quantize_rows((rows * factors[site.rows])[:, order].reshape(len(rows) * slices, -1))
+            exact = some @ rows.T
+            off += torch.stack([rounded @ (w_q * scale[:, None]).view_as(rows).T - exact, exact]).square().sum((1, 2))
+        found.append(((off[0] / off[1].clamp(min=1e-30)).sqrt().item(), factors))
+    best, plain = min(found, key=lambda each: each[0]), found[0]
+    return best if best[0] < CLEARLY * plain[0] else plain
 
 
 def balance(inputs: Tensor, weights: Tensor, rows: Tensor, alpha: float) -> Tensor:
