@@ -8,7 +8,7 @@ ifeq ($(origin CXX),default)  # make's own default is no choice of the user's
 CXX := c++
 endif
 
-.PHONY: demo test test-long bench gpu lint kernels clean
+.PHONY: demo test test-long test-published bench gpu lint kernels clean
 .DELETE_ON_ERROR:
 
 .venv/requirements: requirements.txt
@@ -61,6 +61,11 @@ test: .venv/requirements-dev build/kernels
 # random kills, sanitizers, compilers for other machines, more of what restarts and of the emulated GPU
 test-long: .venv/requirements-dev build/kernels
 	$(BIN)/python -m pytest -m long --kills 5
+
+# of a published model, which is fetched first (93 MB)
+test-published: .venv/requirements-dev build/kernels
+	test -e out/SmolLM2-135M-Instruct/config.json || $(BIN)/python from_gguf.py
+	$(BIN)/python -m pytest -m long tests/test_published.py
 
 # Threads stay on their cores; the tables printed hold more than pytest-benchmark's own, which quiet leaves out.
 bench: build/kernels

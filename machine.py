@@ -113,13 +113,17 @@ class CPUThreads:
 
 
 def core_seconds() -> tuple[float, float, float]:
-    """Now; how long the cores that this process may use have been busy, where Linux says it; and busy with it."""
+    """Now; how long the cores that this process may use have been busy, where Linux says it; and how long for it.
+
+    A child's time counts once it has been waited for.
+    """
     busy, stat = 0.0, Path("/proc/stat")
     for name, *ticks in map(str.split, stat.read_text().splitlines() if stat.exists() else ()):
         if re.fullmatch(r"cpu\d+", name) and int(name[3:]) in os.sched_getaffinity(0):
             user, nice, system, _, _, irq, soft_irq = map(int, ticks[:7])
             busy += (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
-    return time.monotonic(), busy, time.process_time()
+    spent = os.times()
+    return time.monotonic(), busy, time.process_time() + spent.children_user + spent.children_system
 
 
 def cpu_name() -> str:

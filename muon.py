@@ -115,11 +115,14 @@ def pick_dtypes(model: GPT, device: torch.device, tokens: int, dtype: str = "aut
 
 
 def make_optimizers(model: GPT, muon_lr: float, adam_lr: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """Muon, with its products in dtype, for the blocks' matrices, AdamW for all else (docs/log.md, "Optimizer")."""
-    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    """Muon, with its products in dtype, for the blocks' matrices, AdamW for all else (docs/log.md, "Optimizer").
+
+    muon_lr 0: AdamW for all.
+    """
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2 and muon_lr > 0]
     in_muon = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in in_muon]
-    return [Muon(matrices, lr=muon_lr, momentum=0.85, dtype=dtype),
+    return [Muon([{"params": matrices}], lr=muon_lr, momentum=0.85, dtype=dtype),
             torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 

@@ -1,7 +1,8 @@
 """Train a GPT on prepared tokens, in one process or under torchrun.
 
     python train.py                                  tiny, on the newest folder under data/
-    python train.py small --data data/mybook --max-steps 3000
+    python train.py small --data mybook.txt --max-steps 3000
+    python train.py --init-from out/SmolLM2-135M-Instruct --data mybook.txt
     torchrun --nproc_per_node=4 train.py             data parallel: gloo on CPUs, nccl on GPUs
     torchrun ... train.py --parallel fsdp            each rank holds a part of the model only
     python train.py --resume                         continue where the newest run stopped
@@ -15,6 +16,7 @@ import dataclasses
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,9 +31,20 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import copy_companions, holds_model, load_model, read_last_state, read_run, save_weights, write_state
+from checkpoint import (
+    config_from_hf,
+    copy_companions,
+    holds_model,
+    load_model,
+    read_config,
+    read_last_state,
+    read_run,
+    save_weights,
+    write_state,
+)
 from dataloader import TokenData, evaluate, forward_loss, read_meta
 from distributed import Ranks, gather_to_main, launch, load_optimizer, parallelize, restart_folder, sync_gradients
+from fetch import model_folder
 from files import lock, newest, write_json
 from machine import can_compile, peak_flops
 from model import GPT, SIZES, GPTConfig
@@ -49,10 +62,10 @@ class TrainConfig:
 
     size: Literal["tiny", "small", "base", "medium"] = flag(
         "tiny", "Sets the defaults below: 0.9M, 11M, 26M or 85M parameters.", positional=True, renamed={"seed": "base"})
-    data: Path | None = flag(None, "Folder made by data/prepare.py; default: the newest under data/.")
+    data: Path | None = flag(None, "Folder made by data/prepare.py, or a text, to make one of; default: the newest.")
     out: Path | None = flag(None, "Folder to write; default: a new out/DATA-SIZE, with --resume the newest.")
     resume: bool = flag(False, "Continue the run in --out; flags given here replace its own.")
-    init_from: Path | None = flag(None, "Checkpoint folder to fine-tune (Qwen3 or Llama); sets the architecture.")
+    init_from: Path | None = flag(None, "Model to fine-tune: a folder, or ORG/NAME of the Hugging Face hub.")
 
     n_layer: int = flag(4, "Blocks.")
     n_head: int = flag(4, "Attention heads of each block.")
@@ -63,17 +76,17 @@ class TrainConfig:
     tie_embeddings: bool = flag(True, "One matrix for embedding and head.")
     dropout: float = flag(0.0, "Share of each block's output that is dropped while training.")
 
-    max_steps: int = flag(2000, "Steps of the whole run.", 1)
+    max_steps: int | None = flag(2000, "Steps of the whole run; fine-tuning: twice through the text.", 1)
     batch_size: int = flag(16, "Sequences a step, over all ranks together.", 1)
-    grad_accum: int = flag(1, "Parts of a rank's batch, one after another: same result, less memory.", 1)
-    muon_lr: float = flag(0.02, "Learning rate of Muon, for the blocks' matrices.", 0)
+    grad_accum: int | None = flag(1, "Parts of a rank's batch, in turn: same result, less memory; fine-tuning: all.", 1)
+    muon_lr: float = flag(0.02, "Learning rate of Muon, for the blocks' matrices; 0: AdamW takes them.", 0)
     adam_lr: float = flag(3e-3, "Learning rate of AdamW, for embedding, head and norms.", 0)
     weight_decay: float = flag(0.0, "Decoupled weight decay of Muon.", 0)
     grad_clip: float = flag(1.0, "Largest gradient norm; 0: no clipping.", 0)
     warmup_steps: int = flag(0, "First steps, over which the learning rates rise linearly.", 0)
     warmdown: float = flag(0.7, "Last share of the run, over which the learning rates fall linearly to zero.", 0)
 
-    eval_every: int = flag(250, "Steps between evaluations; each also saves a checkpoint.", 1)
+    eval_every: int | None = flag(250, "Steps between evaluations, which also save; fine-tuning: 2 in all.", 1)
     eval_tokens: int = flag(100_000, "Validation tokens of an evaluation, always the same, evenly spread.", 1)
     seed: int = flag(1337, "Draws the weights and the order of the data.", 0, 2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps.")
@@ -88,6 +101,10 @@ SIZE_DEFAULTS = {
     "tiny": {}, "small": {"max_steps": 3000, "muon_lr": 0.01, "adam_lr": 1.5e-3},
     "base": {"max_steps": 5000}, "medium": {"max_steps": 10_000},
 }
+# docs/log.md, "Fine-tuning". None: settle() looks at the length of the text.
+FINE_TUNING = {"max_steps": None, "batch_size": 4, "grad_accum": None, "block_size": 512, "muon_lr": 0.0,
+               "adam_lr": 1e-4, "warmup_steps": 5, "warmdown": 0.9, "eval_every": None}
+PASSES = 2  # through the text, when fine-tuning
 # The flags that shape a new model have the names of GPTConfig's fields. A fine-tuned model has its own shape.
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "qk_norm", "tie_embeddings")
 ARCHITECTURE = (*SHAPE, "block_size", "dropout")
@@ -110,10 +127,13 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
         note(f"going on in {out}, where this launch of torchrun ({launch()}) trained before")
     if first.resume or (out is not None and (out / "train_state.pt").exists()):
         return resume(out or first.out or newest(Path("out"), "train_state.pt", "python train.py")[0], args, flags)
+    base = defaults(first.size)
     if first.init_from is not None:
         refuse(flags, (*SHAPE, "size"), f"beside --init-from {first.init_from}, which has its own")
-    config = parse(TrainConfig, DESCRIPTION, args, defaults(first.size))
-    return dataclasses.replace(config, out=out or config.out), None
+        first.init_from = model_folder(first.init_from)
+        base = dataclasses.replace(base, **FINE_TUNING)
+    config = parse(TrainConfig, DESCRIPTION, args, base)
+    return dataclasses.replace(config, out=out or config.out, init_from=first.init_from), None
 
 
 def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
@@ -147,6 +167,8 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
 
 def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
     """Fill in what the flags leave open. False: the run has done its steps already. All ranks agree on the answers."""
+    if config.grad_accum is None:
+        config.grad_accum = max(1, config.batch_size // ranks.world)
     parts = ranks.world * config.grad_accum
     if config.batch_size % parts:
         raise UserError(f"--batch-size: expected a multiple of ranks x grad-accum = {parts}, got {config.batch_size}")
@@ -162,10 +184,36 @@ def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
             print(f"{config.out} is trained for {state['step']} steps already; raise --max-steps to go on")
         return False
     config.data = config.data or newest(Path("data"), "meta.json", "python data/prepare.py")[0]
+    if config.data.is_file():
+        config.data = prepared(config.data, config.init_from, ranks)
+    if config.init_from is not None and state is None:
+        longest = config_from_hf(read_config(config.init_from), config.init_from / "config.json").block_size
+        if longest < config.block_size:
+            note(f"--block-size {config.block_size}: going on with {longest}, the model's longest context")
+            config.block_size = longest
+    if config.max_steps is None:
+        tokens = read_meta(config.data)["train"]["tokens"]
+        config.max_steps = math.ceil(PASSES * tokens / (config.batch_size * config.block_size))
+    config.eval_every = config.eval_every or math.ceil(config.max_steps / PASSES)
     config.out = ranks.all_values(config.out if state else new_folder(config))[0]
     if config.compile == "auto":  # settled for resumed runs too: they are to have the same arithmetic
         config.compile = "on" if config.max_steps >= 1000 and can_compile(ranks.device) else "off"
     return True
+
+
+def prepared(text: Path, init_from: Path | None, ranks: Ranks) -> Path:
+    """The folder that data/prepare.py makes of a text, made now unless it is there and newer than the text."""
+    folder = Path("data") / (text.stem + (f"-{init_from.resolve().name}" if init_from else ""))
+    meta, code = folder / "meta.json", 0
+    if meta.exists() and read_meta(folder).get("inputs") != [str(text.resolve())]:
+        raise UserError(f"--data {text}: {folder} holds another text's tokens; prepare this one under another name "
+                        "(data/prepare.py --out), and name that folder")
+    if ranks.is_main and not (meta.exists() and meta.stat().st_mtime > text.stat().st_mtime):
+        words = ["--input", text, *(["--out", folder, "--tokenizer", init_from] if init_from else [])]
+        code = subprocess.run([sys.executable, Path(__file__).with_name("data") / "prepare.py", *words]).returncode
+    if code := max(ranks.all_values(code)):
+        sys.exit(code)  # prepare.py has said why
+    return folder
 
 
 def new_folder(config: TrainConfig) -> Path:
@@ -177,7 +225,7 @@ def new_folder(config: TrainConfig) -> Path:
             raise UserError(f"{config.out}: holds a model already; name another --out")
         return config.out
     name = config.init_from.resolve().name if config.init_from else config.size
-    stem, number = Path("out") / f"{config.data.name}-{name}", 1
+    stem, number = Path("out") / f"{config.data.name.removesuffix(f'-{name}')}-{name}", 1
     while (folder := stem if number == 1 else stem.with_name(f"{stem.name}-{number}")).exists():
         number += 1
     return folder
@@ -194,9 +242,6 @@ def build_model(config: TrainConfig, vocab_size: int, eos: int | None = None) ->
     if model.config.vocab_size < vocab_size:
         raise UserError(f"--init-from: the model knows {model.config.vocab_size} tokens, the data has {vocab_size}; "
                         f"prepare the data with {command('--tokenizer', config.init_from)}")
-    if model.config.block_size < config.block_size:
-        note(f"--block-size {config.block_size}: going on with {model.config.block_size}, the model's longest context")
-        config.block_size = model.config.block_size
     return model
 
 

@@ -1,6 +1,7 @@
 """Training: the same losses resumed, interrupted, accumulated and spread over ranks."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -13,9 +14,10 @@ from pathlib import Path
 from cli import UserError
 
 import numpy as np
+import prepare
 import pytest
 import torch
-from conftest import ROOT, assert_same, end_well, fork_train, refused, save_model
+from conftest import ROOT, assert_same, end_well, fork_train, make_text, refused, save_model
 
 import muon
 import train
@@ -315,6 +317,44 @@ def test_a_fine_tuned_model_has_the_name_of_its_source(script, tiny, data, tmp_p
     assert code == 0, err
     assert "out/wood-published: fine-tuning published, " in out and "tiny" not in out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["wood-published"]
+
+
+def test_fine_tuning_goes_twice_through_a_text_of_its_own(script, tiny, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(tiny, tmp_path / "out" / "owl")
+    prepare.train_tokenizer([], 256).save(str(tmp_path / "out" / "owl" / "tokenizer.json"))
+    tune = [train.main, "--init-from", "out/owl", "--data", text_file, "--eval-tokens", 2000, "--threads", 1]
+    code, _, err = script(*tune)
+    assert code == 0, err
+    assert "context" in err  # of 32 tokens, where the default is 512
+    run = tmp_path / "out" / "wood-owl"
+    settings, _ = read_run(run)
+    tokens = json.loads((tmp_path / "data" / "wood-owl" / "meta.json").read_text())["train"]["tokens"]
+    assert settings["max_steps"] == math.ceil(2 * tokens / (4 * 32)) and settings["muon_lr"] == 0
+    assert settings["grad_accum"] == 4
+    assert list(losses(run, "val_loss")) == [0, math.ceil(settings["max_steps"] / 2), settings["max_steps"]]
+    assert losses(run)[settings["max_steps"]] < losses(run, "val_loss")[0] - 1
+    prepared = (tmp_path / "data" / "wood-owl" / "meta.json").stat().st_mtime_ns
+    assert script(*tune, "--max-steps", 1, "--block-size", 16)[0] == 0  # the text is prepared already
+    assert (tmp_path / "data" / "wood-owl" / "meta.json").stat().st_mtime_ns == prepared
+    code, _, err = script(train.main, "--resume", "--out", run, "--max-steps", settings["max_steps"] + 1)
+    assert code == 0, err
+
+
+def test_a_text_instead_of_a_folder(script, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = [*SMALL, "--max-steps", 1]
+    assert script(train.main, "--data", text_file, *quick)[0] == 0
+    assert (tmp_path / "out" / "wood-tiny" / "model.safetensors").exists()
+    other = tmp_path / "other" / "wood.txt"
+    other.parent.mkdir()
+    other.write_text(make_text(100))
+    code, _, err = script(train.main, "--data", other, *quick)
+    assert code == 2 and "data/wood holds another text's tokens" in err
+    (tmp_path / "zeros.txt").write_bytes(b"\0" * 100)
+    assert script(train.main, "--data", tmp_path / "zeros.txt", *quick)[0] == 2  # prepare.py says why
+    assert not (tmp_path / "data" / "zeros").exists()
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["wood-tiny"]
 
 
 def test_the_first_estimate_does_not_count_compilation(script, data, tmp_path, monkeypatch):
