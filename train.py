@@ -130,10 +130,10 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
     base = defaults(first.size)
     if first.init_from is not None:
         refuse(flags, (*SHAPE, "size"), f"beside --init-from {first.init_from}, which has its own")
-        first.init_from = model_folder(first.init_from)
         base = dataclasses.replace(base, **FINE_TUNING)
     config = parse(TrainConfig, DESCRIPTION, args, base)
-    return dataclasses.replace(config, out=out or config.out, init_from=first.init_from), None
+    init_from = config.init_from and model_folder(config.init_from)
+    return dataclasses.replace(config, out=out or config.out, init_from=init_from), None
 
 
 def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
@@ -183,14 +183,16 @@ def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
         if ranks.is_main:
             print(f"{config.out} is trained for {state['step']} steps already; raise --max-steps to go on")
         return False
-    config.data = config.data or newest(Path("data"), "meta.json", "python data/prepare.py")[0]
-    if config.data.is_file():
-        config.data = prepared(config.data, config.init_from, ranks)
     if config.init_from is not None and state is None:
         longest = config_from_hf(read_config(config.init_from), config.init_from / "config.json").block_size
         if longest < config.block_size:
             note(f"--block-size {config.block_size}: going on with {longest}, the model's longest context")
             config.block_size = longest
+    config.data = config.data or newest(Path("data"), "meta.json", "python data/prepare.py")[0]
+    if not config.data.exists():
+        raise UserError(f"--data {config.data}: expected a text or a folder made by data/prepare.py, found neither")
+    if config.data.is_file():
+        config.data = prepared(config.data, config.init_from, ranks)
     if config.max_steps is None:
         tokens = read_meta(config.data)["train"]["tokens"]
         config.max_steps = math.ceil(PASSES * tokens / (config.batch_size * config.block_size))
@@ -323,7 +325,8 @@ class Run:
             f"({self.data.tokens['train']:,} tokens), steps {self.first} to {config.max_steps} of "
             f"{config.batch_size * config.block_size:,} tokens\n"
             f"{self.ranks.world} x {self.ranks.device.type}, {torch.get_num_threads()} threads each, "
-            f"{config.dtype} (Muon {config.muon_dtype}), matmul peak {self.peak / 1e9:,.0f} GFLOP/s"
+            f"{config.dtype}{f' (Muon {config.muon_dtype})' if config.muon_lr else ''}, "
+            f"matmul peak {self.peak / 1e9:,.0f} GFLOP/s"
             f"{'; compiling first, some 10 seconds' if config.compile == 'on' else ''}")
         if config.init_from and not self.first:
             self.evaluate(0)
