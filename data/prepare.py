@@ -48,7 +48,7 @@ class PrepareConfig:
     input: tuple[Path, ...] = flag((), "UTF-8 texts, joined in this order; - is standard input; none: Shakespeare.")
     out: Path | None = flag(None, "Folder to write; default: data/NAME after the first input, or data/shakespeare.")
     vocab_size: int = flag(256, "256: plain bytes, a character model. More: byte-level BPE with that many tokens.", 256)
-    tokenizer: Path | None = flag(None, "Model to fine-tune, as for train.py --init-from: its tokenizer is used, none learned.")
+    tokenizer: Path | None = flag(None, "Model to fine-tune (as --init-from): its tokenizer is used, none learned.")
     clean: Literal["none", "plain"] = flag("none", "plain: keep only letters, digits, spaces and . ? !")
     val: float = flag(0.1, "Share of the text, from its end, that is kept for validation.", 0, 1)
 
