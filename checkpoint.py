@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from files import atomic_path, checked, newest, plain_file, read_json, write_json
+from machine import free_memory
 from model import GPT, GPTConfig
 
 # torch.load warns of foreign pickles, which read_state's own error names. Filtered here, once: catch_warnings around
@@ -265,7 +266,12 @@ def weights_size(folder: Path) -> int:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder."""
+    """All tensors of a checkpoint folder. UserError if they are larger than what memory is free."""
+    for path in weight_files(folder):
+        plain_file(path, "the model's weights")
+    if (size := weights_size(folder)) > (free := free_memory()):
+        raise UserError(f"{folder}: expected weights that fit into the free memory of {free / 1e9:.1f} GB, "
+                        f"got {size / 1e9:.1f} GB")
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         tensors |= read_safetensors(path)

@@ -132,6 +132,13 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def free_memory() -> float:
+    """Bytes that programs can still take, where Linux says it."""
+    info = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", info.read_text(), re.M) if info.exists() else None
+    return int(found[1]) * 1024 if found else math.inf
+
+
 def resident_bytes() -> int:
     """Memory of this process."""
     statm = Path("/proc/self/statm")

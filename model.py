@@ -63,6 +63,11 @@ class GPTConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim: rotary positions need an even number, got {self.head_dim}")
 
+    @property
+    def ends(self) -> list[int]:
+        """The end-of-text tokens."""
+        return self.eos if isinstance(self.eos, list) else [] if self.eos is None else [self.eos]
+
 
 class KVCache:
     """Keys and values of the tokens seen so far, each (n_layer, B, n_kv_head, length, head_dim)."""

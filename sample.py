@@ -141,8 +141,7 @@ def main() -> None:
     tokens = generate(model, idx, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
                       top_p=config.top_p, repetition_penalty=config.repetition_penalty,
                       eos=model.config.eos, generator=generator)
-    eos = model.config.eos
-    ends = set(eos if isinstance(eos, list) else [eos])
+    ends = model.config.ends
     detokenize, ended = Detokenizer(tokenizer, prompt), False
     print(text, end="", flush=True)
     rows, times = [], [time.perf_counter()]

