@@ -10,7 +10,7 @@ import numpy as np
 import prepare
 import pytest
 import torch
-from conftest import assert_same_choice, make_text, random_model, save_model
+from conftest import make_text, random_model, save_model
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
 import from_gguf
@@ -248,5 +248,8 @@ def test_llama_cpp_agrees(tmp_path, fields, vocab_size):
     assert llama.detokenize(ids) == TEXT.encode()
     llama.eval(ids)
     exact, near = model(torch.tensor([ids]))[0][0], torch.from_numpy(llama.scores[:len(ids)].copy())
-    assert (near - exact).norm() < 0.04 * exact.norm()  # weights and activations in int8
-    assert_same_choice(near, exact)
+    # Of 32 normal values the largest is 2.2 times their root mean square, so rounding them to 127 steps of it is 0.5 %
+    # off, and a product of weights and activations 0.7 %. Nine products one behind the other: 2.1 %, three times that
+    # for the worst token. (Which token is the likeliest may hang on less.)
+    off = (near - exact).norm(dim=1) / exact.norm(dim=1)
+    assert off.max() < 0.063 and (near - exact).norm() < 0.035 * exact.norm(), off
