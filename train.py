@@ -39,6 +39,7 @@ from checkpoint import (
     read_config,
     read_last_state,
     read_run,
+    read_tokenizer,
     save_weights,
     write_state,
 )
@@ -101,7 +102,7 @@ SIZE_DEFAULTS = {
     "tiny": {}, "small": {"max_steps": 3000, "muon_lr": 0.01, "adam_lr": 1.5e-3},
     "base": {"max_steps": 5000}, "medium": {"max_steps": 10_000},
 }
-# docs/log.md, "Fine-tuning". None: settle() looks at the length of the text.
+# docs/log.md, "Fine-tuning". None: settle() looks at the length of the text, parts_of() at the ranks.
 FINE_TUNING = {"max_steps": None, "batch_size": 4, "grad_accum": None, "block_size": 512, "muon_lr": 0.0,
                "adam_lr": 1e-4, "warmup_steps": 5, "warmdown": 0.9, "eval_every": None}
 PASSES = 2  # through the text, when fine-tuning
@@ -132,6 +133,8 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
         refuse(flags, (*SHAPE, "size"), f"beside --init-from {first.init_from}, which has its own")
         base = dataclasses.replace(base, **FINE_TUNING)
     config = parse(TrainConfig, DESCRIPTION, args, base)
+    if not config.muon_lr:
+        refuse(flags, ("weight_decay", "muon_dtype"), "with --muon-lr 0")
     init_from = config.init_from and model_folder(config.init_from)
     return dataclasses.replace(config, out=out or config.out, init_from=init_from), None
 
@@ -150,12 +153,20 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
     if saved.block_size > state["model_config"].block_size:
         raise UserError(f"{out}/run.json: --block-size: expected at most {state['model_config'].block_size}, the "
                         f"model's context, got {saved.block_size}")
+    if "init_from" in flags:
+        flags["init_from"] = model_folder(flags["init_from"])
+    if saved.init_from is not None and flags.get("block_size", 0) > saved.block_size:
+        flags["block_size"] = saved.block_size  # settle() has shortened it
     for name in FIXED:
         kept = getattr(state["model_config"] if name in SHAPE else saved, name)
         got = flags.get(name, kept)
         if (got.resolve() if isinstance(got, Path) else got) != kept:
             raise UserError(f"--resume: {name} is {kept} in {out}, expected the same, got {got}")
-    config = dataclasses.replace(parse(TrainConfig, DESCRIPTION, args, saved), out=out)
+    config = dataclasses.replace(parse(TrainConfig, DESCRIPTION, args, saved), out=out, block_size=saved.block_size,
+                                 init_from=saved.init_from)
+    if bool(config.muon_lr) != bool(saved.muon_lr):
+        raise UserError(f"--resume: muon_lr is {saved.muon_lr:g} in {out}, got {config.muon_lr:g}; expected 0 for "
+                        "both or for neither: the matrices have the state of one optimizer")
     if config.max_steps != saved.max_steps:
         rates = [lr_scale(state["step"], of) for of in (saved, config)]
         note(f"--max-steps {config.max_steps} instead of {saved.max_steps}: the learning rates go on at {rates[1]:.0%} "
@@ -167,9 +178,7 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
 
 def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
     """Fill in what the flags leave open. False: the run has done its steps already. All ranks agree on the answers."""
-    if config.grad_accum is None:
-        config.grad_accum = max(1, config.batch_size // ranks.world)
-    parts = ranks.world * config.grad_accum
+    parts = ranks.world * parts_of(config, ranks)
     if config.batch_size % parts:
         raise UserError(f"--batch-size: expected a multiple of ranks x grad-accum = {parts}, got {config.batch_size}")
     found = ranks.all_values((f"step {state['step']} of {config.out}", state["sha256"]) if state else ("nothing", ""))
@@ -205,18 +214,28 @@ def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
     return True
 
 
+def parts_of(config: TrainConfig, ranks: Ranks) -> int:
+    """Of each rank's share of a batch, one after another; None: single sequences."""
+    return config.grad_accum or max(1, config.batch_size // ranks.world)
+
+
 def prepared(text: Path, init_from: Path | None, ranks: Ranks) -> Path:
-    """The folder that data/prepare.py makes of a text, made now unless it is there and newer than the text."""
+    """The folder that data/prepare.py makes of a text, made now unless it is there."""
     folder = Path("data") / (text.stem + (f"-{init_from.resolve().name}" if init_from else ""))
-    meta, code = folder / "meta.json", 0
-    if meta.exists() and read_meta(folder).get("inputs") != [str(text.resolve())]:
-        raise UserError(f"--data {text}: {folder} holds another text's tokens; prepare this one under another name "
-                        "(data/prepare.py --out), and name that folder")
-    if ranks.is_main and not (meta.exists() and meta.stat().st_mtime > text.stat().st_mtime):
-        words = ["--input", text, *(["--out", folder, "--tokenizer", init_from] if init_from else [])]
-        code = subprocess.run([sys.executable, Path(__file__).with_name("data") / "prepare.py", *words]).returncode
-    if code := max(ranks.all_values(code)):
-        sys.exit(code)  # prepare.py has said why
+    words = [f"--input={text.resolve()}"]
+    if init_from is not None:
+        words += [f"--out={folder}", f"--tokenizer={init_from.resolve()}"]
+    script, meta = Path(__file__).with_name("data") / "prepare.py", folder / "meta.json"
+    made = ranks.all_values(meta.exists())[0]
+    code = 0 if made or not ranks.is_main else subprocess.run([sys.executable, script, *words]).returncode
+    if code := ranks.all_values(code)[0]:
+        sys.exit(code if code > 0 else f"train.py: data/prepare.py was killed by signal {-code}")
+    same = read_meta(folder).get("inputs") == [str(text.resolve())] and meta.stat().st_mtime > text.stat().st_mtime
+    if init_from is not None:
+        same = same and read_tokenizer(folder).get_vocab() == read_tokenizer(init_from).get_vocab()
+    if not same:
+        raise UserError(f"--data {text}: {folder} holds tokens of another text, an older one or another model; make it "
+                        f"anew with {command('python', 'data/prepare.py', *words)}, or name a folder")
     return folder
 
 
@@ -246,8 +265,8 @@ def build_model(config: TrainConfig, vocab_size: int, eos: int | None = None) ->
     if model.config.vocab_size < vocab_size:
         raise UserError(f"--init-from: the model knows {model.config.vocab_size} tokens, the data has {vocab_size}; "
                         f"prepare the data with {command('--tokenizer', config.init_from)}")
-    if eos is not None:  # what ends a text of the data ends what the model writes
-        model.config.eos = sorted({eos, *model.config.ends})
+    if eos is not None and eos not in model.config.ends:  # what ends a text of the data ends what the model writes
+        model.config.eos = [*model.config.ends, eos]
     return model
 
 
@@ -279,7 +298,7 @@ class Run:
         if state is not None and state["data_sha256"] != self.data_sha256:
             raise UserError(f"--resume: {config.out} was trained on other data than {config.data} now holds")
         ranks.threads.adapt()
-        tokens = config.batch_size // ranks.world // config.grad_accum * config.block_size
+        tokens = config.batch_size // ranks.world // parts_of(config, ranks) * config.block_size
         dtypes = pick_dtypes(self.model, ranks.device, tokens, config.dtype, config.muon_dtype)
         self.dtype, muon_dtype = ranks.all_values(dtypes)[0]  # measured by every rank, so that none waits
         # settled for resumed runs too: they are to have the same arithmetic
@@ -342,7 +361,8 @@ class Run:
         if self.model.config.dropout:  # drawn from (seed, step, rank), so that a resume repeats it
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)[0]))
         share = config.batch_size // ranks.world
-        parts = self.data.batch(step * config.batch_size + ranks.rank * share, share, config.grad_accum)
+        parts = self.data.batch(step * config.batch_size + ranks.rank * share, share,
+                                parts_of(config, ranks))
         for i, (x, y) in enumerate(parts):
             sync_gradients(self.wrapped, on=i == len(parts) - 1)  # summed over the ranks once they are whole
             try:

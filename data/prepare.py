@@ -255,7 +255,8 @@ def prepare(config: PrepareConfig) -> Path:
             note(f"{bytes_per_token:.0f} bytes a token: {config.tokenizer} hardly knows this text")
         write_json(folder / "meta.json", {
             "name": name, "inputs": inputs, "clean": config.clean, "vocab_size": vocab_size, "dtype": dtype,
-            "eos": tokenizer.token_to_id(end), "bytes_per_token": bytes_per_token, "train": train, "val": val,
+            "eos": tokenizer.token_to_id(end) if has_end else None, "bytes_per_token": bytes_per_token,
+            "train": train, "val": val,
             "mtime_ns": {split: (folder / f"{split}.bin").stat().st_mtime_ns for split in ("train", "val")}})
     print(f"{out}: {size:,} bytes -> {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on "
           f"({vocab_size} different, {bytes_per_token:.2f} bytes each)")

@@ -103,9 +103,15 @@ def test_what_cannot_be_fetched_is_one_line(tmp_path, hub, name):
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_a_model_without_safetensors_is_not_half_fetched(tmp_path, model, hub):
+    (model / "model.safetensors").unlink()
+    done = run(tmp_path, hub, "--checkpoint", "owls/wren")
+    assert done.returncode == 2 and "owls/wren" in done.stderr and "safetensors" in done.stderr
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_paths_stay_paths(tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "out").mkdir()
     for name in ("out/owl", "owl", "a/b/c", "/nowhere/owl"):
         code, _, err = script(sample.main, "--checkpoint", name)
         assert code == 2 and name in err and "Hugging Face" not in err

@@ -452,6 +452,7 @@ def test_a_model_larger_than_memory_is_refused(script, folder, monkeypatch):
         ["--n-layer", 8], ["--n-head", 2], ["--n-kv-head", 1], ["--n-embd", 64], ["--no-qk-norm"],
         ["--no-tie-embeddings"])],
     (train.main, ["small", "--init-from", "out/wood"], ["size=small"]),
+    (train.main, ["--init-from", "out/wood", "--weight-decay", 0.1], ["--weight-decay", "--muon-lr 0"]),
     *[(train.main, ["--resume", "--out", "out/wood", *flag], [flag[0].strip("-").replace("-", "_").removeprefix("no_")])
       for flag in (["--n-layer", 8], ["--block-size", 512], ["--no-qk-norm"], ["--dropout", 0.5], ["--eval-tokens", 9],
                    ["--init-from", "out/wood"], ["--n-kv-head", 1])],

@@ -39,7 +39,7 @@ def log_probabilities(model, tokens):
     return F.log_softmax(model(tokens[:, :-1], tokens[:, 1:])[0].float(), dim=-1)
 
 
-def test_it_knows_a_capital_in_fp32_and_in_int8(model, tokenizer, tmp_path):
+def test_it_knows_a_capital_in_fp32_and_in_int8(model, tokenizer):
     prompt = torch.tensor(token_ids(tokenizer, ["The capital of France is"]))
     small = int8.quantize(model)
     for each in (model, small):
