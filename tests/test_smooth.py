@@ -1,6 +1,7 @@
 """Smoothing: the same fp32 model, and int8 that outliers do not break."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -95,8 +96,10 @@ def test_the_decoder_has_the_fine_head(tmp_path, batch):
 
 def test_the_folder_says_which_head_it_needs(tmp_path, script, folder):
     save_model(with_outliers(vocab_size=256), folder)
-    code, _, err = script(quantize.main, "--checkpoint", folder, "--no-compare")
+    code, out, err = script(quantize.main, "--checkpoint", folder, "--no-compare")
     assert code == 0, err
+    before, after = map(float, re.search(r"products are ([\d.]+)% off, after smoothing ([\d.]+)%", out).groups())
+    assert before > 2 * after
     config = folder.with_name(f"{folder.name}-int8") / "config.json"
     assert load_quantized(config.parent).fine_head == ('"fine"' in config.read_text())
     config.write_text(config.read_text().replace('"bits"', '"fine": ["o_proj"], "bits"').replace(
