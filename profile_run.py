@@ -46,10 +46,10 @@ PHASES = {  # phase -> functions as readable() writes them; no function calls an
     "checkpoint and log": ["train.py:snapshot", "train.py:Run.wait_for_save",  # a thread writes the files
                            "runlog.py:RunLog.__init__", "runlog.py:RunLog.add"],
     "waiting for other ranks": ["distributed.py:Ranks.sum", "distributed.py:Ranks.all_values"],
-    "set-up": ["distributed.py:Ranks.__init__", "train.py:build_model", "muon.py:make_optimizers",
+    "set-up": ["distributed.py:Ranks.__init__", "train.py:prepared", "train.py:build_model", "muon.py:make_optimizers",
                "muon.py:pick_dtypes", "machine.py:peak_flops"],
     "load": ["checkpoint.py:load_model", "int8.py:load_quantized"],
-    "quantize": ["int8.py:save_quantized", "int8.py:torch_ao", "to_gguf.py:write_gguf"],
+    "quantize": ["smooth.py:smooth", "int8.py:save_quantized", "int8.py:torch_ao", "to_gguf.py:write_gguf"],
     "generation": ["generate.py:_decode"],
     "memory, in a fresh process": ["multiprocessing/pool.py:Pool.apply"],
     "tokenizer": ["checkpoint.py:read_tokenizer", "checkpoint.py:token_ids", "sample.py:Detokenizer.__init__",
