@@ -262,13 +262,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 def weights_size(folder: Path) -> int:
     """Bytes of a folder's weights."""
-    return sum(path.stat().st_size for path in weight_files(folder))
+    return sum(plain_file(path, "the model's weights").stat().st_size for path in weight_files(folder))
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint folder. UserError if they are larger than what memory is free."""
-    for path in weight_files(folder):
-        plain_file(path, "the model's weights")
     if (size := weights_size(folder)) > (free := free_memory()):
         raise UserError(f"{folder}: expected weights that fit into the free memory of {free / 1e9:.1f} GB, "
                         f"got {size / 1e9:.1f} GB")
