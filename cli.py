@@ -227,6 +227,13 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)
 
 
+def _by_ctrl_c(error: BaseException | None) -> bool:
+    """A KeyboardInterrupt, or what a library or Python itself (3.11, within __set_name__) has made of one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script: a UserError is one line and exit code 2, Ctrl-C is 130 without a traceback."""
     name = Path(sys.argv[0]).name
@@ -241,18 +248,18 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader has left, as `head` does: end as SIGPIPE would end us
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
     except UserError as user_error:
         error = str(user_error)
     except OSError as os_error:  # not a bug but the machine's answer: a full disk, a missing permission
         error = f"{os_error.filename or 'file system'}: {os_error.strerror or os_error}"
-    except (MemoryError, RuntimeError) as memory_error:  # torch has no class of its own for it on a CPU
-        if not isinstance(memory_error, MemoryError) and not re.search("allocate memory|out of memory",
-                                                                       str(memory_error)):
+    except (Exception, KeyboardInterrupt) as other:
+        if _by_ctrl_c(other):
+            print(f"\n{name}: interrupted", file=sys.stderr)
+            sys.exit(130)
+        # torch has no class of its own for a lack of memory on a CPU
+        if not isinstance(other, MemoryError) and not re.search("allocate memory|out of memory", str(other)):
             raise
-        error = f"out of memory: {one_line(memory_error)}"
+        error = f"out of memory: {one_line(other)}"
     if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun ends the others once one has ended: one error is said once
         time.sleep(5)
     from tqdm import tqdm

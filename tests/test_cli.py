@@ -334,6 +334,26 @@ def test_ctrl_c_leaves_without_a_traceback(folder):
     assert b"Traceback" not in err and b"interrupted" in err
 
 
+def test_ctrl_c_is_known_in_whatever_a_library_makes_of_it(script):
+    """Python 3.11 makes a RuntimeError of it within __set_name__, that is while a class is made."""
+    class Field:
+        def __set_name__(self, *_: object) -> None:
+            raise KeyboardInterrupt
+
+    def main() -> None:
+        type("Class", (), {"field": Field()})
+
+    def library() -> None:
+        try:
+            raise KeyboardInterrupt
+        except BaseException:
+            raise ImportError("half-loaded")  # noqa: B904
+
+    for interrupted in (main, library):
+        code, _, err = script(interrupted)
+        assert code == 130 and err.count("interrupted") == 1 and err.count("\n") == 2, err
+
+
 def test_a_reader_that_leaves_early_is_no_error(folder):
     done = subprocess.run(f"{sys.executable} {ROOT / 'sample.py'} --max-new-tokens 20000 | head -c 10",
                           shell=True, capture_output=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
