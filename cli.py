@@ -15,6 +15,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -227,6 +228,14 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)
 
 
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """What a library's thread cannot write (TensorBoard's on a full disk) does not end a run."""
+    if isinstance(failure.exc_value, OSError):
+        note(f"{failure.exc_value.filename or 'file system'}: {failure.exc_value.strerror}; going on without")
+    else:
+        threading.__excepthook__(failure)
+
+
 def _by_ctrl_c(error: BaseException | None) -> bool:
     """A KeyboardInterrupt, or what a library or Python itself (3.11, within __set_name__) has made of one."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
@@ -236,7 +245,7 @@ def _by_ctrl_c(error: BaseException | None) -> bool:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: a UserError is one line and exit code 2, Ctrl-C is 130 without a traceback."""
-    name = Path(sys.argv[0]).name
+    name, threading.excepthook = Path(sys.argv[0]).name, _thread_failed
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the terminal's encoding may lack letters that a book has
     try:

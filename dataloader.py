@@ -3,8 +3,10 @@
 Which sequences a step sees depends only on (seed, step): a resumed run and every number of ranks see the same batches.
 """
 
+import contextlib
 import hashlib
 import math
+import sys
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypedDict
 
@@ -132,6 +134,13 @@ def forward_loss(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> 
         return model(x, y)[1]
 
 
+def uncompiled() -> contextlib.AbstractContextManager:
+    """Compiled blocks run as they are: compiling for other shapes than training's would not pay."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import would take a second
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, data: TokenData, limit: int | None = None, ranks: Ranks | None = None,
              dtype: torch.dtype = torch.float32) -> float:
@@ -142,7 +151,7 @@ def evaluate(model: nn.Module, data: TokenData, limit: int | None = None, ranks:
     rank, world = (ranks.rank, ranks.world) if ranks is not None else (0, 1)
     was_training, total = model.training, 0.0
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # compiling for other shapes would not pay
+    with uncompiled():
         for i in range(0, len(starts), batch * world):
             mine = starts[i:i + batch * world][rank::world]
             # a rank without sequences takes any: ranks that share a model must all go through it

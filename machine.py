@@ -97,19 +97,21 @@ class CPUThreads:
         torch.set_num_threads(asked or max(1, self.most))
         self.seen = core_seconds()
 
-    def adapt(self) -> None:
-        """Fewer threads, or more again, by what other processes used since the last call."""
+    def adapt(self) -> bool:
+        """Fewer threads, or more again, by what other processes used since the last call. Whether it changed them."""
         if self.fixed:
-            return
+            return False
         time.sleep(max(0.0, self.seen[0] + 0.1 - time.monotonic()))  # the system counts in steps of 0.01 s
         before, self.seen = self.seen, core_seconds()
         seconds, busy, own = (now - then for now, then in zip(self.seen, before, strict=True))
         others = max(0.0, busy - own) / seconds
         threads = max(1, min(self.most, cores() - round(others)))
-        if threads != torch.get_num_threads():
+        changed = threads != torch.get_num_threads()
+        if changed:
             note(f"other processes use {others:.1f} of {cores()} cores; going on with {threads} of {self.most} threads "
                  "(--threads sets a number that stays)")
             torch.set_num_threads(threads)
+        return changed
 
 
 def core_seconds() -> tuple[float, float, float]:

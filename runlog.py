@@ -5,6 +5,7 @@ None of them may end a run: what cannot be read or written is a note.
 
 import json
 from pathlib import Path
+from typing import Required, TypedDict, Unpack
 
 from cli import UserError, note, optional
 
@@ -12,14 +13,23 @@ import msgspec
 
 from files import checked, plain_file, write_text
 
-Record = dict[str, float]
+
+class Record(TypedDict, total=False):
+    step: Required[int]
+    train_loss: float  # in nats a token
+    val_loss: float
+    val_bits_per_byte: float
+    lr_scale: float
+    tokens_per_second: float
+    sample: str  # of the model's text
 
 
 class RunLog:
     """One record a line in log.jsonl: {"step": ..., "train_loss": ...} or {"step": ..., "val_loss": ...}."""
 
-    def __init__(self, folder: Path, step: int, bits_per_nat: float, title: str) -> None:
+    def __init__(self, folder: Path, step: int, bits_per_nat: float, epoch: float, title: str) -> None:
         self.path, self.bits_per_nat, self.title = folder / "log.jsonl", bits_per_nat, title
+        self.epoch = epoch  # steps that read the text once
         self.records: list[Record] = []  # of the steps before the resume
         self.board = None
         with optional(self.path):
@@ -32,7 +42,7 @@ class RunLog:
             import picture  # noqa: F401
             self.board = SummaryWriter(folder / "runs", purge_step=step)
 
-    def add(self, **record: float) -> None:
+    def add(self, **record: Unpack[Record]) -> None:
         self.records.append(record)
         with optional(self.path), plain_file(self.path, "the log of a run").open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -40,7 +50,8 @@ class RunLog:
             with optional(self.board.log_dir):
                 for name, value in record.items():
                     if name != "step":
-                        self.board.add_scalar(name, value, record["step"])
+                        add = self.board.add_text if name == "sample" else self.board.add_scalar
+                        add(name, value, record["step"])
                 self.board.flush()
 
     def close(self) -> None:
@@ -69,6 +80,12 @@ class RunLog:
                 if points:
                     axes.plot(*zip(*points, strict=True), label=f"{name} ({points[-1][1]:.3f})", **style)
             axes.set(title=self.title, xlabel="step", ylabel="bits per byte")
+            best = min((r for r in self.records if "val_loss" in r), key=lambda r: r["val_loss"], default=None)
+            if best is not None:
+                axes.axvline(best["step"], color="#08519c", lw=0.8, ls=":", label=f"kept: step {best['step']:,}")
+            passes = axes.secondary_xaxis("top", (lambda step: step / self.epoch, lambda times: times * self.epoch))
+            passes.set_xlabel("passes through the text", fontsize=8)
+            passes.tick_params(labelsize=8)
             axes.grid(alpha=0.3)
             axes.legend()
             picture.save(figure, path)
@@ -80,8 +97,7 @@ def read_records(path: Path) -> list[Record]:
     lines = plain_file(path, "the log of a run", 1e9).read_bytes().splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            record = checked(msgspec.json.decode(line), Record, path)
-            records.append(record | {"step": int(record["step"])})
-        except (ValueError, KeyError, RecursionError, UserError):
+            records.append(checked(msgspec.json.decode(line), Record, path))
+        except (ValueError, RecursionError, UserError):
             note(f"{path}: line {number} is no record; going on without it")
     return records

@@ -43,10 +43,11 @@ from checkpoint import (
     save_weights,
     write_state,
 )
-from dataloader import TokenData, evaluate, forward_loss, read_meta
+from dataloader import TokenData, evaluate, forward_loss, read_meta, uncompiled
 from distributed import Ranks, gather_to_main, launch, load_optimizer, parallelize, restart_folder, sync_gradients
 from fetch import model_folder
 from files import lock, newest, write_json
+from generate import generate
 from machine import can_compile, peak_flops
 from model import GPT, SIZES, GPTConfig
 from muon import make_optimizers, pick_dtypes, update
@@ -78,6 +79,7 @@ class TrainConfig:
     dropout: float = flag(0.0, "Share of each block's output that is dropped while training.")
 
     max_steps: int | None = flag(2000, "Steps of the whole run; fine-tuning: twice through the text.", 1)
+    max_minutes: float | None = flag(None, "Minutes of the whole run, in place of --max-steps.", 0.01, 1e6)
     batch_size: int = flag(16, "Sequences a step, over all ranks together.", 1)
     grad_accum: int | None = flag(1, "Parts of a rank's batch, in turn: same result, less memory; fine-tuning: all.", 1)
     muon_lr: float = flag(0.02, "Learning rate of Muon, for the blocks' matrices; 0: AdamW takes them.", 0)
@@ -106,6 +108,7 @@ SIZE_DEFAULTS = {
 FINE_TUNING = {"max_steps": None, "batch_size": 4, "grad_accum": None, "block_size": 512, "muon_lr": 0.0,
                "adam_lr": 1e-4, "warmup_steps": 5, "warmdown": 0.9, "eval_every": None}
 PASSES = 2  # through the text, when fine-tuning
+EVAL_COST = 0.4  # of a training step's for as many tokens, until one has been timed
 # The flags that shape a new model have the names of GPTConfig's fields. A fine-tuned model has its own shape.
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "qk_norm", "tie_embeddings")
 ARCHITECTURE = (*SHAPE, "block_size", "dropout")
@@ -133,6 +136,8 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
         refuse(flags, (*SHAPE, "size"), f"beside --init-from {first.init_from}, which has its own")
         base = dataclasses.replace(base, **FINE_TUNING)
     config = parse(TrainConfig, DESCRIPTION, args, base)
+    if config.max_minutes:
+        refuse(flags, ["max_steps"], "beside --max-minutes")
     if not config.muon_lr:
         refuse(flags, ("weight_decay", "muon_dtype"), "with --muon-lr 0")
     init_from = config.init_from and model_folder(config.init_from)
@@ -167,9 +172,15 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
     if bool(config.muon_lr) != bool(saved.muon_lr):
         raise UserError(f"--resume: muon_lr is {saved.muon_lr:g} in {out}, got {config.muon_lr:g}; expected 0 for "
                         "both or for neither: the matrices have the state of one optimizer")
+    if "max_steps" in flags:
+        if "max_minutes" in flags:
+            refuse(flags, ["max_steps"], "beside --max-minutes")
+        config.max_minutes = None
+    elif "max_minutes" in flags and saved.max_minutes:
+        config.max_steps = math.ceil(saved.max_steps * config.max_minutes / saved.max_minutes)
     if config.max_steps != saved.max_steps:
         rates = [lr_scale(state["step"], of) for of in (saved, config)]
-        note(f"--max-steps {config.max_steps} instead of {saved.max_steps}: the learning rates go on at {rates[1]:.0%} "
+        note(f"{config.max_steps} steps instead of {saved.max_steps}: the learning rates go on at {rates[1]:.0%} "
              f"of their peak instead of {max(0, rates[0]):.0%}")
     return config, state
 
@@ -210,7 +221,8 @@ def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
     config.eval_every = config.eval_every or math.ceil(config.max_steps / PASSES)
     config.out = ranks.all_values(config.out if state else new_folder(config))[0]
     if config.compile == "auto":  # settled for resumed runs too: they are to have the same arithmetic
-        config.compile = "on" if config.max_steps >= 1000 and can_compile(ranks.device) else "off"
+        long = config.max_minutes >= 2 if config.max_minutes else config.max_steps >= 1000
+        config.compile = "on" if long and can_compile(ranks.device) else "off"
     return True
 
 
@@ -321,7 +333,9 @@ class Run:
                     copy_companions(source, config.out)
         self.saver, self.saving = ThreadPoolExecutor(1), None
         title = f"{config.out.name}: {self.model.num_params() / 1e6:.1f}M parameters on {config.data.name}"
-        self.log = RunLog(config.out, self.first, self.data.bits_per_nat, title) if ranks.is_main else None
+        self.tokenizer = read_tokenizer(config.data)
+        epoch = self.data.tokens["train"] / (config.batch_size * config.block_size)  # in steps
+        self.log = RunLog(config.out, self.first, self.data.bits_per_nat, epoch, title) if ranks.is_main else None
         self.signals = StopSignals()
         at_exit.enter_context(self.signals.heard())
         at_exit.callback(self.wait_for_save)  # before signals kill again: torchrun sends one when another rank has died
@@ -332,8 +346,10 @@ class Run:
                         disable=None if ranks.is_main else True)
         self.loss_sum = torch.zeros((), device=ranks.device)
         self.reported = self.timed = self.first  # steps whose loss, and whose time, has been reported
-        self.began = self.spoke = time.perf_counter()
-        self.train_loss, self.pace, self.speed, self.slow, self.better = math.nan, 0.0, "", False, False
+        self.started = self.began = self.spoke = time.perf_counter()
+        self.step_seconds, self.eval_seconds = 0.0, None  # of a step, lately; of the last evaluation with its save
+        self.train_loss, self.pace, self.slow, self.better = math.nan, 0.0, False, False
+        self.losses, self.before = [], (math.inf, math.inf)  # training losses since the last evaluation; what it saw
 
     def say(self, text: str) -> None:
         if self.ranks.is_main:
@@ -345,7 +361,8 @@ class Run:
         what = f"fine-tuning {config.init_from}" if config.init_from else config.size
         self.say(
             f"{config.out}: {what}, {self.model.num_params() / 1e6:.2f}M parameters, {config.data.name} "
-            f"({self.data.tokens['train']:,} tokens), steps {self.first} to {config.max_steps} of "
+            f"({self.data.tokens['train']:,} tokens), steps {self.first} to "
+            f"{'' if config.max_minutes is None else f'{config.max_minutes:g} minutes, about '}{config.max_steps} of "
             f"{config.batch_size * config.block_size:,} tokens\n"
             f"{self.ranks.world} x {self.ranks.device.type}, {torch.get_num_threads()} threads each, "
             f"{config.dtype}{f' (Muon {config.muon_dtype})' if config.muon_lr else ''}, "
@@ -393,40 +410,93 @@ class Run:
         """Loss and speed of the steps since the last report; whether a signal asked any rank to stop."""
         config, ranks, steps = self.config, self.ranks, done - self.timed
         self.signals.say_once(self.say)
-        total, stops, seconds = ranks.sum(self.loss_sum.item(), float(self.signals.asked is not None),
-                                          time.perf_counter() - self.began)
+        now = time.perf_counter()
+        total, stops, seconds, elapsed = ranks.sum(self.loss_sum.item(), float(self.signals.asked is not None),
+                                                   now - self.began, now - self.started)
         self.train_loss = total / ranks.world / (done - self.reported)
+        self.losses.append(self.train_loss)
         if not math.isfinite(self.train_loss):
             raise diverged(config, done, f"the loss is {self.train_loss}")
         if steps:
             step_seconds = seconds / ranks.world / steps
             self.pace, self.slow = config.batch_size * config.block_size / step_seconds, step_seconds > 1
-            self.speed = (f", {self.pace:,.0f} tokens/s ({self.model.estimate_mfu(self.pace, self.peak):.0%} of peak), "
-                          f"{duration((config.max_steps - done) * step_seconds)} left")
+            self.step_seconds += (step_seconds - self.step_seconds) * max(0.1, steps / (done - self.first - 1))
+            if config.max_minutes:  # as many steps as the rest of the time holds
+                each = self.step_seconds + self.evaluation() / config.eval_every
+                rest = 60 * config.max_minutes - elapsed / ranks.world - self.first * each - self.evaluation()
+                config.max_steps = self.bar.total = done + max(0, int(rest / each))
         if self.log:
             self.log.add(step=done, train_loss=self.train_loss, lr_scale=lr_scale(done - 1, config),
                          **{"tokens_per_second": self.pace} if self.pace else {})
-            self.bar.set_postfix_str(f"loss {self.train_loss:.3f}{self.speed}", refresh=False)
+            self.bar.set_postfix_str(f"loss {self.train_loss:.3f}{self.speed(done)}", refresh=False)
             if self.bar.disable and time.perf_counter() - self.spoke > 20 and not due:
                 self.spoke = time.perf_counter()
                 self.say(f"step {done}/{config.max_steps}: train {self.train_loss:.3f} nats = "
-                         f"{self.train_loss * self.data.bits_per_nat:.3f} bits/byte{self.speed}")
+                         f"{self.train_loss * self.data.bits_per_nat:.3f} bits/byte{self.speed(done)}")
         self.loss_sum.zero_()
         self.reported = self.timed = done
         self.began, self.better = time.perf_counter(), False
         return stops > 0
 
+    def evaluation(self) -> float:
+        """Seconds of an evaluation: of the last one, or before the first an estimate from those of a step."""
+        if self.eval_seconds is not None:
+            return self.eval_seconds
+        tokens = min(self.config.eval_tokens, self.data.tokens["val"])
+        return EVAL_COST * self.step_seconds * tokens / (self.config.batch_size * self.config.block_size)
+
+    def speed(self, done: int) -> str:
+        """Speed, and the time left after an evaluation at step `done`."""
+        if not self.pace:
+            return ""
+        config = self.config
+        every = config.eval_every
+        evaluations = len(range(done - done % every + every, config.max_steps, every)) + (done < config.max_steps)
+        left = (config.max_steps - done) * self.step_seconds + evaluations * self.evaluation()
+        return (f", {self.pace:,.0f} tokens/s ({self.model.estimate_mfu(self.pace, self.peak):.0%} of peak), "
+                f"{duration(left)} left")
+
     def evaluate(self, done: int) -> None:
-        self.ranks.threads.adapt()
-        val_loss = evaluate(self.model, self.data, self.config.eval_tokens, self.ranks, self.dtype)
+        config, ranks, start = self.config, self.ranks, time.perf_counter()
+        if ranks.threads.adapt():
+            self.peak = peak_flops(ranks.device, self.dtype) * ranks.world
+        val_loss = evaluate(self.model, self.data, config.eval_tokens, ranks, self.dtype)
         if not math.isfinite(val_loss):
-            raise diverged(self.config, done, f"the validation loss is {val_loss}")
+            raise diverged(config, done, f"the validation loss is {val_loss}")
         self.better, self.best = val_loss < self.best, min(self.best, val_loss)
-        bits, trained = val_loss * self.data.bits_per_nat, f"train {self.train_loss:.3f}, " if done else ""
+        train_loss, self.losses = sum(self.losses) / max(1, len(self.losses)), []
+        overfits = not self.better and val_loss > self.before[1] and train_loss < self.before[0]
+        self.before = train_loss, val_loss
+        bits, text = val_loss * self.data.bits_per_nat, {}
+        if ranks.is_main and config.parallel != "fsdp":  # whose ranks would all have to write
+            with optional("a sample of the model's text"):
+                text["sample"] = self.sample()
+        self.eval_seconds = ranks.sum(time.perf_counter() - start)[0] / ranks.world
         if self.log:
-            self.log.add(step=done, val_loss=val_loss, val_bits_per_byte=bits)
-            self.say(f"step {done}/{self.config.max_steps}: {trained}validation {val_loss:.4f} "
-                     f"nats = {bits:.4f} bits/byte{'' if self.better else ' (no better)'}{self.speed}")
+            trained = f"train {self.train_loss:.3f}, " if done else ""
+            self.log.add(step=done, val_loss=val_loss, val_bits_per_byte=bits, **text)
+            self.say(f"step {done}/{config.max_steps}: {trained}validation {val_loss:.4f} nats = {bits:.4f} bits/byte"
+                     f"{'' if self.better else ' (no better)'}{self.speed(done)}")
+            self.say("".join(f"  {line}\n" for line in text.values()).rstrip("\n"))
+        if overfits:
+            note("the validation loss rises while the training loss falls: the model learns its text by heart; "
+                 f"{config.out} keeps the best model; --dropout 0.1, a smaller size or fewer steps may do better")
+
+    @torch.no_grad()
+    def sample(self) -> str:
+        """What the model writes behind the first words of the validation text, on one line."""
+        prompt, _ = self.data.sequences("val", np.zeros(1, dtype=np.int64))
+        generator = torch.Generator(self.ranks.device).manual_seed(self.config.seed)
+        self.model.eval()
+        with uncompiled():
+            # without a cache a GPU captures no graph, which 80 tokens would not pay for
+            tokens = [token.item() for token in generate(
+                self.model, prompt[:, :32], 80, temperature=0.8, top_p=0.9, generator=generator,
+                use_cache=self.ranks.device.type != "cuda")]
+        self.model.train()
+        text = "".join(self.tokenizer.decode(tokens).split(maxsplit=1)[-1:])  # from the first whole word on
+        text = " / ".join(filter(None, map(str.strip, text.splitlines())))
+        return "".join(letter for letter in text if letter.isprintable())
 
     def save(self, done: int) -> None:
         """Copy weights and optimizers, and write them while training goes on."""
@@ -514,13 +584,15 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
     with contextlib.ExitStack() as at_exit:  # what must be done however the run ends
         run = Run(config, ranks, state, at_exit)
         run.announce()
-        for step in range(run.first, config.max_steps):
-            run.train_step(step)
-            done = step + 1
+        done = run.first
+        while done < config.max_steps:
+            run.train_step(done)
+            done += 1
             due = done == config.max_steps or done % config.eval_every == 0
             if not run.report_due(done, due):
                 continue
             stop = run.report(done, due)
+            due = due or done == config.max_steps  # --max-minutes are over
             if due:
                 run.evaluate(done)
             if due or stop:

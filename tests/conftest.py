@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -226,6 +227,8 @@ def step_by_step(model: GPT, tokens: torch.Tensor, prompt: int = 0) -> torch.Ten
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """script(module.main, "--flag", value) -> exit code, stdout, stderr."""
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # cli.run sets another
 
     def run(main: Callable[[], None], *args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, args)])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -352,6 +353,16 @@ def test_ctrl_c_is_known_in_whatever_a_library_makes_of_it(script):
     for interrupted in (main, library):
         code, _, err = script(interrupted)
         assert code == 130 and err.count("interrupted") == 1 and err.count("\n") == 2, err
+
+
+def test_a_thread_that_cannot_write_is_a_note(script):
+    def main() -> None:
+        thread = threading.Thread(target=lambda: Path(__file__, "file").write_text("x"))
+        thread.start()
+        thread.join()
+
+    code, _, err = script(main)
+    assert code == 0 and err == f"note: {__file__}/file: Not a directory; going on without\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error(folder):

@@ -458,6 +458,8 @@ def test_a_model_larger_than_memory_is_refused(script, folder, monkeypatch):
                    ["--init-from", "out/wood"], ["--n-kv-head", 1])],
     (train.main, ["small", "--resume", "--out", "out/wood"], ["size", "small"]),
     (train.main, ["--parallel", "fsdp"], ["--parallel", "torchrun"]),
+    *[(train.main, [*flags, "--max-steps", 5, "--max-minutes", 1], ["--max-steps", "--max-minutes"])
+      for flags in ([], ["--resume", "--out", "out/wood"])],
     *[(quantize.main, ["--no-compare", *flag], [flag[0], "--no-compare"])
       for flag in (["--data", "x"], ["--eval-tokens", 5], ["--backend", "reference"])],
     (sample.main, ["--backend", "reference"], ["--backend", "fp32"]), (sample.main, ["--int8-cache"], ["--int8-cache"]),
@@ -548,4 +550,4 @@ def test_a_fine_tune_begins_with_the_loss_it_is_given(script, data, folder, tmp_
 
 def test_another_length_of_a_run_is_said_with_its_rates(script, folder):
     _, _, err = script(train.main, "--resume", "--out", folder, "--max-steps", 4, "--threads", 1)
-    assert "--max-steps 4 instead of 2: the learning rates go on at 71% of their peak instead of 0%" in err
+    assert "4 steps instead of 2: the learning rates go on at 71% of their peak instead of 0%" in err

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from cli import UserError
 
@@ -384,6 +385,84 @@ def test_the_first_estimate_does_not_count_compilation(script, data, tmp_path, m
     code, out, _ = script(train.main, "--data", data, "--out", tmp_path / "run", *SMALL, "--max-steps", 50)
     first = next(line for line in out.splitlines() if line.startswith("step 10/50"))
     assert code == 0 and float(re.search(r", ([\d.]+)s left$", first)[1]) < 10, out  # 25 s more, had it been counted
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that training steps alone move: clock[0] seconds, clock[1] more with each step."""
+    now, step = [0.0, 1.0], train.Run.train_step
+
+    def timed_step(self, number: int) -> None:
+        now[0] += now[1]
+        step(self, number)
+
+    monkeypatch.setattr(train.Run, "train_step", timed_step)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
+def seconds(text: str) -> int:
+    """Of "1m05"."""
+    minutes, _, rest = text.rpartition("m")
+    return 60 * int(minutes or 0) + int(rest)
+
+
+def test_a_run_of_minutes_ends_with_them(script, data, tmp_path, clock, monkeypatch):
+    out = tmp_path / "run"
+    code, said, err = script(train.main, "--data", data, "--out", out, *SMALL, "--max-minutes", 2)
+    assert code == 0 and "steps 0 to 2 minutes, about 2000" in said, err
+    assert 110 <= clock[0] <= 121 and read_state(out / "train_state.pt")["step"] in losses(out, "val_loss")
+    scales = losses(out, "lr_scale")
+    assert scales[30] == 1 and scales[100] < 0.4 and min(scales.values()) < 0.1
+    left = {int(step): seconds(of) for step, of in
+            re.findall(r"step (\d+)/.* ([\dm]+)s left", said)}
+    del left[10]  # when an evaluation was no more than an estimate
+    assert max(abs(step + rest - 120) for step, rest in left.items()) < 5 and len(left) > 10, left
+    code, said, err = script(train.main, "--resume", "--out", out, "--max-minutes", 3, "--threads", 1)
+    assert code == 0 and 170 <= clock[0] <= 181, said + err
+    done = read_state(out / "train_state.pt")["step"]
+    code, _, err = script(train.main, "--resume", "--out", out, "--max-steps", done + 20, "--threads", 1)
+    assert code == 0 and read_run(out)[0]["max_minutes"] is None, err
+    assert read_state(out / "train_state.pt")["step"] == done + 20
+
+
+def test_a_slower_machine_ends_a_run_of_minutes_in_time(script, data, tmp_path, clock, monkeypatch):
+    def slower(*args: object) -> float:
+        clock[1] = 2.0  # from the first evaluation on
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", slower)
+    code, _, err = script(train.main, "--data", data, "--out", tmp_path / "run", *SMALL, "--max-minutes", 3)
+    assert code == 0 and 165 <= clock[0] <= 185, (clock, err)
+
+
+def test_time_left_counts_evaluations(script, data, tmp_path, clock, monkeypatch):
+    def slow(*args: object) -> float:
+        clock[0] += 7
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", slow)
+    code, said, err = script(train.main, "--data", data, "--out", tmp_path / "run", *SMALL, "--max-steps", 45)
+    assert code == 0, err
+    left = {int(step): seconds(of) for step, of in
+            re.findall(r"step (\d+)/45.* ([\dm]+)s left", said)}
+    assert left == {10: 35 + 28, 20: 25 + 21, 30: 15 + 14, 40: 5 + 7, 45: 0}
+
+
+def test_over_fitting_is_said_and_the_best_model_kept(script, data, tmp_path, monkeypatch):
+    found = iter([3.0, 2.0, 2.5, 2.7])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(found))
+    code, said, err = script(train.main, "--data", data, "--out", tmp_path / "run", *SMALL, "--max-steps", 40)
+    assert code == 0 and "the validation loss rises while the training loss falls" in err and "(no better)" in said
+    assert err.count("the validation loss rises") == 1 and "best validation 2.0000 nats" in said
+
+
+def test_each_evaluation_shows_what_the_model_writes(run, tmp_path):
+    out = run(tmp_path / "run", "--max-steps", 120, "--eval-every", 40)
+    samples = losses(out, "sample")
+    assert set(samples) == {40, 80, 120} and len(set(samples.values())) > 1
+    assert all(text.isprintable() for text in samples.values())
+    assert {"Owl", "Fox", "Wren", "Mole", "Hare", "sees", "likes", "hears", "follows", "at"} & set(samples[120].split())
 
 
 def test_best_model_is_kept_when_later_ones_are_worse(run, tmp_path):
