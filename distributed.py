@@ -7,18 +7,12 @@ the launch trained before and go on from its last checkpoint; without a restart 
 import os
 from pathlib import Path
 
-from cli import UserError
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from files import checked
 from machine import CPUThreads, help_inductor, pick_device
 from model import GPT
 
@@ -104,6 +98,9 @@ def parallelize(model: GPT, ranks: Ranks, parallel: str = "ddp", dtype: torch.dt
     if ranks.world == 1:
         return model.to(ranks.device)
     if parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh  # imports torch.compile, two seconds' work
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         # blocks are gathered in dtype; autocast alone would keep its copy of every block from forward to backward
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -118,7 +115,7 @@ def parallelize(model: GPT, ranks: Ranks, parallel: str = "ddp", dtype: torch.dt
 
 def sync_gradients(wrapped: nn.Module, on: bool) -> None:
     """Whether the next backward pass sums its gradients over the ranks."""
-    if isinstance(wrapped, FSDPModule):
+    if hasattr(wrapped, "set_requires_gradient_sync"):  # fsdp
         wrapped.set_requires_gradient_sync(on)
     elif isinstance(wrapped, DistributedDataParallel):
         wrapped.require_backward_grad_sync = on
@@ -126,20 +123,27 @@ def sync_gradients(wrapped: nn.Module, on: bool) -> None:
 
 # ---------------------------------------------------------------- tensors in parts
 
+def is_sharded(x: Tensor) -> bool:
+    """Whether this is a DTensor. (The import of that class takes two seconds, and most runs have none.)"""
+    return hasattr(x, "to_local")
+
+
 def local(x: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; any other tensor as it is."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_sharded(x) else x
 
 
 def whole(x: Tensor) -> Tensor:
     """All of a sharded tensor; any other tensor as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def shard_like(x: Tensor, like: Tensor) -> Tensor:
     """x, which every rank holds whole, sharded as `like` is; as it is where `like` is not sharded."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return x
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -150,21 +154,3 @@ def gather_to_main(state: dict, ranks: Ranks) -> dict:
         return x.to("cpu", copy=True) if ranks.is_main else None
 
     return tree_map_only(Tensor, take, state)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Set the state of each parameter, of which this rank takes its part; the settings stay the program's own.
-
-    Raises UserError where it is that of other parameters.
-    """
-    kind, params = type(optimizer).__name__, [p for group in optimizer.param_groups for p in group["params"]]
-    names = {"Muon": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}[kind]
-    saved = checked(saved.get("state"), dict[int, dict[str, Tensor]], f"train_state.pt: optimizers: {kind}: state")
-    state = {}
-    for i, tensors in saved.items():
-        if i not in range(len(params)) or tensors.keys() != names or any(
-                x.shape not in (params[i].shape, ()) for x in tensors.values()):
-            raise UserError(f"train_state.pt: optimizers: {kind}: expected {', '.join(sorted(names))} of this model's "
-                            f"parameters, got {', '.join(tensors)} of parameter {i}")
-        state[i] = {name: shard_like(x, params[i]) if x.dim() else x for name, x in tensors.items()}
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -8,12 +8,15 @@ import math
 from collections.abc import Iterable
 from itertools import chain, pairwise
 
+from cli import UserError
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
-from distributed import local, shard_like, whole
+from distributed import is_sharded, local, shard_like, whole
+from files import checked
 from machine import pick_dtype
 from model import GPT
 
@@ -31,44 +34,80 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return (y.mT if x.size(-2) > x.size(-1) else y).to(x.dtype)
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer:
+    """Parameters, and what is remembered of each: state[i] of params[i], in its shape or a number.
+
+    (torch.optim's own class imports torch.compile, which takes two seconds of every start. Its functions do not.)
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.params, self.state = list(params), {}
+
+    def with_gradients(self) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """The parameters that have a gradient, and the state of each."""
+        found = [(p, self.state.get(i) or self.state.setdefault(i, self.new_state(p)))
+                 for i, p in enumerate(self.params) if p.grad is not None]
+        return [p for p, _ in found], [state for _, state in found]
+
+
+class AdamW(Optimizer):
+    """Of Loshchilov and Hutter, 2017, without weight decay."""
+
+    def __init__(self, params: Iterable[Tensor], betas: tuple[float, float] = (0.9, 0.95)) -> None:
+        super().__init__(params)
+        self.betas = betas
+
+    @staticmethod
+    def new_state(p: Tensor) -> dict[str, Tensor]:
+        return {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        params, states = self.with_gradients()
+        adamw([local(p) for p in params], [local(p.grad) for p in params],
+              *([local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")), [],
+              [state["step"] for state in states], fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1],
+              lr=lr, weight_decay=0.0, eps=1e-8, maximize=False)
+
+
+class Muon(Optimizer):
     """For matrices, the same on all ranks or sharded (DTensor). Raises ValueError for anything else.
 
     Nesterov momentum; decoupled weight decay; steps of tall matrices are larger by sqrt(rows / columns).
     dtype: of the matrix products in the Newton-Schulz iteration.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
-                 dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
-        if any(p.dim() != 2 for group in self.param_groups for p in group["params"]):
+    def __init__(self, params: Iterable[Tensor], momentum: float = 0.85, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(params)
+        self.momentum, self.dtype = momentum, dtype
+        if any(p.dim() != 2 for p in self.params):
             raise ValueError("Muon takes matrices")
 
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            grads = [local(p.grad) for p in params]
-            buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            torch._foreach_lerp_(grads, buffers, group["momentum"])  # Nesterov's look ahead
-            if group["weight_decay"]:
-                torch._foreach_mul_([local(p) for p in params], 1 - group["lr"] * group["weight_decay"])
+    @staticmethod
+    def new_state(p: Tensor) -> dict[str, Tensor]:
+        return {"momentum_buffer": torch.zeros_like(p)}
 
-            sent = ((same, *self.shared_steps(same)) for same in batches_of_a_shape(params))
-            for (same, steps, work), _ in pairwise(chain(sent, [None])):  # the next batch is computed while one travels
-                if work is not None:
-                    work.wait()
-                rows, columns = same[0].shape
-                torch._foreach_add_([local(p) for p in same],
-                                    [local(shard_like(step, p)) for step, p in zip(steps, same, strict=False)],
-                                    alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+    @torch.no_grad()
+    def step(self, lr: float, weight_decay: float = 0.0) -> None:
+        params, states = self.with_gradients()
+        if not params:
+            return
+        grads = [local(p.grad) for p in params]
+        buffers = [local(state["momentum_buffer"]) for state in states]
+        torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
+        torch._foreach_lerp_(grads, buffers, self.momentum)  # Nesterov's look ahead
+        if weight_decay:
+            torch._foreach_mul_([local(p) for p in params], 1 - lr * weight_decay)
+
+        sent = ((same, *self.shared_steps(same)) for same in batches_of_a_shape(params))
+        for (same, steps, work), _ in pairwise(chain(sent, [None])):  # the next batch is computed while one travels
+            if work is not None:
+                work.wait()
+            rows, columns = same[0].shape
+            torch._foreach_add_([local(p) for p in same],
+                                [local(shard_like(step, p)) for step, p in zip(steps, same, strict=False)],
+                                alpha=-lr * math.sqrt(max(1, rows / columns)))
 
     def shared_steps(self, params: list[Tensor]) -> tuple[Tensor, dist.Work | None]:
         """Steps (n or more, rows, columns) for n matrices of a shape, valid once the work is done."""
@@ -87,7 +126,7 @@ def batches_of_a_shape(params: list[Tensor]) -> list[list[Tensor]]:
     shapes: dict[torch.Size, list[Tensor]] = {}
     for p in params:
         shapes.setdefault(p.shape, []).append(p)
-    most = dist.get_world_size() if isinstance(params[0], DTensor) else len(params)
+    most = dist.get_world_size() if is_sharded(params[0]) else len(params)
     return [same[i:i + most] for same in shapes.values() for i in range(0, len(same), most)]
 
 
@@ -114,27 +153,42 @@ def pick_dtypes(model: GPT, device: torch.device, tokens: int, dtype: str = "aut
     return pick_dtype(dtype, device, forward_backward), pick_dtype(muon_dtype, device, gram)
 
 
-def make_optimizers(model: GPT, muon_lr: float, adam_lr: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, muon_lr: float, dtype: torch.dtype) -> tuple[Muon, AdamW]:
     """Muon, with its products in dtype, for the blocks' matrices, AdamW for all else (docs/log.md, "Optimizer").
 
     muon_lr 0: AdamW for all.
     """
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2 and muon_lr > 0]
     in_muon = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in in_muon]
-    return [Muon([{"params": matrices}], lr=muon_lr, momentum=0.85, dtype=dtype),
-            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    return Muon(matrices, dtype=dtype), AdamW(p for p in model.parameters() if id(p) not in in_muon)
 
 
-def update(model: GPT, optimizers: list[torch.optim.Optimizer], rates: tuple[float, float], weight_decay: float = 0.0,
+def update(model: GPT, optimizers: tuple[Muon, AdamW], rates: tuple[float, float], weight_decay: float = 0.0,
            grad_clip: float = 1.0) -> None:
-    """Clip the gradients, take a step of each optimizer at its rate, clear the gradients. grad_clip 0: no clipping."""
+    """Clip the gradients, take a step of each optimizer at its rate, clear the gradients. grad_clip 0: no clipping.
+
+    weight_decay: of Muon, decoupled.
+    """
     if grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    for group in optimizers[0].param_groups:  # Muon's
-        group["weight_decay"] = weight_decay
-    for optimizer, rate in zip(optimizers, rates, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    muon, adam = optimizers
+    muon.step(rates[0], weight_decay)
+    adam.step(rates[1])
+    model.zero_grad()
+
+
+def load_optimizer(optimizer: Optimizer, saved: dict) -> None:
+    """Set the state of each parameter, on its device; of a sharded one this rank takes its part.
+
+    Raises UserError where it is that of other parameters.
+    """
+    kind, params = type(optimizer).__name__, optimizer.params
+    names = {"Muon": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}[kind]
+    saved = checked(saved.get("state"), dict[int, dict[str, Tensor]], f"train_state.pt: optimizers: {kind}: state")
+    for i, tensors in saved.items():
+        if i not in range(len(params)) or tensors.keys() != names or any(
+                x.shape not in (params[i].shape, ()) for x in tensors.values()):
+            raise UserError(f"train_state.pt: optimizers: {kind}: expected {', '.join(sorted(names))} of this model's "
+                            f"parameters, got {', '.join(tensors)} of parameter {i}")
+        tensors = {name: x.to(params[i].device) for name, x in tensors.items()}
+        optimizer.state[i] = {name: shard_like(x, params[i]) if x.dim() else x for name, x in tensors.items()}

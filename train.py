@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +45,13 @@ from checkpoint import (
     write_state,
 )
 from dataloader import TokenData, evaluate, forward_loss, read_meta, uncompiled
-from distributed import Ranks, gather_to_main, launch, load_optimizer, parallelize, restart_folder, sync_gradients
+from distributed import Ranks, gather_to_main, launch, parallelize, restart_folder, sync_gradients
 from fetch import model_folder
 from files import lock, newest, write_json
 from generate import generate
 from machine import can_compile, peak_flops
 from model import GPT, SIZES, GPTConfig
-from muon import make_optimizers, pick_dtypes, update
+from muon import Optimizer, load_optimizer, make_optimizers, pick_dtypes, update
 from runlog import RunLog
 
 DESCRIPTION = "Train a GPT on prepared tokens, in one process or under torchrun."
@@ -316,7 +317,7 @@ class Run:
         # settled for resumed runs too: they are to have the same arithmetic
         config.dtype, config.muon_dtype = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, muon_dtype))
         self.wrapped = parallelize(self.model, ranks, config.parallel, self.dtype, config.compile == "on").train()
-        self.optimizers = make_optimizers(self.model, config.muon_lr, config.adam_lr, muon_dtype)
+        self.optimizers = make_optimizers(self.model, config.muon_lr, muon_dtype)
         self.first, self.best = 0, math.inf  # step to begin with; best validation loss
         if state is not None:
             self.first, self.best = state["step"], state["best"]
@@ -529,12 +530,12 @@ class Run:
         return 0
 
 
-def snapshot(model: GPT, optimizers: list[torch.optim.Optimizer], ranks: Ranks) -> dict:
+def snapshot(model: GPT, optimizers: Sequence[Optimizer], ranks: Ranks) -> dict:
     """A copy of what training has made so far, on rank 0's CPU. All ranks must call this: each may hold a part."""
     weights = model.state_dict()
     if model.config.tie_embeddings:  # one matrix, copied once
         del weights["lm_head.weight"]
-    state = gather_to_main({"model": dict(weights), "optimizers": [opt.state_dict() for opt in optimizers]}, ranks)
+    state = gather_to_main({"model": dict(weights), "optimizers": [{"state": opt.state} for opt in optimizers]}, ranks)
     if model.config.tie_embeddings:
         state["model"]["lm_head.weight"] = state["model"]["model.embed_tokens.weight"]
     return state

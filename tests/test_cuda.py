@@ -225,7 +225,7 @@ def test_the_loss_is_that_of_the_cpu(data):
         torch.manual_seed(0)
         model = train.build_model(config, 256).to(device)
         tokens = TokenData(data, config.block_size, device)
-        optimizers = make_optimizers(model, config.muon_lr, config.adam_lr, torch.float32)
+        optimizers = make_optimizers(model, config.muon_lr, torch.float32)
         losses[device] = []
         for step in range(5):
             x, y = tokens.batch(step * 8, 8, 1)[0]

@@ -35,14 +35,14 @@ def test_steps_are_those_of_pytorchs_muon():
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(16, 16), (48, 16), (16, 48), (16, 16)]]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    optimizers = [Muon(ours, lr=0.1, weight_decay=0.2), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2)]
+    muon, theirs_muon = Muon(ours, momentum=0.95), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2)
     for _ in range(3):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
         before = [p.detach().clone() for p in ours]
-        for optimizer in optimizers:
-            optimizer.step()
+        muon.step(0.1, weight_decay=0.2)
+        theirs_muon.step()
         for a, b, old in zip(ours, theirs, before, strict=True):
             assert (a - b).norm() < 0.02 * (a - old).norm()
             b.data.copy_(a.data)
@@ -50,7 +50,7 @@ def test_steps_are_those_of_pytorchs_muon():
 
 def test_takes_matrices_alone_and_skips_those_without_a_gradient():
     with pytest.raises(ValueError, match="matrices"):
-        Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+        Muon([torch.nn.Parameter(torch.zeros(3))])
     p = torch.nn.Parameter(torch.ones(2, 2))
-    Muon([p], lr=0.1).step()
+    Muon([p]).step(0.1)
     assert torch.equal(p, torch.ones(2, 2))

@@ -274,11 +274,11 @@ def test_schedule_is_a_trapezoid():
 
 
 def test_optimizers_share_out_every_parameter_once(tiny):
-    muon, adam = make_optimizers(tiny, 0.02, 3e-3, torch.float32)
-    ours = [id(p) for optimizer in (muon, adam) for group in optimizer.param_groups for p in group["params"]]
+    muon, adam = make_optimizers(tiny, 0.02, torch.float32)
+    ours = [id(p) for optimizer in (muon, adam) for p in optimizer.params]
     assert sorted(ours) == sorted(id(p) for p in tiny.parameters())
-    assert id(tiny.lm_head.weight) in {id(p) for group in adam.param_groups for p in group["params"]}
-    assert all(p.dim() == 2 for group in muon.param_groups for p in group["params"])
+    assert id(tiny.lm_head.weight) in {id(p) for p in adam.params}
+    assert all(p.dim() == 2 for p in muon.params)
 
 
 @pytest.mark.parametrize(("slow", "chosen"), [

@@ -88,7 +88,7 @@ class Rank:
         tokens = BATCHES[size] // self.world * self.model.config.block_size
         self.dtype, muon_dtype = ranks.all_values(pick_dtypes(self.model, self.device, tokens))[0]
         self.wrapped = parallelize(self.model, ranks, "ddp", self.dtype)  # not compiled: turns differ in shape
-        self.optimizers = make_optimizers(self.model, *RATES, muon_dtype)
+        self.optimizers = make_optimizers(self.model, RATES[0], muon_dtype)
         self.tokens = torch.randint(256, (2, BATCHES[size], self.model.config.block_size), device=self.device)
         self.matrices = [torch.randn(count, *shape, device=self.device)
                          for shape, count in matrix_shapes(self.model).items()]

@@ -47,7 +47,7 @@ def owlet_step(size: str, ranks: Ranks, name: Literal["auto", "float32"]) -> Ste
     model = new_model(size)
     dtype, muon_dtype = pick_dtypes(model, ranks.device, BATCH * model.config.block_size, name)
     wrapped = parallelize(model, ranks, dtype=dtype, compile=can_compile(ranks.device))
-    optimizers = make_optimizers(model, *RATES, muon_dtype)
+    optimizers = make_optimizers(model, RATES[0], muon_dtype)
 
     def step(x: Tensor, y: Tensor) -> None:
         forward_loss(wrapped, x, y, dtype).backward()
@@ -61,7 +61,7 @@ def plain_step(size: str, ranks: Ranks, dtype: torch.dtype, muon: bool = False, 
     optimizers = [torch.optim.AdamW(model.parameters(), fused=compile)]
     called = torch.compile(model) if compile else model
     if muon:
-        matrices, others = (optimizer.param_groups[0]["params"] for optimizer in make_optimizers(model, *RATES, dtype))
+        matrices, others = (optimizer.params for optimizer in make_optimizers(model, RATES[0], dtype))
         optimizers = [torch.optim.Muon(matrices), torch.optim.AdamW(others)]
 
     def step(x: Tensor, y: Tensor) -> None:
