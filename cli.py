@@ -118,7 +118,7 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, d
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     options |= {"help": about["help"] + ("" if shown in (None, "") else f" (default: {shown})")}
     if kind is bool:  # --name, and --no-name where that changes something
-        action = argparse.BooleanOptionalAction if field.default else "store_true"
+        action = "store_true" if field.default is False else argparse.BooleanOptionalAction
         parser.add_argument(name, action=action, **options)
         return
     if get_origin(kind) is Literal:
@@ -228,10 +228,14 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)
 
 
+def _os_error(error: OSError) -> str:
+    return f"{error.filename or 'file system'}: {error.strerror or error}"
+
+
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     """What a library's thread cannot write (TensorBoard's on a full disk) does not end a run."""
     if isinstance(failure.exc_value, OSError):
-        note(f"{failure.exc_value.filename or 'file system'}: {failure.exc_value.strerror}; going on without")
+        note(f"{_os_error(failure.exc_value)}; going on without")
     else:
         threading.__excepthook__(failure)
 
@@ -260,7 +264,7 @@ def run(main: Callable[[], None]) -> None:
     except UserError as user_error:
         error = str(user_error)
     except OSError as os_error:  # not a bug but the machine's answer: a full disk, a missing permission
-        error = f"{os_error.filename or 'file system'}: {os_error.strerror or os_error}"
+        error = _os_error(os_error)
     except (Exception, KeyboardInterrupt) as other:
         if _by_ctrl_c(other):
             print(f"\n{name}: interrupted", file=sys.stderr)

@@ -205,11 +205,10 @@ class GPT(nn.Module):
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        for name, parameter in self.named_parameters():  # docs/log.md, "Initialization"
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.zeros_(parameter)  # every block starts as the identity
-            elif parameter.dim() == 2 and not parameter.is_meta:
-                nn.init.normal_(parameter, std=0.02)
+        for name, parameter in self.named_parameters():  # as GPT-2's (docs/log.md, "Initialization")
+            if parameter.dim() == 2 and not parameter.is_meta:
+                adds = name.endswith(("o_proj.weight", "down_proj.weight"))  # 2 n_layer of them to the residual stream
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if adds else 0.02)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -80,9 +80,10 @@ class RunLog:
                 if points:
                     axes.plot(*zip(*points, strict=True), label=f"{name} ({points[-1][1]:.3f})", **style)
             axes.set(title=self.title, xlabel="step", ylabel="bits per byte")
-            best = min((r for r in self.records if "val_loss" in r), key=lambda r: r["val_loss"], default=None)
-            if best is not None:
-                axes.axvline(best["step"], color="#08519c", lw=0.8, ls=":", label=f"kept: step {best['step']:,}")
+            evaluated = [(r["val_loss"], r["step"]) for r in self.records if "val_loss" in r and r["step"]]
+            if evaluated:
+                kept = min(evaluated)[1]
+                axes.axvline(kept, color="#08519c", lw=0.8, ls=":", label=f"kept: step {kept:,}")
             passes = axes.secondary_xaxis("top", (lambda step: step / self.epoch, lambda times: times * self.epoch))
             passes.set_xlabel("passes through the text", fontsize=8)
             passes.tick_params(labelsize=8)

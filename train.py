@@ -76,21 +76,21 @@ class TrainConfig:
     n_embd: int = flag(128, "Width of the residual stream.")
     block_size: int = flag(128, "Context length in tokens.", 1)
     qk_norm: bool = flag(True, "RMSNorm on queries and keys: a Qwen3 model. Without: a Llama model.")
-    tie_embeddings: bool = flag(True, "One matrix for embedding and head.")
-    dropout: float = flag(0.0, "Share of each block's output that is dropped while training.")
+    tie_embeddings: bool | None = flag(None, "One matrix for embedding and head; default: with over 1,024 tokens.")
+    dropout: float | None = flag(None, "Share of each block's output that is dropped; default: by the text, 0 to 0.2.")
 
-    max_steps: int | None = flag(2000, "Steps of the whole run; fine-tuning: twice through the text.", 1)
+    max_steps: int | None = flag(None, "Steps of the whole run; default: by the size and the length of the text.", 1)
     max_minutes: float | None = flag(None, "Minutes of the whole run, in place of --max-steps.", 0.01, 1e6)
     batch_size: int = flag(16, "Sequences a step, over all ranks together.", 1)
     grad_accum: int | None = flag(1, "Parts of a rank's batch, in turn: same result, less memory; fine-tuning: all.", 1)
     muon_lr: float = flag(0.02, "Learning rate of Muon, for the blocks' matrices; 0: AdamW takes them.", 0)
-    adam_lr: float = flag(3e-3, "Learning rate of AdamW, for embedding, head and norms.", 0)
+    adam_lr: float = flag(1e-2, "Learning rate of AdamW, for embedding, head and norms.", 0)
     weight_decay: float = flag(0.0, "Decoupled weight decay of Muon.", 0)
     grad_clip: float = flag(1.0, "Largest gradient norm; 0: no clipping.", 0)
     warmup_steps: int = flag(0, "First steps, over which the learning rates rise linearly.", 0)
     warmdown: float = flag(0.7, "Last share of the run, over which the learning rates fall linearly to zero.", 0)
 
-    eval_every: int | None = flag(250, "Steps between evaluations, which also save; fine-tuning: 2 in all.", 1)
+    eval_every: int | None = flag(None, "Steps between evaluations, which also save; default: 250, or 8 in all.", 1)
     eval_tokens: int = flag(100_000, "Validation tokens of an evaluation, always the same, evenly spread.", 1)
     seed: int = flag(1337, "Draws the weights and the order of the data.", 0, 2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps.")
@@ -101,14 +101,14 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = flag("ddp", "Each rank has the whole model (ddp) or a part of it (fsdp).")
 
 
-SIZE_DEFAULTS = {
-    "tiny": {}, "small": {"max_steps": 3000, "muon_lr": 0.01, "adam_lr": 1.5e-3},
-    "base": {"max_steps": 5000}, "medium": {"max_steps": 10_000},
-}
-# docs/log.md, "Fine-tuning". None: settle() looks at the length of the text, parts_of() at the ranks.
-FINE_TUNING = {"max_steps": None, "batch_size": 4, "grad_accum": None, "block_size": 512, "muon_lr": 0.0,
-               "adam_lr": 1e-4, "warmup_steps": 5, "warmdown": 0.9, "eval_every": None}
-PASSES = 2  # through the text, when fine-tuning
+RATES = {"muon_lr": 0.01, "adam_lr": 1.5e-3}  # of small, and a guess for larger models
+SIZE_DEFAULTS = {"tiny": {}, "small": RATES, "base": RATES, "medium": RATES}
+# docs/log.md, "Fine-tuning". None: parts_of() looks at the ranks.
+FINE_TUNING = {"batch_size": 4, "grad_accum": None, "block_size": 512, "muon_lr": 0.0, "adam_lr": 1e-4,
+               "warmup_steps": 5, "warmdown": 0.9, "dropout": 0.0}
+FINE_TUNING_PASSES = 2
+# Of a default run at most: steps, and passes through the text (docs/log.md, "Length of a run")
+STEPS, PASSES = {"tiny": 2000, "small": 3000, "base": 5000, "medium": 10_000}, 8
 EVAL_COST = 0.4  # of a training step's for as many tokens, until one has been timed
 # The flags that shape a new model have the names of GPTConfig's fields. A fine-tuned model has its own shape.
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "qk_norm", "tie_embeddings")
@@ -127,6 +127,8 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
     first, flags = parse(TrainConfig, DESCRIPTION, without_help), given(TrainConfig, args=without_help)
     if flags.get("parallel") == "fsdp" and "RANK" not in os.environ:
         refuse(flags, ["parallel"], "in one process; start several: torchrun --nproc_per_node=2 train.py ...")
+    if "max_minutes" in flags:
+        refuse(flags, ["max_steps"], "beside --max-minutes")
     out = restart_folder(first.out)
     if out is not None:
         note(f"going on in {out}, where this launch of torchrun ({launch()}) trained before")
@@ -137,8 +139,6 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
         refuse(flags, (*SHAPE, "size"), f"beside --init-from {first.init_from}, which has its own")
         base = dataclasses.replace(base, **FINE_TUNING)
     config = parse(TrainConfig, DESCRIPTION, args, base)
-    if config.max_minutes:
-        refuse(flags, ["max_steps"], "beside --max-minutes")
     if not config.muon_lr:
         refuse(flags, ("weight_decay", "muon_dtype"), "with --muon-lr 0")
     init_from = config.init_from and model_folder(config.init_from)
@@ -156,6 +156,8 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
         saved = parse(TrainConfig, "", [str(settings.pop("size", "tiny")), *words(settings)])
     except UserError as error:
         raise UserError(f"{out}/run.json: {error}") from None
+    if saved.max_steps is None:
+        raise UserError(f"{out}/run.json: max_steps: expected a number, got none")
     if saved.block_size > state["model_config"].block_size:
         raise UserError(f"{out}/run.json: --block-size: expected at most {state['model_config'].block_size}, the "
                         f"model's context, got {saved.block_size}")
@@ -174,11 +176,10 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
         raise UserError(f"--resume: muon_lr is {saved.muon_lr:g} in {out}, got {config.muon_lr:g}; expected 0 for "
                         "both or for neither: the matrices have the state of one optimizer")
     if "max_steps" in flags:
-        if "max_minutes" in flags:
-            refuse(flags, ["max_steps"], "beside --max-minutes")
         config.max_minutes = None
-    elif "max_minutes" in flags and saved.max_minutes:
-        config.max_steps = math.ceil(saved.max_steps * config.max_minutes / saved.max_minutes)
+    elif "max_minutes" in flags:  # a first guess
+        longer = saved.max_minutes and config.max_minutes / saved.max_minutes
+        config.max_steps = math.ceil(saved.max_steps * longer) if longer else state["step"] + saved.max_steps
     if config.max_steps != saved.max_steps:
         rates = [lr_scale(state["step"], of) for of in (saved, config)]
         note(f"{config.max_steps} steps instead of {saved.max_steps}: the learning rates go on at {rates[1]:.0%} "
@@ -202,7 +203,8 @@ def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
             save_weights(state["model"], state["model_config"], config.out)
     if state is not None and state["step"] >= config.max_steps:
         if ranks.is_main:
-            print(f"{config.out} is trained for {state['step']} steps already; raise --max-steps to go on")
+            what = "--max-minutes" if config.max_minutes else "--max-steps"
+            print(f"{config.out} is trained for {state['step']} steps already; raise {what} to go on")
         return False
     pretrained = None
     if config.init_from is not None and state is None:
@@ -218,8 +220,10 @@ def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
         if longest < config.block_size:
             note(f"--block-size {config.block_size}: going on with {longest}, the longest for this model and text")
             config.block_size = longest
-        config.max_steps = config.max_steps or math.ceil(PASSES * train / (config.batch_size * config.block_size))
-    config.eval_every = config.eval_every or math.ceil(config.max_steps / PASSES)
+    passes = FINE_TUNING_PASSES if config.init_from else PASSES
+    steps = math.ceil(passes * read_meta(config.data)["train"]["tokens"] / (config.batch_size * config.block_size))
+    config.max_steps = ranks.all_values(
+        config.max_steps or (steps if config.init_from else min(steps, STEPS[config.size])))[0]
     config.out = ranks.all_values(config.out if state else new_folder(config))[0]
     if config.compile == "auto":  # settled for resumed runs too: they are to have the same arithmetic
         long = config.max_minutes >= 2 if config.max_minutes else config.max_steps >= 1000
@@ -270,17 +274,27 @@ def new_folder(config: TrainConfig) -> Path:
 def build_model(config: TrainConfig, vocab_size: int, eos: int | None = None) -> GPT:
     """A new model as the flags say, or the one to fine-tune."""
     if config.init_from is None:
+        shape = {name: getattr(config, name) for name in ARCHITECTURE} | {"dropout": config.dropout or 0.0}
+        if config.tie_embeddings is None:  # of bytes a matrix is small (docs/log.md, "Architecture")
+            shape["tie_embeddings"] = vocab_size > 1024
         try:
-            return GPT(GPTConfig(vocab_size, eos=eos, **{name: getattr(config, name) for name in ARCHITECTURE}))
+            return GPT(GPTConfig(vocab_size, eos=eos, **shape))
         except ValueError as error:
             raise UserError(str(error)) from None
-    model = load_model(config.init_from, config.dropout)
+    model = load_model(config.init_from, config.dropout or 0.0)
     if model.config.vocab_size < vocab_size:
         raise UserError(f"--init-from: the model knows {model.config.vocab_size} tokens, the data has {vocab_size}; "
                         f"prepare the data with {command('--tokenizer', config.init_from)}")
     if eos is not None and eos not in model.config.ends:  # what ends a text of the data ends what the model writes
         model.config.eos = [*model.config.ends, eos]
     return model
+
+
+def pick_dropout(config: TrainConfig, vocab_size: int, tokens: int) -> float:
+    """For a new model, by its parameters for each token of the text (docs/log.md, "Regularization")."""
+    with torch.device("meta"):
+        parameters = build_model(config, vocab_size).num_params()
+    return 0.2 if parameters > 20 * tokens else 0.1 if parameters > 2 * tokens else 0.0
 
 
 def lr_scale(step: int, config: TrainConfig) -> float:
@@ -302,9 +316,12 @@ class Run:
         torch.manual_seed(config.seed)
         if state is None:
             meta = read_meta(config.data)
+            if config.dropout is None:
+                config.dropout = pick_dropout(config, meta["vocab_size"], meta["train"]["tokens"])
             self.model = build_model(config, meta["vocab_size"], meta.get("eos"))
         else:
             self.model = GPT(state["model_config"])
+            config.dropout = self.model.config.dropout
             self.model.load_state_dict(state["model"])
         self.data = TokenData(config.data, config.block_size, ranks.device, config.seed)
         self.data_sha256 = self.data.meta["train"]["sha256"]
@@ -335,8 +352,14 @@ class Run:
         self.saver, self.saving = ThreadPoolExecutor(1), None
         title = f"{config.out.name}: {self.model.num_params() / 1e6:.1f}M parameters on {config.data.name}"
         self.tokenizer = read_tokenizer(config.data)
-        epoch = self.data.tokens["train"] / (config.batch_size * config.block_size)  # in steps
-        self.log = RunLog(config.out, self.first, self.data.bits_per_nat, epoch, title) if ranks.is_main else None
+        tokens = config.batch_size * config.block_size  # of a step
+        self.epoch = self.data.tokens["train"] / tokens  # in steps
+        self.eval_tokens = min(config.eval_tokens, self.data.tokens["val"])
+        # by default 8 evaluations (fine-tuning: 2), but no fewer than one in 250 steps, nor so many that they take more
+        # than a fifth of the time
+        most = 250 if config.max_minutes else math.ceil(config.max_steps / (2 if config.init_from else 8))
+        self.every = config.eval_every or min(250, max(most, math.ceil(5 * EVAL_COST * self.eval_tokens / tokens)))
+        self.log = RunLog(config.out, self.first, self.data.bits_per_nat, self.epoch, title) if ranks.is_main else None
         self.signals = StopSignals()
         at_exit.enter_context(self.signals.heard())
         at_exit.callback(self.wait_for_save)  # before signals kill again: torchrun sends one when another rank has died
@@ -348,7 +371,7 @@ class Run:
         self.loss_sum = torch.zeros((), device=ranks.device)
         self.reported = self.timed = self.first  # steps whose loss, and whose time, has been reported
         self.started = self.began = self.spoke = time.perf_counter()
-        self.step_seconds, self.eval_seconds = 0.0, None  # of a step, lately; of the last evaluation with its save
+        self.step_seconds, self.eval_seconds = 0.0, None  # of a step, lately; of the last evaluation
         self.train_loss, self.pace, self.slow, self.better = math.nan, 0.0, False, False
         self.losses, self.before = [], (math.inf, math.inf)  # training losses since the last evaluation; what it saw
 
@@ -360,13 +383,15 @@ class Run:
     def announce(self) -> None:
         config = self.config
         what = f"fine-tuning {config.init_from}" if config.init_from else config.size
+        length = f"steps {self.first} to {config.max_steps} ({config.max_steps / self.epoch:.1f} passes)"
+        if config.max_minutes:
+            length = f"{config.max_minutes:g} minutes of steps from {self.first} on,"
         self.say(
             f"{config.out}: {what}, {self.model.num_params() / 1e6:.2f}M parameters, {config.data.name} "
-            f"({self.data.tokens['train']:,} tokens), steps {self.first} to "
-            f"{'' if config.max_minutes is None else f'{config.max_minutes:g} minutes, about '}{config.max_steps} of "
+            f"({self.data.tokens['train']:,} tokens), {length} of "
             f"{config.batch_size * config.block_size:,} tokens\n"
             f"{self.ranks.world} x {self.ranks.device.type}, {torch.get_num_threads()} threads each, "
-            f"{config.dtype}{f' (Muon {config.muon_dtype})' if config.muon_lr else ''}, "
+            f"{config.dtype}{f' (Muon {config.muon_dtype})' if config.muon_lr else ''}, dropout {config.dropout:g}, "
             f"matmul peak {self.peak / 1e9:,.0f} GFLOP/s"
             f"{'; compiling first, some 10 seconds' if config.compile == 'on' else ''}")
         if config.init_from and not self.first:
@@ -403,17 +428,23 @@ class Run:
         if step == self.first:  # it compiled: no measure of the others
             self.timed, self.began = step + 1, time.perf_counter()
 
-    def report_due(self, done: int, due: bool) -> bool:
-        """Whether the ranks exchange losses and stop signals after step `done`; they all come to the same answer."""
-        return due or done % 10 == 0 or self.slow or (self.ranks.world == 1 and self.signals.asked is not None)
+    def evaluation_due(self, done: int) -> bool:
+        return done == self.config.max_steps or done % self.every == 0
 
-    def report(self, done: int, due: bool) -> bool:
+    def report_due(self, done: int) -> bool:
+        """Whether the ranks exchange losses and stop signals after step `done`; they all come to the same answer."""
+        return (self.evaluation_due(done) or done % 10 == 0 or self.slow
+                or bool(self.config.max_minutes and not self.pace)
+                or (self.ranks.world == 1 and self.signals.asked is not None))
+
+    def report(self, done: int) -> bool:
         """Loss and speed of the steps since the last report; whether a signal asked any rank to stop."""
         config, ranks, steps = self.config, self.ranks, done - self.timed
         self.signals.say_once(self.say)
+        loss = self.loss_sum.item()  # waits for the device
         now = time.perf_counter()
-        total, stops, seconds, elapsed = ranks.sum(self.loss_sum.item(), float(self.signals.asked is not None),
-                                                   now - self.began, now - self.started)
+        total, stops, seconds, elapsed = ranks.sum(loss, float(self.signals.asked is not None), now - self.began,
+                                                   now - self.started)
         self.train_loss = total / ranks.world / (done - self.reported)
         self.losses.append(self.train_loss)
         if not math.isfinite(self.train_loss):
@@ -423,14 +454,14 @@ class Run:
             self.pace, self.slow = config.batch_size * config.block_size / step_seconds, step_seconds > 1
             self.step_seconds += (step_seconds - self.step_seconds) * max(0.1, steps / (done - self.first - 1))
             if config.max_minutes:  # as many steps as the rest of the time holds
-                each = self.step_seconds + self.evaluation() / config.eval_every
+                each = self.step_seconds + self.evaluation() / self.every
                 rest = 60 * config.max_minutes - elapsed / ranks.world - self.first * each - self.evaluation()
                 config.max_steps = self.bar.total = done + max(0, int(rest / each))
         if self.log:
             self.log.add(step=done, train_loss=self.train_loss, lr_scale=lr_scale(done - 1, config),
                          **{"tokens_per_second": self.pace} if self.pace else {})
             self.bar.set_postfix_str(f"loss {self.train_loss:.3f}{self.speed(done)}", refresh=False)
-            if self.bar.disable and time.perf_counter() - self.spoke > 20 and not due:
+            if self.bar.disable and time.perf_counter() - self.spoke > 20 and not self.evaluation_due(done):
                 self.spoke = time.perf_counter()
                 self.say(f"step {done}/{config.max_steps}: train {self.train_loss:.3f} nats = "
                          f"{self.train_loss * self.data.bits_per_nat:.3f} bits/byte{self.speed(done)}")
@@ -443,16 +474,15 @@ class Run:
         """Seconds of an evaluation: of the last one, or before the first an estimate from those of a step."""
         if self.eval_seconds is not None:
             return self.eval_seconds
-        tokens = min(self.config.eval_tokens, self.data.tokens["val"])
-        return EVAL_COST * self.step_seconds * tokens / (self.config.batch_size * self.config.block_size)
+        return EVAL_COST * self.step_seconds * self.eval_tokens / (self.config.batch_size * self.config.block_size)
 
     def speed(self, done: int) -> str:
         """Speed, and the time left after an evaluation at step `done`."""
         if not self.pace:
             return ""
         config = self.config
-        every = config.eval_every
-        evaluations = len(range(done - done % every + every, config.max_steps, every)) + (done < config.max_steps)
+        next_one = done - done % self.every + self.every
+        evaluations = len(range(next_one, config.max_steps, self.every)) + (done < config.max_steps)
         left = (config.max_steps - done) * self.step_seconds + evaluations * self.evaluation()
         return (f", {self.pace:,.0f} tokens/s ({self.model.estimate_mfu(self.pace, self.peak):.0%} of peak), "
                 f"{duration(left)} left")
@@ -468,17 +498,18 @@ class Run:
         train_loss, self.losses = sum(self.losses) / max(1, len(self.losses)), []
         overfits = not self.better and val_loss > self.before[1] and train_loss < self.before[0]
         self.before = train_loss, val_loss
-        bits, text = val_loss * self.data.bits_per_nat, {}
+        bits, text = val_loss * self.data.bits_per_nat, ""
         if ranks.is_main and config.parallel != "fsdp":  # whose ranks would all have to write
             with optional("a sample of the model's text"):
-                text["sample"] = self.sample()
+                text = self.sample()
         self.eval_seconds = ranks.sum(time.perf_counter() - start)[0] / ranks.world
         if self.log:
             trained = f"train {self.train_loss:.3f}, " if done else ""
-            self.log.add(step=done, val_loss=val_loss, val_bits_per_byte=bits, **text)
+            self.log.add(step=done, val_loss=val_loss, val_bits_per_byte=bits, **{"sample": text} if text else {})
             self.say(f"step {done}/{config.max_steps}: {trained}validation {val_loss:.4f} nats = {bits:.4f} bits/byte"
                      f"{'' if self.better else ' (no better)'}{self.speed(done)}")
-            self.say("".join(f"  {line}\n" for line in text.values()).rstrip("\n"))
+            if text:
+                self.say(f"  {text}")
         if overfits:
             note("the validation loss rises while the training loss falls: the model learns its text by heart; "
                  f"{config.out} keeps the best model; --dropout 0.1, a smaller size or fewer steps may do better")
@@ -489,12 +520,14 @@ class Run:
         prompt, _ = self.data.sequences("val", np.zeros(1, dtype=np.int64))
         generator = torch.Generator(self.ranks.device).manual_seed(self.config.seed)
         self.model.eval()
-        with uncompiled():
-            # without a cache a GPU captures no graph, which 80 tokens would not pay for
-            tokens = [token.item() for token in generate(
-                self.model, prompt[:, :32], 80, temperature=0.8, top_p=0.9, generator=generator,
-                use_cache=self.ranks.device.type != "cuda")]
-        self.model.train()
+        try:
+            with uncompiled():
+                # without a cache a GPU captures no graph, which 80 tokens would not pay for
+                tokens = [token.item() for token in generate(
+                    self.model, prompt[:, :32], 80, temperature=0.8, top_p=0.9, generator=generator,
+                    use_cache=self.ranks.device.type != "cuda")]
+        finally:
+            self.model.train()
         text = "".join(self.tokenizer.decode(tokens).split(maxsplit=1)[-1:])  # from the first whole word on
         text = " / ".join(filter(None, map(str.strip, text.splitlines())))
         return "".join(letter for letter in text if letter.isprintable())
@@ -589,11 +622,10 @@ def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
         while done < config.max_steps:
             run.train_step(done)
             done += 1
-            due = done == config.max_steps or done % config.eval_every == 0
-            if not run.report_due(done, due):
+            if not run.report_due(done):
                 continue
-            stop = run.report(done, due)
-            due = due or done == config.max_steps  # --max-minutes are over
+            stop = run.report(done)
+            due = run.evaluation_due(done)  # only now: with --max-minutes, report() sets the last step
             if due:
                 run.evaluate(done)
             if due or stop:

@@ -109,7 +109,7 @@ def plot(recipes: list[Recipe], title: str, path: Path) -> None:
 class LossConfig:
     data: Path | None = flag(None, "Folder made by data/prepare.py; default: the newest under data/.")
     steps: tuple[int, ...] = flag(
-        (210, 460, 2000), "Steps of owlet's runs; the first two reach the baselines' losses on tinyshakespeare.", 1)
+        (160, 340, 2000), "Steps of owlet's runs; the first two reach the baselines' losses on tinyshakespeare.", 1)
     repeats: int = flag(3, "Rounds, each with another seed.", 1)
     out: Path = flag(Path("out/loss"), "Folder for the models, and for loss.md, loss.json and loss.png.")
 
