@@ -156,11 +156,11 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
         saved = parse(TrainConfig, "", [str(settings.pop("size", "tiny")), *words(settings)])
     except UserError as error:
         raise UserError(f"{out}/run.json: {error}") from None
-    if saved.max_steps is None:
-        raise UserError(f"{out}/run.json: max_steps: expected a number, got none")
     if saved.block_size > state["model_config"].block_size:
         raise UserError(f"{out}/run.json: --block-size: expected at most {state['model_config'].block_size}, the "
                         f"model's context, got {saved.block_size}")
+    if saved.max_steps is None:
+        raise UserError(f"{out}/run.json: max_steps: expected a number, got none")
     if "init_from" in flags:
         flags["init_from"] = model_folder(flags["init_from"])
     if saved.init_from is not None and flags.get("block_size", 0) > saved.block_size:

@@ -189,6 +189,16 @@ def test_one_process_goes_on_where_fsdp_stopped_and_fsdp_where_one_did(run, tmp_
     assert all(torch.allclose(first[name], second[name], atol=SAME) for name in first)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
+def test_two_ranks_end_a_run_of_minutes_together(data, tmp_path, parallel):
+    out, log = tmp_path / "two", tmp_path / "log"
+    end_well(fork_train(log, "--data", data, "--out", out, *SMALL, "--max-minutes", 0.05, "--parallel", parallel,
+                        ranks=2), log)
+    done = read_state(out / "train_state.pt")["step"]
+    assert max(losses(out, "val_loss")) == read_run(out)[0]["max_steps"] == done
+    assert (parallel == "fsdp") == (not losses(out, "sample"))
+
+
 def test_a_stop_under_torchrun_saves_and_resumes(run, data, tmp_path):
     whole, out = run(tmp_path / "whole", "--max-steps", 60), tmp_path / "two"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
