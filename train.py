@@ -512,7 +512,7 @@ class Run:
                 self.say(f"  {text}")
         if overfits:
             note("the validation loss rises while the training loss falls: the model learns its text by heart; "
-                 f"{config.out} keeps the best model; --dropout 0.1, a smaller size or fewer steps may do better")
+                 f"{config.out} keeps the best model; more --dropout, a smaller size or fewer steps may do better")
 
     @torch.no_grad()
     def sample(self) -> str:
