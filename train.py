@@ -100,6 +100,11 @@ class TrainConfig:
     threads: int | None = flag(None, "CPU threads of each rank; default: as many as cores are free.", 1, 4096)
     parallel: Literal["ddp", "fsdp"] = flag("ddp", "Each rank has the whole model (ddp) or a part of it (fsdp).")
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, over all ranks together."""
+        return self.batch_size * self.block_size
+
 
 RATES = {"muon_lr": 0.01, "adam_lr": 1.5e-3}  # of small, and a guess for larger models
 SIZE_DEFAULTS = {"tiny": {}, "small": RATES, "base": RATES, "medium": RATES}
@@ -221,7 +226,7 @@ def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
             note(f"--block-size {config.block_size}: going on with {longest}, the longest for this model and text")
             config.block_size = longest
     passes = FINE_TUNING_PASSES if config.init_from else PASSES
-    steps = math.ceil(passes * read_meta(config.data)["train"]["tokens"] / (config.batch_size * config.block_size))
+    steps = math.ceil(passes * read_meta(config.data)["train"]["tokens"] / config.step_tokens)
     config.max_steps = ranks.all_values(
         config.max_steps or (steps if config.init_from else min(steps, STEPS[config.size])))[0]
     config.out = ranks.all_values(config.out if state else new_folder(config))[0]
@@ -352,13 +357,13 @@ class Run:
         self.saver, self.saving = ThreadPoolExecutor(1), None
         title = f"{config.out.name}: {self.model.num_params() / 1e6:.1f}M parameters on {config.data.name}"
         self.tokenizer = read_tokenizer(config.data)
-        tokens = config.batch_size * config.block_size  # of a step
-        self.epoch = self.data.tokens["train"] / tokens  # in steps
+        self.epoch = self.data.tokens["train"] / config.step_tokens  # in steps
         self.eval_tokens = min(config.eval_tokens, self.data.tokens["val"])
         # by default 8 evaluations (fine-tuning: 2), but no fewer than one in 250 steps, nor so many that they take more
         # than a fifth of the time
-        most = 250 if config.max_minutes else math.ceil(config.max_steps / (2 if config.init_from else 8))
-        self.every = config.eval_every or min(250, max(most, math.ceil(5 * EVAL_COST * self.eval_tokens / tokens)))
+        apart = 250 if config.max_minutes else math.ceil(config.max_steps / (2 if config.init_from else 8))
+        self.every = config.eval_every or min(
+            250, max(apart, math.ceil(5 * EVAL_COST * self.eval_tokens / config.step_tokens)))
         self.log = RunLog(config.out, self.first, self.data.bits_per_nat, self.epoch, title) if ranks.is_main else None
         self.signals = StopSignals()
         at_exit.enter_context(self.signals.heard())
@@ -389,7 +394,7 @@ class Run:
         self.say(
             f"{config.out}: {what}, {self.model.num_params() / 1e6:.2f}M parameters, {config.data.name} "
             f"({self.data.tokens['train']:,} tokens), {length} of "
-            f"{config.batch_size * config.block_size:,} tokens\n"
+            f"{config.step_tokens:,} tokens\n"
             f"{self.ranks.world} x {self.ranks.device.type}, {torch.get_num_threads()} threads each, "
             f"{config.dtype}{f' (Muon {config.muon_dtype})' if config.muon_lr else ''}, dropout {config.dropout:g}, "
             f"matmul peak {self.peak / 1e9:,.0f} GFLOP/s"
@@ -451,7 +456,7 @@ class Run:
             raise diverged(config, done, f"the loss is {self.train_loss}")
         if steps:
             step_seconds = seconds / ranks.world / steps
-            self.pace, self.slow = config.batch_size * config.block_size / step_seconds, step_seconds > 1
+            self.pace, self.slow = config.step_tokens / step_seconds, step_seconds > 1
             self.step_seconds += (step_seconds - self.step_seconds) * max(0.1, steps / (done - self.first - 1))
             if config.max_minutes:  # as many steps as the rest of the time holds
                 each = self.step_seconds + self.evaluation() / self.every
@@ -474,7 +479,7 @@ class Run:
         """Seconds of an evaluation: of the last one, or before the first an estimate from those of a step."""
         if self.eval_seconds is not None:
             return self.eval_seconds
-        return EVAL_COST * self.step_seconds * self.eval_tokens / (self.config.batch_size * self.config.block_size)
+        return EVAL_COST * self.step_seconds * self.eval_tokens / self.config.step_tokens
 
     def speed(self, done: int) -> str:
         """Speed, and the time left after an evaluation at step `done`."""
