@@ -400,14 +400,14 @@ def build(config: GPTConfig, state: dict[str, Tensor] | StoredTensors, backend: 
         if activation == "swiglu":  # row 2i: gate i, row 2i + 1: up i
             weight, scale = (torch.stack(parts, dim=1).flatten(0, 1) for parts in (weights, scales))
         else:
-            weight, scale = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (weights, scales))
+            weight, scale = torch.cat(weights) if len(weights) > 1 else weights[0], torch.cat(scales)
         if sliced:
             parts = zip(weight.chunk(slices, dim=1), scale.view(len(weight), -1).unbind(dim=1), strict=True)
             return SlicedLinear([make(w.contiguous().to(device), s.contiguous().to(device)) for w, s in parts])
         return make(weight.to(device), scale.to(device), activation)
 
     model = empty_model(config, Int8GPT)
-    # cloned: a tensor read from a file keeps the whole file in memory
+    # What is kept is a copy (of scales by torch.cat): a tensor read from a file keeps the whole file in memory.
     norms = {name: state[name].clone() for name, like in model.state_dict().items() if like.dim() == 1}
     model.load_state_dict(norms, strict=False, assign=True)
     for i, block in enumerate(model.model.layers):
@@ -417,7 +417,7 @@ def build(config: GPTConfig, state: dict[str, Tensor] | StoredTensors, backend: 
     table = ReferenceLinear if backend == "torch.ao" else make  # torch.ao's layout has no rows to read
     model.model["embed_tokens"] = Int8Embedding(
         model.lm_head if config.tie_embeddings and table is make else
-        table(state[f"{embedding}.weight"].to(device), state[f"{embedding}.weight_scale"].to(device)))
+        table(state[f"{embedding}.weight"].to(device), state[f"{embedding}.weight_scale"].clone().to(device)))
     if fine_head:
         model.lm_head = FineLinear(model.lm_head)
     model = model.eval().requires_grad_(False).to(device)

@@ -8,6 +8,7 @@
 import itertools
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +21,21 @@ from cli import UserError, command, flag, given, note, optional, parse, refuse, 
 import torch
 from tqdm import tqdm
 
-from checkpoint import copy_companions, holds_model, is_quantized, load_model, newest_model, read_run, weights_size
+from checkpoint import (
+    copy_companions,
+    holds_model,
+    is_quantized,
+    load_model,
+    newest_model,
+    read_run,
+    save_weights,
+    weights_size,
+)
 from dataloader import TokenData, evaluate
 from fetch import model_folder
 from files import atomic_folder, beside, write_json
 from generate import generate
-from int8 import Int8GPT, has_torch_ao, load_quantized, pick_backend, quantize, save_quantized, stored_size, torch_ao
+from int8 import Int8GPT, has_torch_ao, load_quantized, pick_backend, save_quantized, stored_size, torch_ao
 from machine import CPUThreads, cpu_name, resident_bytes
 from model import GPT, GPTConfig
 from smooth import smooth
@@ -48,7 +58,11 @@ def resident_memory(row: str, folder: Path, out: Path, backend: str, threads: in
     """Bytes that loading and running the model adds to a process; called in a fresh one."""
     torch.set_num_threads(threads)
     prompt = torch.zeros(1, 1, dtype=torch.long)
-    list(generate(quantize(GPT(GPTConfig(n_layer=1)), "reference"), prompt, 8))  # loads the libraries
+    with tempfile.TemporaryDirectory() as small:  # code takes memory when it first runs
+        model, folders = GPT(GPTConfig(n_layer=1)), (Path(small, "fp32"), Path(small, "int8"))
+        save_weights(model.state_dict(), model.config, folders[0])
+        save_quantized(model, folders[1])
+        list(generate(contenders(*folders, backend)[row](), prompt, 8))
     before = resident_bytes()
     model = contenders(folder, out, backend)[row]()
     list(generate(model, prompt, min(model.config.block_size, LONGEST) // 2))

@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+from pathlib import Path
 
 from cli import UserError
 
@@ -302,6 +303,15 @@ def test_quantize_script_compares(trained, script, quick):
     assert result["rows"]["owlet int8"]["file_bytes"] == stored.stat().st_size
     assert "| owlet int8 |" in out
     assert (trained.with_name("wood-int8") / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(int8.owlet_kernels is None, reason="the kernels are not built")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize(("tied", "slices"), [(True, 1), (True, 4), (False, 1), (False, 4)])
+def test_a_loaded_model_lets_go_of_its_file(tmp_path, tied, slices):
+    int8.save_quantized(random_model(tie_embeddings=tied, n_embd=64), tmp_path, slices=slices)
+    model = int8.load_quantized(tmp_path, "owlet")
+    assert model.decoder is not None and str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_memory_is_that_of_the_model(tmp_path):
