@@ -52,12 +52,16 @@ def sample_next(logits: Tensor, seen: Tensor, temperature: float, top_k: int | N
 def generate(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
              eos: int | list[int] | None = None, generator: torch.Generator | None = None,
-             use_cache: bool = True) -> Iterator[Tensor]:
+             use_cache: bool = True, draft: GPT | None = None, most_guesses: int = 8) -> Iterator[Tensor]:
     """Continue the prompts idx (B, T) int64; an iterator over (B,) new tokens at a time.
 
     temperature 0 is greedy. Generation ends when every row has produced `eos` (or one of several); a row that has
     repeats it. Past block_size the window restarts on the last half of a context. Keys and values are recomputed
     there, so the tokens are the same with and without the cache (an int8 cache rounds).
+
+    An int8 model's text is written by csrc/writer.cpp on a CPU, with random numbers of its own. The model checks up to
+    most_guesses tokens in one pass: those of `draft`, a smaller int8 model with the same tokenizer, or what followed
+    earlier in the text. Guesses do not change the tokens.
     Raises UserError, before any work, for a prompt or setting out of range.
     """
     T, block = idx.size(1), model.config.block_size
@@ -72,6 +76,8 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float
     # fp32 cannot divide by less than 1e-38; both are as good as their limits long before these
     draw = Draw(model.device, idx.size(0), eos, temperature=temperature and max(temperature, 1e-30), top_k=top_k,
                 top_p=top_p, repetition_penalty=min(max(repetition_penalty, 1e-15), 1e15), generator=generator)
+    if use_cache and model.device.type == "cpu" and getattr(model, "decoder", None) is not None:
+        return _write(model, idx, max_new_tokens, draw, draft, most_guesses)
     return _decode(model, idx, max_new_tokens, draw, use_cache)
 
 
@@ -90,6 +96,21 @@ class Draw:
             token = torch.where(self.done, self.stops[0], token)
             self.done.logical_or_((token[:, None] == self.stops).any(dim=1))
         return token
+
+
+@torch.inference_mode()
+def _write(model: GPT, idx: Tensor, max_new_tokens: int, draw: Draw, draft: GPT | None,
+           most_guesses: int) -> Iterator[Tensor]:
+    settings = draw.settings | {
+        "top_k": draw.settings["top_k"] or 0, "top_p": draw.settings["top_p"] or 1.0, "most_guesses": most_guesses,
+        "stops": [] if draw.stops is None else draw.stops.tolist(),
+        "seed": torch.randint(2**63 - 1, (), generator=draw.settings["generator"]).item()}
+    del settings["generator"]
+    writer, start, seconds = model.new_writer(idx, max_new_tokens, draft, settings), idx.size(1), 0.0
+    while start < idx.size(1) + max_new_tokens and not writer.ended:
+        end, seconds = writer.write(seconds), 0.02  # the first token alone, then what a reader takes as one
+        yield from writer.tokens[:, start:end].unbind(dim=1)
+        start = end
 
 
 @torch.inference_mode()

@@ -294,6 +294,10 @@ class Int8KVCache(KVCache):
         return tuple(so_far)
 
 
+def scales(cache: KVCache) -> tuple[Tensor, ...]:
+    return (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ()
+
+
 class Int8GPT(GPT):
     """A GPT of Int8Linear matrices.
 
@@ -302,7 +306,7 @@ class Int8GPT(GPT):
     int8_cache: keep keys and values in int8 too. Halves the bytes read per token at long contexts.
     """
 
-    decoder, int8_cache, linears = None, False, ""
+    decoder, int8_cache, linears, writer = None, False, "", None
 
     @property
     def backend(self) -> str:
@@ -331,8 +335,7 @@ class Int8GPT(GPT):
         if targets is not None or not self.decoder_takes(cache):
             return super().forward(idx, targets, cache)
         self.check_fits(cache.end(idx.size(1)))
-        scales = (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ()
-        logits = self.decoder.forward(idx, cache.pos, cache.keys, cache.values, *scales)
+        logits = self.decoder.forward(idx, cache.pos, cache.keys, cache.values, *scales(cache))
         cache.pos += idx.size(1)
         return logits, None
 
@@ -340,6 +343,17 @@ class Int8GPT(GPT):
         """The CPU's decoder takes every call with a cache of its own, the GPU's only what is captured as a graph."""
         return (self.decoder is not None and cache is not None
                 and isinstance(cache, StaticKVCache) == (self.device.type == "cuda"))
+
+    def new_writer(self, prompts: Tensor, new_tokens: int, draft: "Int8GPT | None",
+                   settings: dict) -> "owlet_kernels.Writer":
+        """csrc/writer.cpp for the prompts (B, T), on a CPU; self.writer is the last one, which has counts."""
+        def with_caches(model: Int8GPT) -> tuple:
+            cache = model.new_cache(len(prompts), min(model.config.block_size, prompts.size(1) + new_tokens))
+            return model.decoder, (cache.keys, cache.values, *(scales(cache) or (None, None)))
+
+        self.writer = owlet_kernels.Writer(prompts=prompts, new_tokens=new_tokens, model=with_caches(self),
+                                           draft=with_caches(draft) if draft is not None else None, **settings)
+        return self.writer
 
     def make_decoder(self) -> "owlet_kernels.Decoder | owlet_kernels.CudaDecoder":
         config, matrix = self.config, attrgetter("weight", "scale")

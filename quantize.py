@@ -80,7 +80,7 @@ def tokens_per_second(models: dict[str, GPT], rounds: int, tick: Callable[[], ob
         start = time.perf_counter()
         list(generate(model, prompt, 1, temperature=0))
         middle = time.perf_counter()
-        list(generate(model, prompt[:, :1], new, temperature=0))
+        list(generate(model, prompt[:, :1], new, temperature=0, most_guesses=0))
         times[name]["prompt"].append(block / (middle - start))
         times[name]["decode"].append(new / (time.perf_counter() - middle))
         tick()

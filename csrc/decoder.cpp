@@ -22,10 +22,6 @@ namespace {
 
 const FloatMath& floats() { return *kernel().floats; }
 
-// The most tokens that go through the model together (but at least one of each sequence). More tokens read the weights
-// less often; fewer keep the activations between two products in the cache (docs/log.md, "Rows per pass").
-constexpr int64_t kMaxRows = 256;
-
 // Writes x (size) to row `row` of a cache.
 void write_cache(const Cache& cache, int64_t row, int64_t size, const float* x) {
   if (cache.int8)
@@ -136,8 +132,9 @@ Decoder::~Decoder() = default;
 void Decoder::prepare(const Step& step, int threads) {
   variant();  // choosing the kernel may throw, which a parallel region does not allow
   const DecoderModel& m = model_;
-  const int64_t rows = step.batch * std::max<int64_t>(step.count, m.fine_head ? 2 : 1);
-  if (m.fine_head) logits_.resize(2 * step.batch * m.head.N);
+  const int64_t fine = m.fine_head ? 2 * step.batch * (step.all ? step.count : 1) : 0;  // rows of the head's input
+  const int64_t rows = std::max(step.batch * step.count, fine);
+  logits_.resize(fine * m.head.N);
   if (rows > rows_) {
     x_.resize(rows * m.n_embd);
     qkv_.resize(rows * (m.n_head + 2 * m.n_kv_head) * m.head_dim);
@@ -249,14 +246,16 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
   for (int64_t layer = 0; layer <= last_layer; ++layer) {
     const DecoderBlock& block = m.blocks[layer];
     multiply(block.qkv, quantize(&Rows::x, normed(block.input_norm)), qkv_.data());
-    if (step.count == 1) {
-      share(rows * m.n_kv_head, [&](int64_t i) {
-        append(step, block, layer, i);
-        attend_last(step, thread, layer, i);
+    if (step.count == 1 || step.all) {
+      share(step.batch * m.n_kv_head, [&](int64_t i) {
+        for (int64_t row = i / m.n_kv_head * step.count, end = row + step.count; row < end; ++row) {
+          append(step, block, layer, row, i % m.n_kv_head);
+          attend(step, thread, layer, row, i % m.n_kv_head, row);
+        }
       });
       if (layer == last_layer && !step.logits) return;
     } else {
-      share(rows * m.n_kv_head, [&](int64_t i) { append(step, block, layer, i); });
+      share(rows * m.n_kv_head, [&](int64_t i) { append(step, block, layer, i / m.n_kv_head, i % m.n_kv_head); });
       barrier.wait();
       if (layer < last_layer) {
         const int64_t blocks = ceil_div(step.count, kQueries), tasks = step.batch * m.n_head * blocks;
@@ -264,7 +263,10 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
           attend_block(step, thread, layer, i / blocks / m.n_head, i / blocks % m.n_head, i % blocks * kQueries);
       } else {  // the last layer needs only the last token's output
         if (!step.logits) return;
-        share(step.batch * m.n_kv_head, [&](int64_t i) { attend_last(step, thread, layer, i); });
+        share(step.batch * m.n_kv_head, [&](int64_t i) {
+          const int64_t b = i / m.n_kv_head;
+          attend(step, thread, layer, (b + 1) * step.count - 1, i % m.n_kv_head, b);
+        });
         for (int64_t b = 0; index == 0 && b < step.batch; ++b)
           std::copy_n(x + ((b + 1) * step.count - 1) * m.n_embd, m.n_embd, x + b * m.n_embd);
         rows = step.batch;
@@ -294,17 +296,16 @@ void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index,
   rows *= 2;
   multiply(m.head, both.x, logits_.data());
   const int64_t N = m.head.N, first = N * index / threads, last = N * (index + 1) / threads;
-  for (int64_t b = 0; b < step.batch; ++b) {
-    const float *of_x = &logits_[2 * b * N], *of_rest = of_x + N;
-    for (int64_t n = first; n < last; ++n) step.logits[b * N + n] = of_x[n] + of_rest[n];
+  for (int64_t i = 0; i < rows / 2; ++i) {
+    const float *of_x = &logits_[2 * i * N], *of_rest = of_x + N;
+    for (int64_t n = first; n < last; ++n) step.logits[i * N + n] = of_x[n] + of_rest[n];
   }
 }
 
-// For one key/value head of a token, i = row * n_kv_head + head: applies QK-norm and RoPE to the key and its queries,
-// then adds the key and the value to the caches.
-void Decoder::append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t i) {
+// For one key/value head of a token: applies QK-norm and RoPE to the key and its queries, then adds the key and the
+// value to the caches.
+void Decoder::append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t row, int64_t kv_head) {
   const DecoderModel& m = model_;
-  const int64_t row = i / m.n_kv_head, kv_head = i % m.n_kv_head;
   const int64_t size = m.head_dim, group = m.n_head / m.n_kv_head, pos = step.pos + row % step.count;
   float* const qkv = &qkv_[row * (m.n_head + 2 * m.n_kv_head) * size];
   float* const key = qkv + (m.n_head + kv_head) * size;
@@ -319,17 +320,16 @@ void Decoder::append(const Step& step, const DecoderBlock& block, int64_t layer,
   write_cache(step.values, at, size, key + m.n_kv_head * size);
 }
 
-// Attention of the last token of sequence b in all heads that share a key/value head, i = b * n_kv_head + head.
-void Decoder::attend_last(const Step& step, Thread& thread, int64_t layer, int64_t i) {
+// Attention of one token in all heads that share a key/value head, into row `out` of attn_out_.
+void Decoder::attend(const Step& step, Thread& thread, int64_t layer, int64_t row, int64_t kv_head, int64_t out) {
   const DecoderModel& m = model_;
-  const int64_t b = i / m.n_kv_head, kv_head = i % m.n_kv_head;
-  const int64_t size = m.head_dim, group = m.n_head / m.n_kv_head, count = step.pos + step.count;
-  const int64_t at = cache_row(step, layer, b, kv_head), row = (b + 1) * step.count - 1;
+  const int64_t size = m.head_dim, group = m.n_head / m.n_kv_head, count = step.pos + row % step.count + 1;
+  const int64_t at = cache_row(step, layer, row / step.count, kv_head);
   const int64_t next = at + step.length;  // the next head's rows
   const Cache &keys = step.keys, &values = step.values;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     const float* q = &qkv_[(row * (m.n_head + 2 * m.n_kv_head) + h) * size];
-    float *scratch = thread.scratch.data(), *y = &attn_out_[(b * m.n_head + h) * size];
+    float *scratch = thread.scratch.data(), *y = &attn_out_[(out * m.n_head + h) * size];
     if (keys.int8)
       floats().attend_int8(q, keys.int8 + at * size, keys.scales + at, values.int8 + at * size, values.scales + at,
                            count, size, scratch, y, keys.int8 + next * size);

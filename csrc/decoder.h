@@ -54,12 +54,17 @@ struct Step {
   Cache keys, values;
   int64_t length;  // of the caches
   float* logits;   // (batch, vocab_size), or null to fill the caches only
+  bool all = false;  // logits after every token, (batch, count, vocab_size), with the bits of one token at a time; for at
+                     // most kMaxRows rows
 };
 
 class Decoder {
  public:
   explicit Decoder(DecoderModel model);
   ~Decoder();
+  // The most tokens that go through the model together (but at least one of each sequence). More tokens read the
+  // weights less often; fewer keep the activations between two products in the cache (docs/log.md, "Rows per pass").
+  static constexpr int64_t kMaxRows = 256;
   // Two threads must not call this at once.
   void forward(Step step, int threads);
 
@@ -72,8 +77,8 @@ class Decoder {
   void run_all(const Step& step, int threads);
   void prepare(const Step& step, int threads);
   void run(const Step& step, Thread& thread, Barrier& barrier, int index, int threads);
-  void append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t i);
-  void attend_last(const Step& step, Thread& thread, int64_t layer, int64_t i);
+  void append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t row, int64_t kv_head);
+  void attend(const Step& step, Thread& thread, int64_t layer, int64_t row, int64_t kv_head, int64_t out);
   void attend_block(const Step& step, Thread& thread, int64_t layer, int64_t b, int64_t head, int64_t first);
   int64_t cache_row(const Step& step, int64_t layer, int64_t b, int64_t kv_head) const;
 
@@ -83,7 +88,7 @@ class Decoder {
   std::vector<float> qkv_;       // (rows, n_head + 2 n_kv_head, head_dim)
   std::vector<float> attn_out_;  // (rows, n_head, head_dim)
   std::vector<float> hidden_;    // (rows, n_hidden)
-  std::vector<float> logits_;    // (2 batch, vocab_size): of a fine head
+  std::vector<float> logits_;    // (2 rows, vocab_size): of a fine head
   std::unique_ptr<Rows> quantized_;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::unique_ptr<Team> team_;

@@ -13,6 +13,7 @@
 
 #include "huge_pages.h"
 #include "ops.h"
+#include "writer.h"
 
 namespace owlet {
 
@@ -172,29 +173,42 @@ struct CpuBackend {
 class CpuDecoder : public CheckedModel<CpuBackend> {
  public:
   using CheckedModel::CheckedModel;
-  // tokens (B, T) int64; keys, values (n_layer, B, n_kv_head, length, head_dim), float, or int8 with
-  // scales (n_layer, B, n_kv_head, length) -> logits (B, 1, vocab_size) after each sequence's last token.
+  // keys, values (n_layer, B, n_kv_head, length, head_dim), float, or int8 with scales (n_layer, B, n_kv_head, length)
+  using Caches = std::tuple<Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>>;
+
+  // tokens (B, T) int64 -> logits (B, 1, vocab_size) after each sequence's last token.
   Tensor forward(const Tensor& tokens, int64_t pos, const Tensor& keys, const Tensor& values,
                  const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales) {
-    TORCH_CHECK(tokens.scalar_type() == at::kLong && tokens.is_cpu() && tokens.dim() == 2 && tokens.numel() > 0,
-                "tokens must be int64 (B, T) on the CPU, got ", tokens.scalar_type(), " ", tokens.sizes());
-    const Tensor tokens_ = tokens.contiguous();
-    const int64_t B = tokens.size(0), T = tokens.size(1), *token = tokens_.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < B * T; ++i)
-      TORCH_CHECK(0 <= token[i] && token[i] < vocab_size_, "token must be 0 to ", vocab_size_ - 1, ", got ", token[i]);
-    const int64_t length = keys.dim() == 5 ? keys.size(3) : 0, room = std::min(length, block_size_) - T;
+    const Tensor tokens_ = checked(tokens);
+    const int64_t B = tokens.size(0), T = tokens.size(1);
+    const Reader reader = this->reader(B, {keys, values, key_scales, value_scales});
+    const int64_t room = std::min(reader.length, block_size_) - T;
     TORCH_CHECK(0 <= pos && pos <= room, "pos must be 0 to ", room, ", got ", pos);
-    TORCH_CHECK(key_scales.has_value() == value_scales.has_value(),
-                "key_scales and value_scales must be given both or neither");
     const Tensor logits = at::empty({B, 1, vocab_size_}, tokens.options().dtype(at::kFloat));
-    const Step step{token, B, T, T, pos, cache("keys", keys, key_scales, B, length),
-                    cache("values", values, value_scales, B, length), length, logits.mutable_data_ptr<float>()};
     const std::lock_guard<std::mutex> lock(mutex_);
-    decoder_.forward(step, at::get_num_threads());
+    decoder_.forward({tokens_.const_data_ptr<int64_t>(), B, T, T, pos, reader.keys, reader.values, reader.length,
+                      logits.mutable_data_ptr<float>()}, at::get_num_threads());
     return logits;
   }
 
  private:
+  friend class CpuWriter;
+  Tensor checked(const Tensor& tokens) const {
+    TORCH_CHECK(tokens.scalar_type() == at::kLong && tokens.is_cpu() && tokens.dim() == 2 && tokens.numel() > 0,
+                "tokens must be int64 (B, T) on the CPU, got ", tokens.scalar_type(), " ", tokens.sizes());
+    const Tensor t = tokens.contiguous();
+    for (const int64_t token : at::IntArrayRef(t.const_data_ptr<int64_t>(), t.numel()))
+      TORCH_CHECK(0 <= token && token < vocab_size_, "token must be 0 to ", vocab_size_ - 1, ", got ", token);
+    return t;
+  }
+  Reader reader(int64_t B, const Caches& caches) {
+    const auto& [keys, values, key_scales, value_scales] = caches;
+    TORCH_CHECK(key_scales.has_value() == value_scales.has_value(),
+                "key_scales and value_scales must be given both or neither");
+    const int64_t length = keys.dim() == 5 ? keys.size(3) : 0;
+    return {&decoder_, cache("keys", keys, key_scales, B, length), cache("values", values, value_scales, B, length),
+            length};
+  }
   Cache cache(const char* name, const Tensor& t, const std::optional<Tensor>& scales, int64_t B, int64_t length) const {
     const int64_t layers = model_.blocks.size(), shape[] = {layers, B, model_.n_kv_head, length, model_.head_dim};
     expect(name, t, scales ? at::kChar : at::kFloat, shape);
@@ -204,6 +218,44 @@ class CpuDecoder : public CheckedModel<CpuBackend> {
   }
   std::mutex mutex_;  // Python's own lock is not held while the decoder works
   Decoder decoder_{model_};
+};
+
+class CpuWriter {
+ public:
+  using Model = std::pair<std::shared_ptr<CpuDecoder>, CpuDecoder::Caches>;
+  // prompts (B, T) int64; tokens is (B, T + new_tokens).
+  CpuWriter(const Tensor& prompts, int64_t new_tokens, const Model& model, const std::optional<Model>& draft,
+            double temperature, int64_t top_k, double top_p, double repetition_penalty, int64_t seed,
+            const std::vector<int64_t>& stops, int64_t most_guesses)
+      : tokens(at::constant_pad_nd(model.first->checked(prompts), {0, new_tokens})), end_(prompts.size(1)),
+        model_(model), draft_(draft), writer_(reader(model), draft ? std::optional(reader(*draft)) : std::nullopt,
+        {static_cast<float>(temperature), top_k, static_cast<float>(top_p), static_cast<float>(repetition_penalty),
+         static_cast<uint64_t>(seed)}, model.first->vocab_size_, stops, most_guesses, tokens.mutable_data_ptr<int64_t>(),
+        tokens.size(0), tokens.size(1)) {
+    TORCH_CHECK(!draft || (draft->first != model.first && draft->first->vocab_size_ == model.first->vocab_size_),
+                "the draft must be another decoder with as many tokens");
+  }
+  // How many tokens each text has then: at least one more, and no more after `seconds`.
+  int64_t write(double seconds) {
+    TORCH_CHECK(end_ < tokens.size(1), "all ", tokens.size(1), " tokens are written");
+    std::mutex alone;
+    const std::scoped_lock lock(model_.first->mutex_, draft_ ? draft_->first->mutex_ : alone);
+    return end_ = writer_.write(end_, tokens.size(1), seconds, at::get_num_threads());
+  }
+  const Writer& writer() const { return writer_; }
+  const Tensor tokens;
+
+ private:
+  Reader reader(const Model& model) const {
+    const Reader reader = model.first->reader(tokens.size(0), model.second);
+    TORCH_CHECK(reader.length <= model.first->block_size_, "the cache must hold at most ", model.first->block_size_,
+                " tokens, got ", reader.length);
+    return reader;
+  }
+  int64_t end_;
+  const Model model_;
+  const std::optional<Model> draft_;
+  Writer writer_;
 };
 
 }  // namespace
@@ -276,6 +328,18 @@ PYBIND11_MODULE(owlet_kernels, m) {
            py::arg("key_scales") = py::none(), py::arg("value_scales") = py::none(),
            py::call_guard<py::gil_scoped_release>(),
            "Logits (B, 1, vocab_size) after the last of tokens (B, T) int64; adds them to the caches.");
+  py::class_<CpuWriter>(m, "Writer", "Text from a Decoder, with guesses of a draft or of the text itself.")
+      .def(py::init<const Tensor&, int64_t, const CpuWriter::Model&, const std::optional<CpuWriter::Model>&, double,
+                    int64_t, double, double, int64_t, const std::vector<int64_t>&, int64_t>(),
+           py::kw_only(), py::arg("prompts"), py::arg("new_tokens"), py::arg("model"), py::arg("draft"),
+           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("repetition_penalty"), py::arg("seed"),
+           py::arg("stops"), py::arg("most_guesses"))
+      .def("write", &CpuWriter::write, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+           "Writes for some seconds, at least one token; returns how many tokens each text has.")
+      .def_readonly("tokens", &CpuWriter::tokens)
+      .def_property_readonly("ended", [](const CpuWriter& self) { return self.writer().ended(); })
+      .def_property_readonly("guessed", [](const CpuWriter& self) { return self.writer().guessed; })
+      .def_property_readonly("right", [](const CpuWriter& self) { return self.writer().right; }, "How many guesses were.");
 #ifdef OWLET_CUDA
   cuda::define(m);
 #endif

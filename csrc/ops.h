@@ -133,9 +133,9 @@ class CheckedModel {
 };
 
 template <typename Decoder>
-pybind11::class_<Decoder> define_decoder(pybind11::module_& m, const char* name, const char* what) {
+pybind11::class_<Decoder, std::shared_ptr<Decoder>> define_decoder(pybind11::module_& m, const char* name, const char* what) {
   using pybind11::arg;
-  return pybind11::class_<Decoder>(m, name, what)
+  return pybind11::class_<Decoder, std::shared_ptr<Decoder>>(m, name, what)
       .def(pybind11::init<int64_t, int64_t, int64_t, int64_t, int64_t, double, const at::Tensor&, const at::Tensor&,
                           const Matrix&, const std::vector<Block>&, const at::Tensor&, const Matrix&, bool>(),
            pybind11::kw_only(), arg("n_embd"), arg("n_head"), arg("n_kv_head"), arg("head_dim"), arg("n_hidden"),

@@ -483,7 +483,7 @@ def test_native_self_test(compiler, flags, runner, tmp_path):
         if not shutil.which(tool):
             pytest.skip(f"{tool} is not installed")
     command = [compiler, "-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pthread", *flags]
-    sources = [ROOT / "tests/selftest.cpp", ROOT / "csrc/decoder.cpp", *sorted((ROOT / "csrc/kernels").glob("*.cpp"))]
+    sources = [ROOT / "tests/selftest.cpp", *(ROOT / "csrc").glob("[dw]*.cpp"), *(ROOT / "csrc/kernels").glob("*.cpp")]
     subprocess.run([*command, *sources, "-o", tmp_path / "selftest"], check=True)
     result = subprocess.run([*runner, tmp_path / "selftest"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -58,7 +58,7 @@ class Owlet(Engine):
         self.model, self.size = int8.load_quantized(small, "owlet"), weights_size(small)
 
     def generate(self, ids: list[int], n: int, note: Callable[[int], bool]) -> None:
-        for token in generate(self.model, torch.tensor([ids]), n, temperature=0):
+        for token in generate(self.model, torch.tensor([ids]), n, temperature=0, most_guesses=0):
             note(int(token))
 
     def logits(self, ids: list[int]) -> np.ndarray:

@@ -1,0 +1,176 @@
+"""csrc/writer.cpp: the sampler against a slow one, and guesses, which must not change a text."""
+
+import copy
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model, save_model
+
+import int8
+import sample
+from checkpoint import copy_companions
+from generate import generate, sample_next
+from int8 import Int8GPT
+from model import GPT
+
+kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
+
+
+def noisy(model: GPT, std: float) -> Int8GPT:
+    """A draft: the model with noise on its weights, so that it guesses right now and then."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * std
+    return int8.quantize(model, "owlet")
+
+
+@pytest.fixture(scope="module", params=["plain", "in parts"])
+def pair(request) -> tuple[Int8GPT, Int8GPT]:
+    """A model, of which products are in parts or not, and a draft of half its context."""
+    model, parts = random_model(vocab_size=61, tie_embeddings=False, n_hidden=64), request.param == "in parts"
+    draft = noisy(model, 0.01)
+    draft.config.block_size = 16
+    state = int8.quantize_state(model, slices=4 if parts else 1)
+    return int8.build(model.config, state, "owlet", model.device, fine_head=parts), draft
+
+
+def text(model: Int8GPT, prompt: torch.Tensor, new: int, seed: int = 0, **settings: object) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack(list(generate(model, prompt, new, generator=generator, **settings)), dim=1)
+
+
+# ---------------------------------------------------------------- guesses
+
+@pytest.mark.parametrize("case", range(200))
+def test_guesses_do_not_change_the_text(pair, case):
+    model, draft = pair
+    rng, (isas, threads) = random.Random(case), (kernels.isas(), torch.get_num_threads())
+    settings = {
+        "seed": case, "temperature": rng.choice([0, 0.1, 0.8, 1.0, 1.5]), "top_k": rng.choice([None, 1, 5, 1000]),
+        "top_p": rng.choice([None, 0.3, 0.9]), "repetition_penalty": rng.choice([1.0, 0.7, 1.3]),
+        "eos": rng.choice([None, 7, [7, 8]])}
+    prompt = torch.randint(0, 61, (rng.choice([1, 1, 2, 5]), rng.choice([1, 5, 32])),
+                           generator=torch.Generator().manual_seed(case))
+    model.int8_cache = draft.int8_cache = rng.random() < 0.3
+    new = rng.choice([1, 20, 80])  # 80: past the context, which is 32
+    try:
+        plain = text(model, prompt, new, **settings, most_guesses=0)
+        assert model.writer.guessed == 0
+        torch.set_num_threads(rng.choice([1, 2, 3]))
+        kernels.use_isa(rng.choice(isas))
+        assert torch.equal(text(model, prompt, new, **settings), plain)
+        assert torch.equal(text(model, prompt, new, **settings, draft=draft), plain)
+    finally:
+        torch.set_num_threads(threads)
+        kernels.use_isa(isas[0])
+
+
+def test_guesses_come_true(pair):
+    model, draft = pair
+    text(model, torch.zeros(1, 1, dtype=torch.long), 400, temperature=0, draft=draft)
+    assert 0 < model.writer.right <= model.writer.guessed
+
+
+def test_the_same_weights_guess_right():
+    model = random_model()
+    large = int8.quantize(model, "owlet")
+    text(large, torch.zeros(1, 1, dtype=torch.long), 30, draft=noisy(model, 0.0), temperature=1.3)
+    assert large.writer.guessed == large.writer.right > 0
+
+
+def test_a_text_is_its_own_draft():
+    model = int8.quantize(random_model(), "owlet")
+    prompt = torch.tensor([[1, 2, 3, 4] * 5])
+    new = text(model, prompt, 300, temperature=0)  # a small model soon repeats itself
+    assert model.writer.right > 20
+    assert torch.equal(new, text(model, prompt, 300, temperature=0, most_guesses=0))
+
+
+def test_a_row_does_not_know_of_the_others(pair):
+    model, draft = pair
+    prompt = torch.randint(0, 61, (3, 9))
+    together = text(model, prompt, 40, temperature=0, draft=draft)
+    for row in range(3):
+        assert torch.equal(text(model, prompt[row:row + 1], 40, temperature=0), together[row:row + 1])
+
+
+def test_sample_takes_a_draft(data, script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, layers in (("large", 2), ("little", 1)):
+        int8.save_quantized(random_model(n_layer=layers), Path("out", name))
+        copy_companions(data, Path("out", name))
+    save_model(random_model(), Path("out/fp32"))
+    copy_companions(data, Path("out/fp32"))
+    words = ["--prompt", "Owl", "--max-new-tokens", 60, "--seed", 3]
+    texts = [script(sample.main, "--checkpoint", "out/large", *words, *more)
+             for more in ([], ["--draft", "out/little"], ["--draft", "auto"])]
+    assert len({(code, out) for code, out, _ in texts}) == 1 and texts[0][0] == 0
+    for folder, wrong, said in (("out/large", "out/large", "smaller than"), ("out/large", "nowhere", "nowhere"),
+                                ("out/large", "out/fp32", "--draft out/fp32: expected an int8 folder")):
+        code, _, err = script(sample.main, "--checkpoint", folder, "--draft", wrong, *words)
+        assert code == 2 and said in err and "Traceback" not in err
+    for folder, said in (("out/little", "found no int8 folder"), ("out/fp32", "are for int8 folders")):
+        code, _, err = script(sample.main, "--checkpoint", folder, "--draft", "auto", *words)
+        assert code == 0 and said in err
+
+
+# ---------------------------------------------------------------- the sampler
+
+def test_the_likeliest_is_drawn_at_temperature_0(pair):
+    model, _ = pair
+    prompt = torch.randint(0, 61, (1, 8))
+    with torch.inference_mode():
+        logits, _ = model(prompt, cache=model.new_cache(1, 8))
+    assert text(model, prompt, 1, temperature=0).item() == logits.argmax()
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"top_k": 9, "top_p": 0.5, "temperature": 1.4},
+    {"repetition_penalty": 1.5}, {"temperature": 1e-9}, {"top_p": 1e-6}, {"top_k": 1}],
+    ids=lambda settings: ", ".join(settings) or "plain")
+def test_tokens_are_drawn_as_often_as_is_right(settings):
+    model, rows = int8.quantize(random_model(vocab_size=31), "owlet"), 20_000
+    settings = {"temperature": 1.0, "top_k": None, "top_p": None, "repetition_penalty": 1.0} | settings
+    prompt = torch.tensor([[1, 2, 3, 2]])
+    drawn = text(model, prompt.expand(rows, -1), 1, **settings).flatten().bincount(minlength=31)
+    with torch.inference_mode():
+        logits = model(prompt, cache=model.new_cache(1, 4))[0][:, -1]
+    torch.manual_seed(0)
+    other = sample_next(logits.expand(10 * rows, -1), prompt.expand(10 * rows, -1), generator=None, **settings)
+    expected = other.bincount(minlength=31) / 10
+    assert not drawn[expected == 0].any()
+    kept = expected > 0
+    chi2 = ((drawn - expected)[kept] ** 2 / expected[kept]).sum() / 1.1  # expected is a count itself
+    free = max(1, int(kept.sum()) - 1)
+    assert chi2 < free + 5 * math.sqrt(2 * free) + 5
+
+
+def test_positions_and_seeds_draw_alike(pair):
+    """The random numbers of neighbouring positions, rows and seeds have nothing to do with each other."""
+    model = int8.quantize(random_model(std=1e-4), "owlet")  # all tokens are as likely
+    tokens = torch.stack([text(model, torch.zeros(8, 1, dtype=torch.long), 400, seed=seed) for seed in (0, 1)])
+    for a, b in ((tokens[0], tokens[1]), (tokens[:, 0], tokens[:, 1]), (tokens[..., :-1], tokens[..., 1:])):
+        assert abs((a == b).float().mean() - 1 / 256) < 5 * math.sqrt(1 / 256 / a.numel())
+    counts = tokens.flatten().bincount(minlength=256)
+    assert ((counts - 25) ** 2 / 25).sum() < 255 + 5 * math.sqrt(2 * 255)
+
+
+def test_misuse_is_refused(pair):
+    model, draft = pair
+    prompt = torch.zeros(1, 3, dtype=torch.long)
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0, "stops": [],
+                "most_guesses": 4}
+    with pytest.raises(RuntimeError, match="token must be 0 to 60"):
+        model.new_writer(prompt + 61, 4, None, settings)
+    with pytest.raises(RuntimeError, match="another decoder"):
+        model.new_writer(prompt, 4, model, settings)
+    with pytest.raises(RuntimeError, match="another decoder"):
+        model.new_writer(prompt, 4, int8.quantize(random_model(), "owlet"), settings)
+    writer = model.new_writer(prompt, 2, draft, settings)
+    assert writer.write(10.0) == 5
+    with pytest.raises(RuntimeError, match="all 5 tokens are written"):
+        writer.write(1.0)
