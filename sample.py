@@ -19,8 +19,9 @@ from cli import UserError, flag, given, note, parse, run
 import torch
 from tokenizers import Tokenizer
 
-from checkpoint import is_quantized, load_model, newest_model, read_tokenizer, token_ids
+from checkpoint import is_quantized, load_model, newest_model, read_tokenizer, token_ids, weights_size
 from fetch import model_folder
+from files import newest
 from generate import generate
 from int8 import Int8GPT, load_quantized
 from machine import CPUThreads, gpu_has_bf16, pick_device
@@ -42,6 +43,8 @@ class SampleConfig:
     device: str = flag("auto", "auto, cpu, cuda or mps.")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of fp32 folders; auto: bfloat16 on GPUs with it.")
     backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag("auto", "Int8 arithmetic; auto: the fastest.")
+    draft: str | None = flag(None, "Smaller int8 folder with the same tokenizer, which guesses tokens: the same text "
+                             "sooner. auto: the newest in out/. Default: guesses from the text itself.")
     int8_cache: bool = flag(False, "Keep keys and values in int8 too, for long contexts (int8 folders only).")
     threads: int | None = flag(None, "CPU threads; default: as many as cores are free.", 1, 4096)
 
@@ -64,6 +67,26 @@ def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch
         note("int8 models run on CPUs and CUDA; going on with the CPU")
         device = torch.device("cpu")
     return load_quantized(folder, backend, device, int8_cache)
+
+
+def load_draft(name: str, model: GPT, folder: Path, tokenizer: Tokenizer, int8_cache: bool) -> Int8GPT | None:
+    """The model that --draft names, for guesses; None, with a note, where `model` takes none."""
+    if not isinstance(model, Int8GPT) or model.device.type != "cpu" or model.decoder is None:
+        note("--draft: guesses are for int8 folders by owlet's kernels on a CPU; going on without")
+        return None
+
+    def fits(other: Path) -> bool:
+        return (is_quantized(other) and weights_size(other) < weights_size(folder)
+                and read_tokenizer(other).get_vocab() == tokenizer.get_vocab())
+
+    found = [other for other in newest(Path("out"), "config.json", "python train.py") if fits(other)] \
+        if name == "auto" else [Path(name)]
+    if not found:
+        note(f"--draft auto: found no int8 folder in out/ that is smaller than {folder} and has its tokenizer")
+        return None
+    if not fits(found[0]):
+        raise UserError(f"--draft {name}: expected an int8 folder that is smaller than {folder} and has its tokenizer")
+    return load_quantized(found[0], "owlet", int8_cache=int8_cache)
 
 
 LONGEST_PROMPT = 10**7  # bytes: more than any context holds
@@ -133,6 +156,7 @@ def main() -> None:
         if token >= model.config.vocab_size:
             raise UserError(f"--prompt: {tokenizer.id_to_token(token)!r} is token {token}; "
                             f"the model knows {model.config.vocab_size}")
+    draft = load_draft(config.draft, model, folder, tokenizer, config.int8_cache) if config.draft else None
     threads.adapt()
     seed = config.seed if config.seed is not None else torch.seed() % 2**32
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -140,7 +164,7 @@ def main() -> None:
     idx = torch.tensor([prompt] * config.num_samples, device=model.device).view(config.num_samples, -1)
     tokens = generate(model, idx, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
                       top_p=config.top_p, repetition_penalty=config.repetition_penalty,
-                      eos=model.config.eos, generator=generator)
+                      eos=model.config.eos, generator=generator, draft=draft)
     ends = model.config.ends
     detokenize, ended = Detokenizer(tokenizer, prompt), False
     print(text, end="", flush=True)
@@ -160,8 +184,10 @@ def main() -> None:
     pace = f"{(len(rows) - 1) * config.num_samples / rest:,.0f} tokens/s" if len(rows) > 1 else "-"
     how = f"int8 by {model.backend}{', int8 cache' * config.int8_cache}" if isinstance(model, Int8GPT) else (
         "bf16" if model.lm_head.weight.dtype == torch.bfloat16 else "fp32")
+    writer = getattr(model, "writer", None)
+    guesses = f", {writer.right} of {writer.guessed} guesses right" if writer and writer.guessed else ""
     print(f"[{folder}, {how}; prompt of {len(prompt)}: {len(prompt) * config.num_samples / first:,.0f} tokens/s; "
-          f"{len(rows) * config.num_samples} new: {pace}; seed {seed}]", file=sys.stderr)
+          f"{len(rows) * config.num_samples} new: {pace}{guesses}; seed {seed}]", file=sys.stderr)
 
 
 if __name__ == "__main__":
