@@ -95,7 +95,7 @@ def test_make_clean_removes_build_products_only():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["cuda", "ladder", "loss", "peers", "scaling", "train"])
+@pytest.mark.parametrize("name", ["cuda", "guesses", "ladder", "loss", "peers", "scaling", "sizes", "train"])
 def test_every_benchmark_explains_itself(name):
     command = [sys.executable, ROOT / f"tests/bench/bench_{name}.py", "--help"]
     assert "usage:" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -9,7 +9,7 @@ picture of it. report.py says how to choose sizes and threads.
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from report import GPT2_VOCAB, OUT, THREADS, picture, publish, random_model, sizes, summary, table, uncaptured
 
@@ -32,21 +32,23 @@ class Phase:
     batch: int
     prompt: int
     new: int  # tokens timed after the prompt; 0: the prompt is timed
+    guesses: bool = False  # owlet guesses, in a text of random tokens, so that hardly any is right
 
     def fit(self, config: GPTConfig) -> "Phase":
         prompt = min(self.prompt, config.block_size)
-        return Phase(self.batch, prompt, min(self.new, config.block_size - prompt))
+        return replace(self, prompt=prompt, new=min(self.new, config.block_size - prompt))
 
     def start(self, model: GPT) -> Iterator[Tensor]:
         """A generation of which only what is timed is left to do."""
         prompt = torch.randint(0, model.config.vocab_size, (self.batch, self.prompt))
-        stream = generate(model, prompt, self.new + 1, temperature=0)
+        stream = generate(model, prompt, self.new + 1, temperature=float(self.guesses), most_guesses=8 * self.guesses)
         if self.new:
             next(stream)  # the prompt and the first token
         return stream
 
 
-PHASES = {"prompt": Phase(1, 512, 0), "decode": Phase(1, 32, 200), "batch 16": Phase(16, 32, 16)}
+PHASES = {"prompt": Phase(1, 512, 0), "decode": Phase(1, 32, 200), "batch 16": Phase(16, 32, 16),
+          "decode, guessing in vain": Phase(1, 32, 200, guesses=True)}
 
 
 @pytest.fixture(scope="module", params=sizes("tiny,small,base,medium"))

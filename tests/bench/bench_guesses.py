@@ -1,0 +1,90 @@
+"""What guessed tokens bring (docs/int8.md, "Several tokens in one pass"): decoding with and without, on trained models.
+
+    python tests/bench/bench_guesses.py out/mybook-base-int8 --draft out/mybook-tiny-int8 --text mybook.txt
+
+Plain decoding, guesses from the text itself and guesses of the draft take turns, each on the same prompts, cut from the
+text, with the same seeds. They write the same tokens, which is checked. "in vain" is a text of random tokens, by a
+temperature of 100.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from report import ROOT, machine_name, publish, table, take_turns
+from cli import UserError, flag, parse, run
+
+import torch
+from torch import Tensor
+
+from checkpoint import newest_model, read_tokenizer, token_ids
+from generate import generate
+from int8 import Int8GPT, load_quantized
+
+
+def write(model: Int8GPT, prompt: Tensor, new: int, seed: int, **settings: object) -> tuple[float, Tensor, int, int]:
+    """Seconds after the first token, the tokens, and how many were guessed and how many of these were right."""
+    stream = generate(model, prompt, new, generator=torch.Generator().manual_seed(seed), **settings)
+    first = next(stream)
+    start = time.perf_counter()
+    tokens = torch.stack([first, *stream])
+    return time.perf_counter() - start, tokens, model.writer.guessed, model.writer.right
+
+
+@dataclass
+class GuessConfig:
+    model: Path | None = flag(None, "int8 folder; default: the newest in out/.", positional=True)
+    draft: Path | None = flag(None, "Smaller int8 folder with the same tokenizer.")
+    text: Path = flag(ROOT / "README.md", "UTF-8 text to take prompts from.")
+    prompts: int = flag(5, "How many, evenly spread.", 1)
+    length: int = flag(64, "Tokens of each.", 1)
+    new: int = flag(300, "Tokens to write.", 2)
+    temperatures: tuple[float, ...] = flag((0.0, 0.8, 100.0), "0: greedy; 100: in vain.", 0)
+    threads: tuple[int, ...] = flag((1, 2), "CPU threads.", 1, 4096)
+    out: Path = flag(Path("out/guesses"), "Folder for guesses.md and guesses.json.")
+
+
+def main() -> None:
+    config = parse(GuessConfig, "Decoding with guessed tokens beside decoding without.")
+    folder = config.model or newest_model(Path("out"))
+    model = load_quantized(folder, "owlet")
+    draft = load_quantized(config.draft, "owlet") if config.draft else None
+    ids = token_ids(read_tokenizer(folder), [config.text.read_text(encoding="utf-8")])[0]
+    if len(ids) < config.prompts * config.length:
+        raise UserError(f"--text: expected {config.prompts} x {config.length} tokens or more, got {len(ids)}")
+    starts = range(0, len(ids) - config.length + 1, len(ids) // config.prompts)[:config.prompts]
+    prompts = [torch.tensor([ids[start:start + config.length]]) for start in starts]
+    rows = []
+    for threads in config.threads:
+        torch.set_num_threads(threads)
+        for temperature in config.temperatures:
+            ways = {"none": {"most_guesses": 0}, "the text": {}, **({"draft": {"draft": draft}} if draft else {})}
+            calls: dict[tuple[str, int], Callable[[], tuple]] = {
+                (name, i): partial(write, model, prompt, config.new, i, temperature=temperature, **settings)
+                for i, prompt in enumerate(prompts) for name, settings in ways.items()}
+            found = {key: results[0] for key, results in take_turns(calls, 1, warmup=1, title=f"{threads}").items()}
+            for name in ways:
+                runs = [found[name, i] for i in range(len(prompts))]
+                if any(not torch.equal(run[1], found["none", i][1]) for i, run in enumerate(runs)):
+                    raise UserError(f"guesses by {name} changed the text at temperature {temperature:g}")
+                rows.append({
+                    "threads": threads, "temperature": temperature, "guesses": name,
+                    "speed": statistics.median((config.new - 1) / run[0] for run in runs),
+                    "ratio": statistics.median(found["none", i][0] / run[0] for i, run in enumerate(runs)),
+                    "guessed": sum(run[2] for run in runs), "right": sum(run[3] for run in runs)})
+    for row in rows:
+        row["share"] = f"{row['right'] / row['guessed']:.0%} of {row['guessed']:,}" if row["guessed"] else "-"
+    text = table(rows, {
+        "guesses by": "{guesses}", "temperature": "{temperature:g}", "threads": "{threads}", "tokens/s": "{speed:,.0f}",
+        "over none": "{ratio:.2f}x", "right": "{share}"})
+    machine = machine_name()
+    what = f"{folder.name}{f', draft {config.draft.name}' if config.draft else ''}; medians of {len(prompts)} texts"
+    publish(config.out / "guesses", f"{text}\n\n{what}, {config.new} tokens each; {machine}",
+            {"machine": machine, "rows": rows})
+
+
+if __name__ == "__main__":
+    run(main)
