@@ -61,32 +61,43 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float
 
     An int8 model's text is written by csrc/writer.cpp on a CPU, with random numbers of its own. The model checks up to
     most_guesses tokens in one pass: those of `draft`, a smaller int8 model with the same tokenizer, or what followed
-    earlier in the text. Guesses do not change the tokens.
+    earlier in the text. Guesses do not change the tokens. model.guesses says how many there were.
     Raises UserError, before any work, for a prompt or setting out of range.
     """
-    T, block = idx.size(1), model.config.block_size
+    T, block, vocab = idx.size(1), model.config.block_size, model.config.vocab_size
+    ends = [end for end in ([eos] if isinstance(eos, int) else eos or []) if 0 <= end < vocab]  # others never come
     for name, good, expected, got in (
             ("the prompt", 1 <= T <= block, f"1 to {block} tokens (the model's context)", T),
             ("temperature", 0 <= temperature < math.inf, "0 (greedy) or more", temperature),
             ("top-k", top_k is None or top_k >= 1, "1 or more", top_k),
             ("top-p", top_p is None or 0 < top_p <= 1, "more than 0, at most 1", top_p),
-            ("repetition-penalty", repetition_penalty > 0, "more than 0", repetition_penalty)):
+            ("repetition-penalty", repetition_penalty > 0, "more than 0", repetition_penalty),
+            ("draft", draft is None or (writes_in_cpp(draft) and draft.config.vocab_size == vocab),
+             f"an int8 model with {vocab} tokens and owlet's kernels on a CPU", type(draft).__name__)):
         if not good:
             raise UserError(f"{name}: expected {expected}, got {got}")
-    # fp32 cannot divide by less than 1e-38; both are as good as their limits long before these
-    draw = Draw(model.device, idx.size(0), eos, temperature=temperature and max(temperature, 1e-30), top_k=top_k,
-                top_p=top_p, repetition_penalty=min(max(repetition_penalty, 1e-15), 1e15), generator=generator)
-    if use_cache and model.device.type == "cpu" and getattr(model, "decoder", None) is not None:
-        return _write(model, idx, max_new_tokens, draw, draft, most_guesses)
-    return _decode(model, idx, max_new_tokens, draw, use_cache)
+    settings = {  # fp32 cannot divide by less than 1e-38; all are as good as their limits long before these
+        "temperature": temperature and min(max(temperature, 1e-30), 1e30), "top_k": top_k and min(top_k, vocab),
+        "top_p": top_p, "repetition_penalty": min(max(repetition_penalty, 1e-15), 1e15)}
+    if use_cache and writes_in_cpp(model):
+        seed = torch.randint(2**63 - 1, (), generator=generator).item()
+        return _write(model, idx, max_new_tokens, draft, seed=seed, stops=ends, most_guesses=most_guesses,
+                      **settings | {"top_k": settings["top_k"] or 0, "top_p": top_p or 1.0})
+    return _decode(model, idx, max_new_tokens, Draw(model.device, idx.size(0), ends, **settings, generator=generator),
+                   use_cache)
+
+
+def writes_in_cpp(model: GPT) -> bool:
+    """Whether this is an int8 model with a decoder (int8.py) on a CPU."""
+    return model.device.type == "cpu" and getattr(model, "decoder", None) is not None
 
 
 class Draw:
     """sample_next for B rows, of which those that have ended repeat the end-of-text token. done: (B,) bool."""
 
-    def __init__(self, device: torch.device, B: int, eos: int | list[int] | None, **settings: object) -> None:
+    def __init__(self, device: torch.device, B: int, ends: list[int], **settings: object) -> None:
         self.settings, self.sample = settings, partial(sample_next, **settings)
-        self.stops = None if eos is None else torch.tensor(eos, device=device).view(-1)
+        self.stops = torch.tensor(ends, device=device) if ends else None
         self.done = torch.zeros(B, dtype=torch.bool, device=device)
 
     def __call__(self, logits: Tensor, seen: Tensor) -> Tensor:
@@ -99,18 +110,15 @@ class Draw:
 
 
 @torch.inference_mode()
-def _write(model: GPT, idx: Tensor, max_new_tokens: int, draw: Draw, draft: GPT | None,
-           most_guesses: int) -> Iterator[Tensor]:
-    settings = draw.settings | {
-        "top_k": draw.settings["top_k"] or 0, "top_p": draw.settings["top_p"] or 1.0, "most_guesses": most_guesses,
-        "stops": [] if draw.stops is None else draw.stops.tolist(),
-        "seed": torch.randint(2**63 - 1, (), generator=draw.settings["generator"]).item()}
-    del settings["generator"]
+def _write(model: GPT, idx: Tensor, max_new_tokens: int, draft: GPT | None, **settings: object) -> Iterator[Tensor]:
     writer, start, seconds = model.new_writer(idx, max_new_tokens, draft, settings), idx.size(1), 0.0
-    while start < idx.size(1) + max_new_tokens and not writer.ended:
-        end, seconds = writer.write(seconds), 0.02  # the first token alone, then what a reader takes as one
-        yield from writer.tokens[:, start:end].unbind(dim=1)
-        start = end
+    try:
+        while start < writer.tokens.size(1) and not writer.ended:
+            end, seconds = writer.write(seconds), 0.02  # the first token alone, then what a reader takes as one
+            yield from writer.tokens[:, start:end].unbind(dim=1)
+            start = end
+    finally:
+        model.guesses = writer.guessed, writer.right
 
 
 @torch.inference_mode()

@@ -306,7 +306,8 @@ class Int8GPT(GPT):
     int8_cache: keep keys and values in int8 too. Halves the bytes read per token at long contexts.
     """
 
-    decoder, int8_cache, linears, writer = None, False, "", None
+    decoder, int8_cache, linears = None, False, ""
+    guesses = 0, 0  # of the last text: how many there were, and how many were right
 
     @property
     def backend(self) -> str:
@@ -346,14 +347,13 @@ class Int8GPT(GPT):
 
     def new_writer(self, prompts: Tensor, new_tokens: int, draft: "Int8GPT | None",
                    settings: dict) -> "owlet_kernels.Writer":
-        """csrc/writer.cpp for the prompts (B, T), on a CPU; self.writer is the last one, which has counts."""
+        """csrc/writer.cpp for the prompts (B, T), on a CPU."""
         def with_caches(model: Int8GPT) -> tuple:
             cache = model.new_cache(len(prompts), min(model.config.block_size, prompts.size(1) + new_tokens))
             return model.decoder, (cache.keys, cache.values, *(scales(cache) or (None, None)))
 
-        self.writer = owlet_kernels.Writer(prompts=prompts, new_tokens=new_tokens, model=with_caches(self),
-                                           draft=with_caches(draft) if draft is not None else None, **settings)
-        return self.writer
+        return owlet_kernels.Writer(prompts=prompts, new_tokens=new_tokens, model=with_caches(self),
+                                    draft=with_caches(draft) if draft is not None else None, **settings)
 
     def make_decoder(self) -> "owlet_kernels.Decoder | owlet_kernels.CudaDecoder":
         config, matrix = self.config, attrgetter("weight", "scale")

@@ -5,6 +5,7 @@
     echo "Once upon a time" | python sample.py --prompt -
 """
 
+import contextlib
 import io
 import itertools
 import re
@@ -19,7 +20,15 @@ from cli import UserError, flag, given, note, parse, run
 import torch
 from tokenizers import Tokenizer
 
-from checkpoint import is_quantized, load_model, newest_model, read_tokenizer, token_ids, weights_size
+from checkpoint import (
+    is_quantized,
+    load_model,
+    newest_model,
+    read_config,
+    read_tokenizer,
+    token_ids,
+    weights_size,
+)
 from fetch import model_folder
 from files import newest
 from generate import generate
@@ -77,16 +86,20 @@ def load_draft(name: str, model: GPT, folder: Path, tokenizer: Tokenizer, int8_c
 
     def fits(other: Path) -> bool:
         return (is_quantized(other) and weights_size(other) < weights_size(folder)
+                and read_config(other).get("vocab_size") == model.config.vocab_size
                 and read_tokenizer(other).get_vocab() == tokenizer.get_vocab())
 
-    found = [other for other in newest(Path("out"), "config.json", "python train.py") if fits(other)] \
-        if name == "auto" else [Path(name)]
-    if not found:
-        note(f"--draft auto: found no int8 folder in out/ that is smaller than {folder} and has its tokenizer")
-        return None
-    if not fits(found[0]):
-        raise UserError(f"--draft {name}: expected an int8 folder that is smaller than {folder} and has its tokenizer")
-    return load_quantized(found[0], "owlet", int8_cache=int8_cache)
+    if name != "auto":
+        if not fits(Path(name)):
+            raise UserError(f"--draft {name}: expected an int8 folder, smaller than {folder}, with its tokenizer")
+        return load_quantized(Path(name), "owlet", int8_cache=int8_cache)
+    with contextlib.suppress(UserError):  # no folder at all
+        for other in newest(Path("out"), "config.json", "python train.py"):
+            with contextlib.suppress(UserError):  # one that cannot be read
+                if fits(other):
+                    return load_quantized(other, "owlet", int8_cache=int8_cache)
+    note(f"--draft auto: found no int8 folder in out/ that is smaller than {folder}, with its tokenizer")
+    return None
 
 
 LONGEST_PROMPT = 10**7  # bytes: more than any context holds
@@ -184,8 +197,8 @@ def main() -> None:
     pace = f"{(len(rows) - 1) * config.num_samples / rest:,.0f} tokens/s" if len(rows) > 1 else "-"
     how = f"int8 by {model.backend}{', int8 cache' * config.int8_cache}" if isinstance(model, Int8GPT) else (
         "bf16" if model.lm_head.weight.dtype == torch.bfloat16 else "fp32")
-    writer = getattr(model, "writer", None)
-    guesses = f", {writer.right} of {writer.guessed} guesses right" if writer and writer.guessed else ""
+    guessed, right = getattr(model, "guesses", (0, 0))
+    guesses = f", {right} of {guessed} guesses right" if guessed else ""
     print(f"[{folder}, {how}; prompt of {len(prompt)}: {len(prompt) * config.num_samples / first:,.0f} tokens/s; "
           f"{len(rows) * config.num_samples} new: {pace}{guesses}; seed {seed}]", file=sys.stderr)
 

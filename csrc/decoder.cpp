@@ -134,7 +134,7 @@ void Decoder::prepare(const Step& step, int threads) {
   const DecoderModel& m = model_;
   const int64_t fine = m.fine_head ? 2 * step.batch * (step.all ? step.count : 1) : 0;  // rows of the head's input
   const int64_t rows = std::max(step.batch * step.count, fine);
-  logits_.resize(fine * m.head.N);
+  logits_.resize(std::max<size_t>(logits_.size(), fine * m.head.N));
   if (rows > rows_) {
     x_.resize(rows * m.n_embd);
     qkv_.resize(rows * (m.n_head + 2 * m.n_kv_head) * m.head_dim);
@@ -160,14 +160,15 @@ void Decoder::choose_variant(const Step& step, int threads) {
     const size_t count = std::getenv("OWLET_KERNEL") ? 1 : variant_names().size();
     seconds_.clear(), chosen_for_ = threads, chosen_of_ = variants, trials_ = count > 1 ? kTurns * count : 0;
   }
-  if (seconds_.size() == trials_) return run_all(step, threads);
-  const size_t count = trials_ / kTurns;
-  use_variant(variants[seconds_.size() % count].name);
+  const size_t count = trials_ / kTurns, done = seconds_.size();
+  if (count == 0) return run_all(step, threads);
+  use_variant(variants[done < trials_ ? done % count : fastest_].name);  // another model may use another one
+  if (done == trials_) return run_all(step, threads);
   const auto start = std::chrono::steady_clock::now();
   run_all(step, threads);
   seconds_.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  if (seconds_.size() == trials_)
-    use_variant(variants[(std::min_element(seconds_.begin(), seconds_.end()) - seconds_.begin()) % count].name);
+  fastest_ = (std::min_element(seconds_.begin(), seconds_.end()) - seconds_.begin()) % count;
+  if (done + 1 == trials_) use_variant(variants[fastest_].name);
 }
 
 void Decoder::run_all(const Step& step, int threads) {

@@ -95,6 +95,7 @@ class Decoder {
   // for choose_variant
   std::vector<double> seconds_;         // of the first tokens
   size_t trials_ = 0;                   // how many of them are to be timed
+  size_t fastest_ = 0;                  // of the variants
   int chosen_for_ = 0;                  // threads
   const Variant* chosen_of_ = nullptr;  // the kernel's
 };

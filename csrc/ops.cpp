@@ -197,9 +197,12 @@ class CpuDecoder : public CheckedModel<CpuBackend> {
     TORCH_CHECK(tokens.scalar_type() == at::kLong && tokens.is_cpu() && tokens.dim() == 2 && tokens.numel() > 0,
                 "tokens must be int64 (B, T) on the CPU, got ", tokens.scalar_type(), " ", tokens.sizes());
     const Tensor t = tokens.contiguous();
-    for (const int64_t token : at::IntArrayRef(t.const_data_ptr<int64_t>(), t.numel()))
-      TORCH_CHECK(0 <= token && token < vocab_size_, "token must be 0 to ", vocab_size_ - 1, ", got ", token);
+    check_tokens({t.const_data_ptr<int64_t>(), static_cast<size_t>(t.numel())});
     return t;
+  }
+  void check_tokens(at::IntArrayRef tokens) const {
+    for (const int64_t token : tokens)
+      TORCH_CHECK(0 <= token && token < vocab_size_, "token must be 0 to ", vocab_size_ - 1, ", got ", token);
   }
   Reader reader(int64_t B, const Caches& caches) {
     const auto& [keys, values, key_scales, value_scales] = caches;
@@ -227,25 +230,32 @@ class CpuWriter {
   CpuWriter(const Tensor& prompts, int64_t new_tokens, const Model& model, const std::optional<Model>& draft,
             double temperature, int64_t top_k, double top_p, double repetition_penalty, int64_t seed,
             const std::vector<int64_t>& stops, int64_t most_guesses)
-      : tokens(at::constant_pad_nd(model.first->checked(prompts), {0, new_tokens})), end_(prompts.size(1)),
-        model_(model), draft_(draft), writer_(reader(model), draft ? std::optional(reader(*draft)) : std::nullopt,
-        {static_cast<float>(temperature), top_k, static_cast<float>(top_p), static_cast<float>(repetition_penalty),
-         static_cast<uint64_t>(seed)}, model.first->vocab_size_, stops, most_guesses, tokens.mutable_data_ptr<int64_t>(),
-        tokens.size(0), tokens.size(1)) {
-    TORCH_CHECK(!draft || (draft->first != model.first && draft->first->vocab_size_ == model.first->vocab_size_),
-                "the draft must be another decoder with as many tokens");
-  }
+      : tokens(start(prompts, new_tokens, model, draft, stops)), end_(prompts.size(1)), model_(model), draft_(draft),
+        writer_(reader(model), draft ? std::optional(reader(*draft)) : std::nullopt,
+                {static_cast<float>(temperature), top_k, static_cast<float>(top_p),
+                 static_cast<float>(repetition_penalty), static_cast<uint64_t>(seed)},
+                model.first->vocab_size_, stops, most_guesses, tokens.mutable_data_ptr<int64_t>(), tokens.size(0),
+                tokens.size(1)) {}
   // How many tokens each text has then: at least one more, and no more after `seconds`.
   int64_t write(double seconds) {
-    TORCH_CHECK(end_ < tokens.size(1), "all ", tokens.size(1), " tokens are written");
     std::mutex alone;
     const std::scoped_lock lock(model_.first->mutex_, draft_ ? draft_->first->mutex_ : alone);
+    TORCH_CHECK(end_ < tokens.size(1), "all ", tokens.size(1), " tokens are written");
     return end_ = writer_.write(end_, tokens.size(1), seconds, at::get_num_threads());
   }
   const Writer& writer() const { return writer_; }
   const Tensor tokens;
 
  private:
+  static Tensor start(const Tensor& prompts, int64_t new_tokens, const Model& model, const std::optional<Model>& draft,
+                      const std::vector<int64_t>& stops) {
+    TORCH_CHECK(model.first && new_tokens >= 0, "a decoder is needed, and 0 or more new tokens");
+    TORCH_CHECK(!draft || (draft->first && draft->first != model.first &&
+                           draft->first->vocab_size_ == model.first->vocab_size_),
+                "the draft must be another decoder with as many tokens");
+    model.first->check_tokens(stops);
+    return at::constant_pad_nd(model.first->checked(prompts), {0, new_tokens});
+  }
   Reader reader(const Model& model) const {
     const Reader reader = model.first->reader(tokens.size(0), model.second);
     TORCH_CHECK(reader.length <= model.first->block_size_, "the cache must hold at most ", model.first->block_size_,

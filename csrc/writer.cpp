@@ -49,7 +49,8 @@ double expected(int source) { return source ? source * source / (source * source
 
 // The same settings in the same order as sample_next of generate.py. Of the tokens kept, that with the largest sum of
 // log probability and Gumbel number is drawn (Gumbel, 1954), which needs no normalised probabilities. The logarithms are
-// taken for the few whose random bits are large enough.
+// taken for the few whose random bits are large enough. They are the library's, in double precision: their last bit may
+// differ from one machine to another, but hardly ever decides.
 int64_t Sampler::draw(const float* logits, const int64_t* seen, int64_t count, uint64_t row, uint64_t pos) {
   static const auto bounds = gumbel_bounds();
   const int64_t V = x_.size();
@@ -91,15 +92,14 @@ float Sampler::least_kept() {
     sorted_.resize(k);
   }
   if (settings_.top_p >= 1) return sorted_.back();
-  const auto mass = [](float x) { return exp_approx(exp_range(x)); };
   double rest = 0;  // of what is to be kept
-  for (const float x : sorted_) rest += settings_.top_p * mass(x);
+  for (const float x : sorted_) rest += settings_.top_p * std::exp(double{x});
   std::make_heap(sorted_.begin(), sorted_.end());
   float least = 0;
   for (auto end = sorted_.end(); end != sorted_.begin() && rest > 0; --end) {
     std::pop_heap(sorted_.begin(), end);
     least = end[-1];
-    rest -= mass(least);
+    rest -= std::exp(double{least});
   }
   return least;
 }
@@ -111,6 +111,7 @@ Writer::Writer(Reader model, std::optional<Reader> draft, const Sampling& sampli
       stops_(std::move(stops)), tokens_(tokens), batch_(batch), stride_(stride),
       logits_(batch * (1 + most_guesses_) * vocab_size), done_(batch) {
   for (int source = 0; source <= kLongest; ++source) chance_[source] = expected(source);
+  if (draft_) readers_.push_back(&*draft_);
 }
 
 int64_t Writer::write(int64_t end, int64_t limit, double seconds, int threads) {
@@ -123,12 +124,13 @@ int64_t Writer::write(int64_t end, int64_t limit, double seconds, int threads) {
 
 // One pass of the model: adds the guesses that are right, and the token after them. Returns the new end.
 int64_t Writer::step(int64_t end, int64_t limit, int threads) {
-  for (Reader* reader : {&model_, draft_ ? &*draft_ : &model_})  // past the context, both go on with half of it
+  for (Reader* reader : readers_)  // past the context, each goes on with half of it
     if (end - reader->start > reader->length)
       reader->start = end - std::max<int64_t>(1, reader->length / 2), reader->known = 0;
   const int64_t room = std::min({limit - end - 1, model_.start + model_.length - end, most_guesses_});
-  const bool first = model_.start + model_.known < end - 1;  // of a window: nothing is known of the time of a pass
-  const auto [count, source] = first ? Guess{0, 0} : guess(end, room, threads);
+  const bool first = model_.known == 0 || model_.start + model_.known < end - 1;  // of a window, which takes long
+  const bool plain = first || ++passes_ % 64 == 0;  // now and then, so that its time stays known
+  const auto [count, source] = plain ? Guess{0, 0} : guess(end, room, threads);
 
   const double start = now();
   read(model_, end + count, count > 0, threads);
@@ -147,7 +149,7 @@ int64_t Writer::step(int64_t end, int64_t limit, int threads) {
   for (int64_t i = 0; i < std::min(matched + 1, count); ++i) average(chance_[source], i < matched, source == kDraft ? 0.02 : 0.1);
   guessed += count, right += matched;
   end += matched + 1;
-  for (Reader* reader : {&model_, draft_ ? &*draft_ : &model_})  // what was guessed wrong is forgotten
+  for (Reader* reader : readers_)  // what was guessed wrong is forgotten
     reader->known = std::min(reader->known, end - 1 - reader->start);
   return end;
 }
@@ -158,6 +160,7 @@ Writer::Guess Writer::guess(int64_t end, int64_t room, int threads) {
   for (int source = 0; source <= kLongest; ++source)  // what failed, or seemed slow, is tried again now and then
     average(chance_[source], expected(source), 1e-3);
   for (int64_t n = 1; n <= most_guesses_; ++n) pass_seconds_[n] *= 0.999;
+  draft_seconds_ *= 0.99;
 
   Guess best{0, 0};
   double most = 1.02 / pass_seconds_[0];  // less is not worth the risk
@@ -172,6 +175,7 @@ Writer::Guess Writer::guess(int64_t end, int64_t room, int threads) {
   std::vector<int64_t> from(batch_);
   int shortest = kLongest;
   for (int64_t b = 0, equal; b < batch_; ++b) {
+    if (done_[b]) continue;
     std::tie(from[b], equal) = earlier(text(b), end);
     shortest = std::min<int64_t>(shortest, equal);
   }
@@ -184,7 +188,8 @@ Writer::Guess Writer::guess(int64_t end, int64_t room, int threads) {
     const double start = now();
     if (source == kDraft) read(*draft_, i, false, threads);
     for (int64_t b = 0; b < batch_; ++b)
-      text(b)[i] = source == kDraft ? draw(b, &logits_[b * vocab_size_], i, true) : text(b)[from[b] + i - end];
+      text(b)[i] = source == kDraft || done_[b] ? draw(b, &logits_[b * vocab_size_], i, true)
+                                                : text(b)[from[b] + i - end];
     if (known) measure(draft_seconds_, start);
   }
   return best;

@@ -48,6 +48,7 @@ struct Reader {
 class Writer {
  public:
   // Continues tokens (batch, stride). A text ends with one of `stops`, and repeats the first of them.
+  Writer(const Writer&) = delete;
   Writer(Reader model, std::optional<Reader> draft, const Sampling& sampling, int64_t vocab_size,
          std::vector<int64_t> stops, int64_t most_guesses, int64_t* tokens, int64_t batch, int64_t stride);
   // Adds tokens at [end, limit), at least one and no more after `seconds`; returns the new end.
@@ -69,6 +70,7 @@ class Writer {
 
   Reader model_;
   std::optional<Reader> draft_;
+  std::vector<Reader*> readers_{&model_};  // and the draft's
   Sampler sampler_;
   const int64_t vocab_size_, most_guesses_;
   const std::vector<int64_t> stops_;
@@ -76,7 +78,7 @@ class Writer {
   const int64_t batch_, stride_;
   std::vector<float> logits_;  // (batch, 1 + most_guesses, vocab_size)
   std::vector<bool> done_;
-  int64_t done_count_ = 0;
+  int64_t done_count_ = 0, passes_ = 0;
   // measured as the text is written
   std::array<double, kMost + 1> pass_seconds_{};  // of the model's pass over [n] guesses
   double draft_seconds_ = 0;                      // of the draft's guess

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "../csrc/decoder.h"
+#include "../csrc/writer.h"
 
 namespace {
 
@@ -223,6 +224,16 @@ std::vector<float> decode(int threads) {
                      {values.data(), nullptr, nullptr}, kLength, logits.data()}, threads);
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }
+  std::vector<int64_t> texts[2];  // without guesses and with them, past the context
+  for (const bool guesses : {false, true}) {
+    constexpr int64_t kText = 64;
+    texts[guesses].assign(2 * kText, 1);
+    Writer writer({&decoder, {keys.data(), nullptr, nullptr}, {values.data(), nullptr, nullptr}, kLength}, std::nullopt,
+                  {0.3f, 5, 0.9f, 1.1f, 1}, kVocab, {}, guesses ? 8 : 0, texts[guesses].data(), 2, kText);
+    for (int64_t end = 2; end < kText;) end = writer.write(end, kText, 1.0, threads);
+  }
+  if (texts[0] != texts[1]) return {NAN};
+  logits.insert(logits.end(), texts[0].begin(), texts[0].end());
   return logits;
 }
 
@@ -274,7 +285,7 @@ int main() {
     const std::vector<float> expected = decode(1);
     bool good = std::isfinite(expected[0]) && expected[0] != expected[1];
     for (int threads : {2, 3, 5}) good &= decode(threads) == expected;
-    if (!good) std::printf("%s: other logits on other numbers of threads\n", names[i].c_str());
+    if (!good) std::printf("%s: other logits or texts on other numbers of threads, or with guesses\n", names[i].c_str());
     failures[i] += !good;
   }
   for (size_t i = 0; i < names.size(); ++i) {

@@ -31,7 +31,7 @@ def write(model: Int8GPT, prompt: Tensor, new: int, seed: int, **settings: objec
     first = next(stream)
     start = time.perf_counter()
     tokens = torch.stack([first, *stream])
-    return time.perf_counter() - start, tokens, model.writer.guessed, model.writer.right
+    return time.perf_counter() - start, tokens, *model.guesses
 
 
 @dataclass
