@@ -3,6 +3,7 @@
     python quantize.py                               the newest checkpoint under out/ -> out/NAME-int8
     python quantize.py --checkpoint out/mybook-small
     python quantize.py --gguf                        out/NAME.gguf as well, for llama.cpp and Ollama
+    python quantize.py --html                        out/NAME.html as well, which opens in any browser and writes
 """
 
 import itertools
@@ -156,6 +157,7 @@ class QuantizeConfig:
     checkpoint: Path | None = flag(None, "fp32 folder, or ORG/NAME of the Hugging Face hub; default: the newest.")
     out: Path | None = flag(None, "Folder to write; default: FOLDER-int8.")
     gguf: bool = flag(False, "Write a .gguf beside it: Q8_0, for llama.cpp and Ollama.")
+    html: bool = flag(False, "Write a .html beside it, which opens in any browser, offline, and writes.")
     compare: bool = flag(True, "Measure size, memory, loss and speed against fp32 and torch.ao.")
     data: Path | None = flag(None, "Prepared folder to measure the loss on; default: what the model was trained on.")
     eval_tokens: int = flag(100_000, "Validation tokens to measure the loss on, evenly spread.", 1, 10**9)
@@ -195,6 +197,10 @@ def main() -> None:
     data = validation_data(config.data, folder, model.config) if config.compare else None
     backend = pick_backend(config.backend, torch.device("cpu")) if config.compare else ""
     before = weights_size(folder)
+    if config.html:
+        from to_html import webassembly, write_html
+
+        webassembly()  # before the work: this needs a compiler that nothing else needs
     if config.gguf:
         from to_gguf import write_gguf  # imports a package that only this flag needs
 
@@ -211,6 +217,10 @@ def main() -> None:
     del model
     after = weights_size(out)
     print(f"{folder} -> {out}: {before / 1e6:.2f} -> {after / 1e6:.2f} MB ({after / before:.1%})\n{brought}")
+    if config.html:
+        path = beside(config.out or folder, ".html")
+        write_html(out, path)
+        print(f"{out} -> {path}: {path.stat().st_size / 1e6:.2f} MB")
     if config.compare:
         threads.adapt()
         result = compare(folder, out, data, backend, config.eval_tokens)

@@ -115,10 +115,10 @@ def recognise(folder: Path, bos: int | None) -> tuple[dict, str, bool]:
         model["ignore_merges"], plain(tokenizer["normalizer"]), plain(tokenizer["pre_tokenizer"])) == (
         words.ignore_merges, plain(words.normalizer()), plain(words.pre_tokenizer()))]
     if not found:
-        raise UserError(f"{folder}/tokenizer.json: --gguf expects a byte-level BPE that cuts texts as one of "
+        raise UserError(f"{folder}/tokenizer.json: expected a byte-level BPE that cuts texts as one of "
                         f"{', '.join(WORDS)}, got another tokenizer")
     if not (adds_bos or after.get("type", "ByteLevel") == "ByteLevel"):  # ByteLevel changes offsets, not tokens
-        raise UserError(f"{folder}/tokenizer.json: --gguf expects no post_processor, or one that puts bos before a "
+        raise UserError(f"{folder}/tokenizer.json: expected no post_processor, or one that puts bos before a "
                         "text, got another post_processor")
     return tokenizer, found[0], adds_bos
 

@@ -20,6 +20,17 @@
 namespace owlet {
 namespace {
 
+#ifdef __wasm__  // without threads: a team starts none, and its barrier waits for nobody
+struct Worker {
+  explicit Worker(auto&&) {}
+  void join() {}
+};
+void yield() {}
+#else
+using Worker = std::thread;
+using std::this_thread::yield;
+#endif
+
 const FloatMath& floats() { return *kernel().floats; }
 
 // Writes x (size) to row `row` of a cache.
@@ -58,7 +69,7 @@ class Decoder::Barrier {
       if (spins < kSpins)
         pause();
       else if (spins < kYields)
-        std::this_thread::yield();
+        yield();
       else
         phase_.wait(phase, std::memory_order_acquire);
     }
@@ -95,7 +106,7 @@ class Decoder::Team {
   ~Team() {
     work_ = nullptr;
     barrier.wait();
-    for (std::thread& worker : workers_) worker.join();
+    for (Worker& worker : workers_) worker.join();
   }
   void run(const std::function<void(int)>& work) {
     work_ = &work;
@@ -108,7 +119,7 @@ class Decoder::Team {
 
  private:
   const std::function<void(int)>* work_ = nullptr;
-  std::vector<std::thread> workers_;
+  std::vector<Worker> workers_;
 };
 
 // The quantized inputs of the products.

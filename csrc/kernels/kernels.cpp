@@ -7,6 +7,14 @@
 namespace owlet {
 namespace {
 
+[[noreturn]] void refuse(const std::string& what) {
+#ifdef __wasm__  // where there are no exceptions, and no environment that could name what is unknown
+  std::abort();
+#else
+  throw std::invalid_argument(what);
+#endif
+}
+
 // Best first.
 const Kernel* const kKernels[] = {
 #if defined(__x86_64__)
@@ -16,6 +24,8 @@ const Kernel* const kKernels[] = {
     &avx512_vnni, &avx_vnni, &avx2,
 #elif defined(__aarch64__)
     &neon,
+#elif defined(__wasm_simd128__)
+    &wasm,
 #endif
     &generic,
 };
@@ -27,8 +37,7 @@ const Kernel* find(const std::string& name) {
     if (name == k->name) return k;
     names += (names.empty() ? "" : ", ") + std::string(k->name);
   }
-  throw std::invalid_argument("instruction set '" + name +
-                              "' (OWLET_ISA) is unknown or not supported by this CPU, which has: " + names);
+  refuse("instruction set '" + name + "' (OWLET_ISA) is unknown or not supported by this CPU, which has: " + names);
 }
 
 const Kernel*& current() {
@@ -44,8 +53,7 @@ const Variant& find_variant(const std::string& name) {
     if (name == v->name) return *v;
   std::string names;
   for (const std::string& known : variant_names()) names += (names.empty() ? "" : ", ") + known;
-  throw std::invalid_argument("kernel '" + name + "' (OWLET_KERNEL) is unknown to " + kernel().name + ", which has: " +
-                              names);
+  refuse("kernel '" + name + "' (OWLET_KERNEL) is unknown to " + kernel().name + ", which has: " + names);
 }
 
 const Variant*& current_variant() {

@@ -76,6 +76,7 @@ inline int64_t attention_scratch(int64_t keys, int64_t size) { return kQueries *
 
 extern const FloatMath avx512_math, fma_math;  // x86-64
 extern const FloatMath neon_math;              // 64-bit Arm
+extern const FloatMath wasm_math;              // WebAssembly
 extern const FloatMath generic_math;
 
 // ---- instruction sets
@@ -99,6 +100,7 @@ struct Kernel {
 
 extern const Kernel amx, avx512_vnni, avx_vnni, avx2;  // x86-64
 extern const Kernel neon;                              // 64-bit Arm
+extern const Kernel wasm;                              // WebAssembly
 extern const Kernel generic;
 extern const Variant avx512_variants[];
 

@@ -52,6 +52,26 @@ OWLET_HOST_DEVICE inline TokenScale token_scale(int32_t amax_bits) {
   return {amax / 127.0f, amax >= 1e-30f ? 127.0f / amax : 0.0f};
 }
 
+// a * b + c, rounded once.
+#ifdef __wasm__
+// WebAssembly has no such instruction, and std::fma in software does not vectorise. A product of two floats is exact in
+// double. Its sum with c is rounded towards zero there, and its last bit set if that cut something off: so rounding to
+// float finds the sum on the right side of every tie (Boldo and Melquiond, 2008).
+inline float fma(float a, float b, float c) {
+  const double product = static_cast<double>(a) * b, sum = product + c, back = sum - product;
+  const double error = (product - (sum - back)) + (c - back);  // of the sum, which is exactly sum + error
+  int64_t bits, error_bits;
+  std::memcpy(&bits, &sum, 8), std::memcpy(&error_bits, &error, 8);
+  const int64_t inexact = std::fabs(error) > 0;  // false for a NaN, which inf leaves
+  bits = (bits + (((bits ^ error_bits) >> 63) & -inexact)) | inexact;
+  double odd;
+  std::memcpy(&odd, &bits, 8);
+  return static_cast<float>(odd);
+}
+#else
+using std::fma;
+#endif
+
 // Clamps x to the range of exp_approx. Call it in a loop of its own before exp_approx's: in one loop with it, GCC
 // computes exp_approx twice.
 OWLET_HOST_DEVICE inline float exp_range(float x) {
@@ -62,16 +82,16 @@ OWLET_HOST_DEVICE inline float exp_range(float x) {
 // e^x to 1 ulp, inf from 88.4 on: x = n ln 2 + r, with e^r from Cephes' polynomial and 2^n from its bits. x must come
 // from exp_range.
 OWLET_HOST_DEVICE inline float exp_approx(float x) {
-  const float shifted = std::fma(x, 1.44269504f, kRound);
+  const float shifted = fma(x, 1.44269504f, kRound);
   const float n = shifted - kRound;
-  const float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));
+  const float r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));
   float p = 1.9875691500e-4f;
-  p = std::fma(p, r, 1.3981999507e-3f);
-  p = std::fma(p, r, 8.3334519073e-3f);
-  p = std::fma(p, r, 4.1665795894e-2f);
-  p = std::fma(p, r, 1.6666665459e-1f);
-  p = std::fma(p, r, 5.0000001201e-1f);
-  p = std::fma(p, r * r, r) + 1.0f;
+  p = fma(p, r, 1.3981999507e-3f);
+  p = fma(p, r, 8.3334519073e-3f);
+  p = fma(p, r, 4.1665795894e-2f);
+  p = fma(p, r, 1.6666665459e-1f);
+  p = fma(p, r, 5.0000001201e-1f);
+  p = fma(p, r * r, r) + 1.0f;
   return p * float_of((bits_of(shifted) << 23) + 0x3f800000);
 }
 

@@ -1,0 +1,116 @@
+"""Writes a model as one HTML file that opens in any browser, offline, and writes text:  python quantize.py --html
+
+The file is page.html with the int8 weights, the tokenizer and csrc/ compiled to WebAssembly in it. The compiler is
+clang: of the package ziglang (requirements-html.txt), or the system's where it has the libraries of WASI.
+"""
+
+import base64
+import html
+import importlib.util
+import itertools
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+from cli import UserError, one_line
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from files import atomic_path, write_text
+from int8 import Int8GPT, ReferenceLinear, load_quantized
+from to_gguf import recognise
+
+ROOT = Path(__file__).resolve().parent
+PANEL_ROWS, LINE = 64, 64  # as in csrc/kernels/kernels.h
+FLAGS = ["-std=c++20", "-O3", "-msimd128", "-ffp-contract=off", "-fno-trapping-math", "-fno-exceptions"]
+
+
+def write_html(folder: Path, path: Path) -> None:
+    """Write the int8 model of a folder to `path`. Raises UserError if the page cannot express its tokenizer."""
+    model = load_quantized(folder, "reference")
+    about, weights, code = tokenizer(folder, model), model_file(model), webassembly().read_bytes()
+    template = (ROOT / "page.html").read_text(encoding="utf-8")
+    size = f"{4 / 3 * (len(weights) + len(code)) / 1e6:.1f} MB"
+    for name, value in {"name": html.escape(path.stem), "size": size, "wasm": base64.b64encode(code).decode(),
+                        "weights": base64.b64encode(weights).decode(),
+                        "about": json.dumps(about, ensure_ascii=False).replace("<", "\\u003c")}.items():
+        template = template.replace(f"{{{{{name}}}}}", value)
+    write_text(path, template)
+
+
+# ---------------------------------------------------------------- the decoder
+
+def webassembly() -> Path:
+    """csrc/ compiled to WebAssembly, which is kept in build/."""
+    out = ROOT / "build" / "owlet.wasm"
+    sources = [*(ROOT / "csrc").glob("[dpw]*.*"), *(ROOT / "csrc/kernels").iterdir()]
+    if not out.exists() or out.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        print("compiling the decoder to WebAssembly ...", flush=True)
+        with atomic_path(out) as temporary:
+            compile_wasm([source for source in sources if source.suffix == ".cpp"], temporary, "-mexec-model=reactor")
+    return out
+
+
+def compile_wasm(sources: list[Path], out: Path, *flags: str) -> None:
+    """Raises UserError, which says what to install, where there is no compiler or no library."""
+    if importlib.util.find_spec("ziglang"):
+        clang = [sys.executable, "-m", "ziglang", "c++", "-target", "wasm32-wasi"]
+    elif shutil.which("clang++"):
+        clang = ["clang++", "--target=wasm32-wasi"]
+    else:
+        raise UserError("--html: expected a clang for WebAssembly, found none; pip install -r requirements-html.txt")
+    made = subprocess.run([*clang, *FLAGS, *flags, *sources, "-s", "-o", out], capture_output=True, text=True)
+    if made.returncode:
+        raise UserError(f"--html: {clang[-1]} could not compile for WebAssembly ({one_line(made.stderr)}); "
+                        "pip install -r requirements-html.txt")
+
+
+# ---------------------------------------------------------------- the weights
+
+def model_file(model: Int8GPT) -> bytes:
+    """The arrays that csrc/page.cpp reads, in its order, each padded to whole lines."""
+    c, blocks, ends = model.config, model.model.layers, torch.tensor(model.config.ends)
+    header = struct.pack("<13if", c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_hidden, c.vocab_size, c.block_size,
+                         c.n_layer, c.qk_norm, model.slices, model.fine_head, c.tie_embeddings, len(ends), c.norm_eps)
+    arrays = [ends, model.cos, model.sin, *matrix(model.model.embed_tokens.matrix), model.model.norm.weight]
+    if not c.tie_embeddings:
+        arrays += matrix(model.lm_head.linear if model.fine_head else model.lm_head)
+    for block in blocks:
+        attention = block.self_attn
+        norms = [attention.q_norm.weight, attention.k_norm.weight] if c.qk_norm else []
+        arrays += [block.input_layernorm.weight, *matrix(block.qkv_proj), *norms, *matrix(block.o_proj),
+                   block.post_attention_layernorm.weight, *matrix(block.gate_up_proj)]
+        arrays += itertools.chain.from_iterable(map(matrix, block.down_proj.slices))
+    parts = [header, *(array.contiguous().numpy().tobytes() for array in arrays)]
+    padded = b"".join(part + bytes(-len(part) % LINE) for part in parts)
+    return padded + bytes(-len(padded) % (3 * LINE))  # in base64, three bytes are four characters
+
+
+def matrix(linear: ReferenceLinear) -> tuple[Tensor, Tensor]:
+    """Scales, and the weight (N, K) as pack_panels of csrc/ packs it: uint8 (ceil(N / 64), ceil(K / 4), 64, 4)."""
+    N, K = linear.weight.shape
+    weight = F.pad(linear.weight, (0, -K % 4, 0, -N % PANEL_ROWS)).view(torch.uint8) ^ 128  # w + 128
+    return linear.scale, weight.view(-1, PANEL_ROWS, weight.size(1) // 4, 4).transpose(1, 2)
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+def tokenizer(folder: Path, model: Int8GPT) -> dict:
+    """What the page's tokenizer is made of. Raises UserError where it would give other tokens."""
+    file, words, adds_bos = recognise(folder, model.config.bos)
+    vocab, added = file["model"]["vocab"], {token["content"]: token["id"] for token in file["added_tokens"]}
+    odd = [token["content"] for token in file["added_tokens"] if token["lstrip"] or token["rstrip"]
+           or token["single_word"] or (token["normalized"] and file["normalizer"])]
+    if odd:
+        raise UserError(f"{folder}/tokenizer.json: --html takes added tokens without conditions, got {odd[0]!r}")
+    if (most := max([*vocab.values(), *added.values()])) >= model.config.vocab_size:
+        raise UserError(f"{folder}/tokenizer.json: has tokens up to {most}, the model knows {model.config.vocab_size}")
+    return {"vocab": vocab, "merges": [" ".join(pair) for pair in file["model"]["merges"]], "added": added,
+            "special": [token["id"] for token in file["added_tokens"] if token["special"]], "words": words,
+            "nfc": file["normalizer"] is not None, "ignoreMerges": file["model"]["ignore_merges"],
+            "before": [model.config.bos] if adds_bos else []}
