@@ -142,7 +142,8 @@ def page(request, tmp_path_factory):
     model = random_model(std=0.2, block_size=64, **fields)
     parts = {"fine_head": True, "slices": 4} if "fine" in request.param else {}
     save_quantized(model, folder / "int8", **parts)
-    made = prepare.train_tokenizer([make_text(2000)], min(320, model.config.vocab_size - ("eos" in fields)), end="eos" in fields)
+    ends = "eos" in fields
+    made = prepare.train_tokenizer([make_text(2000)], min(320, model.config.vocab_size - ends), end=ends)
     made.save(str(folder / "int8" / "tokenizer.json"))
     write_html(folder / "int8", folder / "an owl's & a fox's.html")
     return folder / "an owl's & a fox's.html", folder / "int8"
@@ -203,12 +204,20 @@ def browse(page, tmp_path):
         yield browse
 
 
+def wait(tab, expression):
+    for _ in range(1000):  # playwright's own function needs eval, which the page forbids
+        if tab.evaluate(expression):
+            return
+        tab.wait_for_timeout(30)
+    raise AssertionError(f"{expression}: not within half a minute; {tab.text_content('#status')}")
+
+
 def written(tab):
     """What the page writes behind the prompt until it is stopped."""
     tab.click("#write:enabled")
-    tab.wait_for_function("document.querySelector('#text').lastChild.data.length > 20")
+    wait(tab, "document.querySelector('#text').lastChild.data.length > 20")
     tab.click("#write")
-    tab.wait_for_function("/^Stopped|^The text has ended/.test(document.querySelector('#status').textContent)")
+    wait(tab, "/^Stopped|^The text has ended/.test(document.querySelector('#status').textContent)")
     return tab.evaluate("document.querySelector('#text').lastChild.data")
 
 
@@ -248,22 +257,22 @@ def test_the_page_works_by_keyboard_on_a_phone(browse):
     assert [re.split(r"[:\n]", name)[0] for name in names] == [
         "The beginning of the text", "Temperature", "Top-p", "Seed", "Write"]
     tab.keyboard.press("Enter")
-    tab.wait_for_function("document.querySelector('#text').lastChild?.data.length > 500")
+    wait(tab, "document.querySelector('#text').lastChild?.data.length > 500")
     tab.keyboard.press("Escape")
-    tab.wait_for_function("document.querySelector('#status').textContent.startsWith('Stopped')")
+    wait(tab, "document.querySelector('#status').textContent.startsWith('Stopped')")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 320
     color = tab.evaluate("getComputedStyle(document.body).color")
     assert min(map(int, re.findall(r"\d+", color))) > 200  # light on dark
     tab.focus("#prompt")
     tab.keyboard.press("Control+Enter")
-    tab.wait_for_function("document.querySelector('#write').textContent === 'Stop'")
+    wait(tab, "document.querySelector('#write').textContent === 'Stop'")
 
 
 @needs_compiler
 @pytest.mark.parametrize("page", ["bytes"], indirect=True)
-@pytest.mark.parametrize("flag, said", [("--no-expose-wasm", "needs WebAssembly, which"),
+@pytest.mark.parametrize("flag, said", [("--jitless", "needs WebAssembly, which"),
                                         ("--no-enable-sse4-1", "needs WebAssembly with SIMD")])
 def test_a_browser_without_webassembly_is_told(browse, flag, said):
     tab = browse(f"--js-flags={flag}")
-    tab.wait_for_function("document.querySelector('#status').textContent !== 'Loading the model ...'")
+    wait(tab, "document.querySelector('#status').textContent !== 'Loading the model ...'")
     assert said in tab.text_content("#status") and tab.is_disabled("#write")
