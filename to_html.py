@@ -27,7 +27,8 @@ from to_gguf import recognise
 
 ROOT = Path(__file__).resolve().parent
 PANEL_ROWS, LINE = 64, 64  # as in csrc/kernels/kernels.h
-FLAGS = ["-std=c++20", "-O3", "-msimd128", "-ffp-contract=off", "-fno-trapping-math", "-fno-exceptions"]
+FLAGS = ["-std=c++20", "-O3", "-msimd128", "-ffp-contract=off", "-fno-trapping-math", "-fno-exceptions",
+         "-Wl,-z,stack-size=262144"]  # zig's own, 16 MB, would be the most of a small model's memory
 
 
 def write_html(folder: Path, path: Path) -> None:

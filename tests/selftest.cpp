@@ -222,7 +222,9 @@ std::vector<float> decode(int threads) {
   for (const auto& [pos, count] : {std::pair<int64_t, int64_t>{0, 7}, {7, 1}}) {
     decoder.forward({&tokens[0][pos], 2, count, kLength, pos, {keys.data(), nullptr, nullptr},
                      {values.data(), nullptr, nullptr}, kLength, logits.data()}, threads);
+#ifndef __wasm__  // which has one thread
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
+#endif
   }
   std::vector<int64_t> texts[2];  // without guesses and with them, past the context
   for (const bool guesses : {false, true}) {
@@ -284,7 +286,9 @@ int main() {
     use_kernel(names[i]);
     const std::vector<float> expected = decode(1);
     bool good = std::isfinite(expected[0]) && expected[0] != expected[1];
+#ifndef __wasm__
     for (int threads : {2, 3, 5}) good &= decode(threads) == expected;
+#endif
     if (!good) std::printf("%s: other logits or texts on other numbers of threads, or with guesses\n", names[i].c_str());
     failures[i] += !good;
   }

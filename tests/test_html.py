@@ -119,7 +119,7 @@ def test_the_pages_tokenizer_equals_hugging_faces(name, tmp_path):
 @needs_node
 @pytest.mark.long
 def test_the_kernels_are_exact_in_webassembly(tmp_path):
-    sources = [ROOT / "tests/selftest.cpp", ROOT / "csrc/decoder.cpp", *(ROOT / "csrc/kernels").glob("*.cpp")]
+    sources = [ROOT / "tests/selftest.cpp", *(ROOT / "csrc").glob("[dw]*.cpp"), *(ROOT / "csrc/kernels").glob("*.cpp")]
     compile_wasm(sources, tmp_path / "selftest.wasm")
     code = f"""
         const {{WASI}} = require("wasi"), wasi = new WASI({{version: "preview1", env: {{}}, returnOnExit: true}});

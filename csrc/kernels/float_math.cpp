@@ -10,8 +10,6 @@
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
-#elif defined(__wasm_simd128__)
-#include <wasm_simd128.h>
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns about its own headers
@@ -126,14 +124,12 @@ const FloatMath neon_math = lanes_neon::math;
 #elif defined(__wasm_simd128__)
 
 namespace lanes_wasm {
-#define TARGET
+#define TARGET __attribute__((always_inline))
 constexpr int kRows = 2, kVecs = 1;
-using Floats = float __attribute__((vector_size(16)));
 struct Lanes {
-  Floats part[4];
+  Wide part[4];
 };
-inline Floats splat4(float x) { return Floats(wasm_f32x4_splat(x)); }
-inline Lanes splat(float x) { return {splat4(x), splat4(x), splat4(x), splat4(x)}; }
+inline Lanes splat(float x) { return {wide(x), wide(x), wide(x), wide(x)}; }
 template <typename T>
 inline Lanes load(const T* x) {
   Lanes y;
@@ -141,22 +137,7 @@ inline Lanes load(const T* x) {
   return y;
 }
 inline void store(const Lanes& x, float* y) { std::memcpy(y, &x, sizeof x); }
-inline v128_t add_product(v128_t a, v128_t b, v128_t c) {  // of the lower two, in double
-  return wasm_f64x2_add(wasm_f64x2_mul(wasm_f64x2_promote_low_f32x4(a), wasm_f64x2_promote_low_f32x4(b)),
-                        wasm_f64x2_promote_low_f32x4(c));
-}
-inline v128_t upper(Floats x) { return wasm_i64x2_shuffle(v128_t(x), v128_t(x), 1, 1); }
-inline v128_t ties(v128_t x) {  // between two floats; numbers below 2^-126 have others, which no sum here depends on
-  return wasm_i64x2_eq(wasm_v128_and(x, wasm_i64x2_const_splat(0x1fffffff)), wasm_i64x2_const_splat(0x10000000));
-}
-// Two roundings, to double and to float, differ from one only where the first gives a tie.
-inline Floats fma(Floats a, Floats b, Floats c) {
-  const v128_t low = add_product(v128_t(a), v128_t(b), v128_t(c)), high = add_product(upper(a), upper(b), upper(c));
-  Floats y(wasm_i64x2_shuffle(wasm_f32x4_demote_f64x2_zero(low), wasm_f32x4_demote_f64x2_zero(high), 0, 2));
-  if (wasm_v128_any_true(wasm_v128_or(ties(low), ties(high)))) [[unlikely]]
-    for (int i = 0; i < 4; ++i) y[i] = owlet::fma(a[i], b[i], c[i]);
-  return y;
-}
+using owlet::fma;
 inline void sums_of(const Lanes* x, float* y) {
   float lanes[kLanes];
   for (int i = 0; i < 4; ++i) store(x[i], lanes), y[i] = owlet::sum_of(lanes);

@@ -150,7 +150,7 @@ TARGET void attend(const float* q, const T* keys, const float* key_scales, const
     for (int l = 0; l < kLanes; ++l) high[l] = scores[p + l] > high[l] ? scores[p + l] : high[l];
   for (int l = 0; l < kLanes; ++l) highest = high[l] > highest ? high[l] : highest;
   for (p = 0; p < padded; ++p) scores[p] = exp_range(scores[p] - highest);
-  for (p = 0; p < padded; ++p) scores[p] = exp_approx(scores[p]);
+  for (p = 0; p < padded; p += kWide) wide(scores + p) = exp_approx(wide(scores + p));
   Lanes sum = splat(0);
   for (p = 0; p < padded; p += kLanes) sum = sum + load(scores + p);
   const float inverse = 1.0f / sum_of(sum);
@@ -229,7 +229,7 @@ TARGET void attend_block(const float* q, int64_t q_stride, int64_t queries, int6
   for (int64_t p = 0; p < count; ++p) {
     float *row = scores + p * kQueries, x[kQueries];
     for (int l = 0; l < kQueries; ++l) x[l] = exp_range(row[l] - high[l]);
-    for (int l = 0; l < kQueries; ++l) sum[l] += row[l] = exp_approx(x[l]);
+    for (int l = 0; l < kQueries; l += kWide) wide(sum + l) += wide(row + l) = exp_approx(wide(x + l));
   }
   multiply(values, size, 1, size, scores, count, results);
   for (int64_t l = 0; l < queries; ++l) {

@@ -53,12 +53,12 @@ void epilogue(const int32_t* acc, int64_t tokens, const float* x_scale, const fl
       for (int n = 0; n < kPanelRows; ++n) v[n] += bias[n];
     if (activation == Activation::silu) {
       for (int n = 0; n < kPanelRows; ++n) minus[n] = exp_range(-v[n]);
-      for (int n = 0; n < kPanelRows; ++n) v[n] = silu(v[n], minus[n]);
+      for (int n = 0; n < kPanelRows; n += kWide) wide(v + n) = silu(wide(v + n), wide(minus + n));
     }
     if (activation == Activation::swiglu) {
       for (int i = 0; i < kPanelRows / 2; ++i) gate[i] = v[2 * i];
       for (int i = 0; i < kPanelRows / 2; ++i) minus[i] = exp_range(-gate[i]);
-      for (int i = 0; i < kPanelRows / 2; ++i) gate[i] = silu(gate[i], minus[i]);
+      for (int i = 0; i < kPanelRows / 2; i += kWide) wide(gate + i) = silu(wide(gate + i), wide(minus + i));
       for (int i = 0; i < kPanelRows / 2; ++i) gate[i] *= v[2 * i + 1];
       std::copy_n(gate, kPanelRows / 2, v);
     }
