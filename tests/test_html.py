@@ -121,11 +121,23 @@ def test_the_pages_tokenizer_equals_hugging_faces(name, tmp_path):
 def test_the_kernels_are_exact_in_webassembly(tmp_path):
     sources = [ROOT / "tests/selftest.cpp", *(ROOT / "csrc").glob("[dw]*.cpp"), *(ROOT / "csrc/kernels").glob("*.cpp")]
     compile_wasm(sources, tmp_path / "selftest.wasm")
-    code = f"""
-        const {{WASI}} = require("wasi"), wasi = new WASI({{version: "preview1", env: {{}}, returnOnExit: true}});
-        const module = new WebAssembly.Module(require("fs").readFileSync("{tmp_path}/selftest.wasm"));
-        process.exit(wasi.start(new WebAssembly.Instance(module, wasi.getImportObject())));"""
-    done = subprocess.run(["node", "--no-warnings", "-e", code], capture_output=True, text=True)
+    code = """
+        const fs = require("fs"), wasm = new WebAssembly.Module(fs.readFileSync(process.argv[1])), system = {};
+        for (const {name} of WebAssembly.Module.imports(wasm)) system[name] = () => 0;
+        system.fd_write = (file, parts, count, written) => {
+          const view = new DataView(made.exports.memory.buffer);
+          let all = 0;
+          for (let part = parts; part < parts + 8 * count; part += 8) {
+            const size = view.getUint32(part + 4, true);
+            all += fs.writeSync(1, new Uint8Array(view.buffer, view.getUint32(part, true), size));
+          }
+          view.setUint32(written, all, true);
+          return 0;
+        };
+        system.proc_exit = code => process.exit(code);
+        const made = new WebAssembly.Instance(wasm, {wasi_snapshot_preview1: system});
+        made.exports._start();"""
+    done = subprocess.run(["node", "-e", code, tmp_path / "selftest.wasm"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"wasm: \d+ cases, 0 failed", done.stdout)
 
