@@ -1,5 +1,6 @@
 // What a page of to_html.py calls, compiled to WebAssembly: one model, and the text that it writes.
 #ifdef __wasm__
+#include <algorithm>
 #include <cstdlib>
 #include <optional>
 #include <random>
