@@ -87,7 +87,7 @@ EXPORT(start) void start(float temperature, float top_p, uint32_t seed) {
 }
 
 // Adds tokens at `end`, at least one and no more after `seconds`; returns the new end.
-EXPORT(write) int32_t write_tokens(int32_t end, double seconds) { return writer->write(end, tokens.size(), seconds, 1); }
+EXPORT(write) int32_t write_text(int32_t end, double seconds) { return writer->write(end, tokens.size(), seconds, 1); }
 
 EXPORT(ended) bool ended() { return writer->ended(); }
 #endif

@@ -64,8 +64,9 @@ inline Wide wide(float x) { return (Wide)wasm_f32x4_splat(x); }
 inline WideBits bits_of(Wide x) { return (WideBits)x; }
 inline Wide float_of(WideBits x) { return (Wide)x; }
 
-// A product of two floats is exact in double. Its sum with c is rounded towards zero there, and the last bit set if that
-// cut something off, so that rounding to float finds the sum on the right side of each tie (Boldo and Melquiond, 2008).
+// A product of two floats is exact in double. Its sum with c is rounded towards zero there, and the last bit set if
+// that cut something off, so that rounding to float finds the sum on the right side of each tie (Boldo and Melquiond,
+// 2008).
 inline float fma(float a, float b, float c) {
   const double product = static_cast<double>(a) * b, sum = product + c, back = sum - product;
   const double error = (product - (sum - back)) + (c - back);  // of the sum, which is exactly sum + error
