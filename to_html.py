@@ -9,13 +9,14 @@ import html
 import importlib.util
 import itertools
 import json
+import re
 import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
-from cli import UserError, one_line
+from cli import UserError
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from files import atomic_path, write_text
 from int8 import Int8GPT, ReferenceLinear, load_quantized
+from model import GPT, GPTConfig
 from to_gguf import recognise
 
 ROOT = Path(__file__).resolve().parent
@@ -31,17 +33,27 @@ FLAGS = ["-std=c++20", "-O3", "-msimd128", "-ffp-contract=off", "-fno-trapping-m
          "-Wl,-z,stack-size=262144"]  # zig's own, 16 MB, would be the most of a small model's memory
 
 
+MOST = 400e6  # bytes of weights: a longer text than their base64 no browser takes
+
+
+def check_page(folder: Path, model: GPT) -> None:
+    """Raises UserError, before any work, where no page can be made of this model, or nothing compiles it."""
+    tokenizer(folder, model.config)
+    if model.num_params() > MOST:
+        raise UserError(f"--html: expected at most {MOST / 1e6:.0f}M parameters, which browsers can read, got "
+                        f"{model.num_params() / 1e6:.0f}M")
+    webassembly()
+
+
 def write_html(folder: Path, path: Path) -> None:
-    """Write the int8 model of a folder to `path`. Raises UserError if the page cannot express its tokenizer."""
+    """Write the int8 model of a folder to `path`."""
     model = load_quantized(folder, "reference")
-    about, weights, code = tokenizer(folder, model), model_file(model), webassembly().read_bytes()
+    about, weights, code = tokenizer(folder, model.config), model_file(model), webassembly().read_bytes()
+    values = {"name": html.escape(path.stem), "size": f"{4 / 3 * (len(weights) + len(code)) / 1e6:.1f} MB",
+              "about": json.dumps(about, ensure_ascii=False).replace("<", "\\u003c"),
+              "wasm": base64.b64encode(code).decode(), "weights": base64.b64encode(weights).decode()}
     template = (ROOT / "page.html").read_text(encoding="utf-8")
-    size = f"{4 / 3 * (len(weights) + len(code)) / 1e6:.1f} MB"
-    for name, value in {"name": html.escape(path.stem), "size": size, "wasm": base64.b64encode(code).decode(),
-                        "weights": base64.b64encode(weights).decode(),
-                        "about": json.dumps(about, ensure_ascii=False).replace("<", "\\u003c")}.items():
-        template = template.replace(f"{{{{{name}}}}}", value)
-    write_text(path, template)
+    write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template))
 
 
 # ---------------------------------------------------------------- the decoder
@@ -50,7 +62,7 @@ def webassembly() -> Path:
     """csrc/ compiled to WebAssembly, which is kept in build/."""
     out = ROOT / "build" / "owlet.wasm"
     sources = [*(ROOT / "csrc").glob("[dpw]*.*"), *(ROOT / "csrc/kernels").iterdir()]
-    if not out.exists() or out.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+    if not out.exists() or out.stat().st_mtime < max(path.stat().st_mtime for path in (*sources, Path(__file__))):
         print("compiling the decoder to WebAssembly ...", flush=True)
         with atomic_path(out) as temporary:
             compile_wasm([source for source in sources if source.suffix == ".cpp"], temporary, "-mexec-model=reactor")
@@ -62,13 +74,14 @@ def compile_wasm(sources: list[Path], out: Path, *flags: str) -> None:
     if importlib.util.find_spec("ziglang"):
         clang = [sys.executable, "-m", "ziglang", "c++", "-target", "wasm32-wasi"]
     elif shutil.which("clang++"):
-        clang = ["clang++", "--target=wasm32-wasi"]
+        clang = ["clang++", "--target=wasm32-wasi", "-Wl,--stack-first"]  # an overflow ends it, as zig's own does
     else:
         raise UserError("--html: expected a clang for WebAssembly, found none; pip install -r requirements-html.txt")
     made = subprocess.run([*clang, *FLAGS, *flags, *sources, "-s", "-o", out], capture_output=True, text=True)
     if made.returncode:
-        raise UserError(f"--html: {clang[-1]} could not compile for WebAssembly ({one_line(made.stderr)}); "
-                        "pip install -r requirements-html.txt")
+        errors = [line for line in made.stderr.splitlines() if "error" in line] or [f"exit code {made.returncode}"]
+        raise UserError(f"--html: {' '.join(map(str, clang))} could not compile for WebAssembly ({errors[0]}); "
+                        "requirements-html.txt names a compiler that can")
 
 
 # ---------------------------------------------------------------- the weights
@@ -101,17 +114,17 @@ def matrix(linear: ReferenceLinear) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------- the tokenizer
 
-def tokenizer(folder: Path, model: Int8GPT) -> dict:
+def tokenizer(folder: Path, config: GPTConfig) -> dict:
     """What the page's tokenizer is made of. Raises UserError where it would give other tokens."""
-    file, words, adds_bos = recognise(folder, model.config.bos)
+    file, words, adds_bos = recognise(folder, config.bos)
     vocab, added = file["model"]["vocab"], {token["content"]: token["id"] for token in file["added_tokens"]}
     odd = [token["content"] for token in file["added_tokens"] if token["lstrip"] or token["rstrip"]
            or token["single_word"] or (token["normalized"] and file["normalizer"])]
     if odd:
         raise UserError(f"{folder}/tokenizer.json: --html takes added tokens without conditions, got {odd[0]!r}")
-    if (most := max([*vocab.values(), *added.values()])) >= model.config.vocab_size:
-        raise UserError(f"{folder}/tokenizer.json: has tokens up to {most}, the model knows {model.config.vocab_size}")
+    if (most := max([*vocab.values(), *added.values()])) >= config.vocab_size:
+        raise UserError(f"{folder}/tokenizer.json: has tokens up to {most}, the model knows {config.vocab_size}")
     return {"vocab": vocab, "merges": [" ".join(pair) for pair in file["model"]["merges"]], "added": added,
             "special": [token["id"] for token in file["added_tokens"] if token["special"]], "words": words,
             "nfc": file["normalizer"] is not None, "ignoreMerges": file["model"]["ignore_merges"],
-            "before": [model.config.bos] if adds_bos else []}
+            "before": [config.bos] if adds_bos else []}

@@ -102,7 +102,7 @@ def test_the_pages_tokenizer_equals_hugging_faces(name, tmp_path):
     save_model(model, tmp_path)
     theirs.save(str(tmp_path / "tokenizer.json"))
     texts = ["".join(rng.choices(PIECES, k=rng.randrange(30))) for _ in range(10_000)] + ["a" * 10_000]
-    about = json.dumps(tokenizer(tmp_path, model))
+    about = json.dumps(tokenizer(tmp_path, model.config))
     ids, decoded = node(tmp_path, ROOT / "page.html", f"const tokenizer = new Tokenizer({about});" """
         const ids = given.map(text => tokenizer.encode(text));
         const bytes = of => Buffer.concat(of.map(id => tokenizer.bytes[id]));
@@ -157,8 +157,8 @@ def page(request, tmp_path_factory):
     ends = "eos" in fields
     made = prepare.train_tokenizer([make_text(2000)], min(320, model.config.vocab_size - ends), end=ends)
     made.save(str(folder / "int8" / "tokenizer.json"))
-    write_html(folder / "int8", folder / "an owl's & a fox's.html")
-    return folder / "an owl's & a fox's.html", folder / "int8"
+    write_html(folder / "int8", folder / "an owl's & {{size}} fox.html")
+    return folder / "an owl's & {{size}} fox.html", folder / "int8"
 
 
 @needs_compiler
@@ -189,7 +189,9 @@ def test_what_a_page_cannot_express_is_refused(script, folder, monkeypatch, tmp_
     for size, said in (257, "without conditions, got '<x>'"), (256, "tokens up to 256, the model knows 256"):
         made.save(str(folder / "tokenizer.json"))
         with pytest.raises(UserError, match=said):
-            tokenizer(folder, random_model(vocab_size=size))
+            tokenizer(folder, random_model(vocab_size=size).config)
+        refused(script(quantize.main, "--checkpoint", folder, "--html", "--no-compare"), "tokenizer.json")
+        assert not folder.with_name(f"{folder.name}-int8").exists()  # before any work
         made = prepare.train_tokenizer([], 256, end=True)
 
 
