@@ -63,11 +63,12 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
         yield new
         for file in new.iterdir():
             _fsync(file)
-        (path / marker).unlink(missing_ok=True)
-        _fsync(path)
-        for file in sorted(new.iterdir(), key=lambda file: file.name == marker):
-            file.replace(path / file.name)
-        _fsync(path)
+        with _one_at_a_time(path):  # the files of two processes that end at once do not mix
+            (path / marker).unlink(missing_ok=True)
+            _fsync(path)
+            for file in sorted(new.iterdir(), key=lambda file: file.name == marker):
+                file.replace(path / file.name)
+            _fsync(path)
     except OSError as error:
         raise UserError(f"{path}: could not be written: {one_line(error)}") from error
     finally:
@@ -75,6 +76,18 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
         if made:
             with contextlib.suppress(OSError):  # where it has been filled
                 path.rmdir()
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait while another process is in this context with the same folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove_stale(path: Path) -> None:

@@ -1,10 +1,12 @@
 """Files are whole or absent, whoever else writes them, and as private as the user wants them."""
 
+import fcntl
 import os
 import signal
 import stat
 import subprocess
 import sys
+import threading
 import warnings
 
 from cli import StopSignals, UserError
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 from checkpoint import read_safetensors, read_state, write_state, write_tensors
-from files import atomic_path, write_text
+from files import atomic_folder, atomic_path, write_text
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)], ids=oct)
@@ -101,3 +103,24 @@ def test_a_signal_during_a_print_is_only_noted(capfd):
         signals.say_once(said.append)
         signals.say_once(said.append)
     assert len(said) == 1 and said[0].startswith("SIGTERM: saving and stopping")
+
+
+def test_the_files_of_two_folders_do_not_mix(tmp_path):
+    """While one process moves its files into a folder, another waits with its own."""
+    def write(word: str) -> None:
+        with atomic_folder(tmp_path / "made", "b") as new:
+            for name in "abc":
+                (new / name).write_text(word)
+
+    def held() -> set[str]:
+        return {(tmp_path / "made" / name).read_text() for name in "abc"}
+
+    write("one")
+    other, handle = threading.Thread(target=write, args=("two",)), os.open(tmp_path / "made", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as if another process were moving its files
+    other.start()
+    other.join(0.5)
+    assert other.is_alive() and held() == {"one"}
+    os.close(handle)
+    other.join(60)
+    assert held() == {"two"}
