@@ -178,8 +178,9 @@ void Decoder::choose_variant(const Step& step, int threads) {
   const auto start = std::chrono::steady_clock::now();
   run_all(step, threads);
   seconds_.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  if (done + 1 < trials_) return;
   fastest_ = (std::min_element(seconds_.begin(), seconds_.end()) - seconds_.begin()) % count;
-  if (done + 1 == trials_) use_variant(variants[fastest_].name);
+  use_variant(variants[fastest_].name);
 }
 
 void Decoder::run_all(const Step& step, int threads) {

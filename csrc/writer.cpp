@@ -146,7 +146,8 @@ int64_t Writer::step(int64_t end, int64_t limit, int threads) {
       token = drawn;
     }
   }
-  for (int64_t i = 0; i < std::min(matched + 1, count); ++i) average(chance_[source], i < matched, source == kDraft ? 0.02 : 0.1);
+  for (int64_t i = 0; i < std::min(matched + 1, count); ++i)
+    average(chance_[source], i < matched, source == kDraft ? 0.02 : 0.1);
   guessed += count, right += matched;
   end += matched + 1;
   for (Reader* reader : readers_)  // what was guessed wrong is forgotten

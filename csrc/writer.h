@@ -47,8 +47,8 @@ struct Reader {
 
 class Writer {
  public:
+  Writer(const Writer&) = delete;  // readers_ points into it
   // Continues tokens (batch, stride). A text ends with one of `stops`, and repeats the first of them.
-  Writer(const Writer&) = delete;
   Writer(Reader model, std::optional<Reader> draft, const Sampling& sampling, int64_t vocab_size,
          std::vector<int64_t> stops, int64_t most_guesses, int64_t* tokens, int64_t batch, int64_t stride);
   // Adds tokens at [end, limit), at least one and no more after `seconds`; returns the new end.

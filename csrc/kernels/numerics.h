@@ -57,7 +57,7 @@ OWLET_HOST_DEVICE inline TokenScale token_scale(int32_t amax_bits) {
 
 #ifdef __wasm__
 // WebAssembly has no fused multiply-add, and compilers do not vectorise one in software, so here it is, in registers of
-// four. Both are exact: the text is the same in a browser.
+// four. Both round once, so that the text is the same in a browser.
 using Wide = float __attribute__((vector_size(16), aligned(4), may_alias));
 using WideBits = uint32_t __attribute__((vector_size(16)));
 inline Wide wide(float x) { return (Wide)wasm_f32x4_splat(x); }
