@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from distributed import is_sharded, local, shard_like, whole
+from distributed import gather, is_sharded, local, shard_like, whole
 from files import checked
 from machine import pick_dtype
 from model import GPT
@@ -114,11 +114,11 @@ class Muon(Optimizer):
         x = torch.stack([whole(p.grad) for p in params])
         if not dist.is_initialized():
             return orthogonalize(x, self.dtype), None
-        world, share = dist.get_world_size(), math.ceil(len(x) / dist.get_world_size())
+        share = math.ceil(len(x) / dist.get_world_size())
         mine = x[dist.get_rank() * share:][:share]
-        sent, steps = x.new_zeros(world, share, *x.shape[1:]), x.new_empty(world * share, *x.shape[1:])
-        sent[:, :len(mine)] = orthogonalize(mine, self.dtype)  # all to all: gloo's all_gather has half the speed
-        return steps, dist.all_to_all_single(steps, sent.flatten(0, 1), async_op=True)
+        steps = x.new_zeros(share, *x.shape[1:])
+        steps[:len(mine)] = orthogonalize(mine, self.dtype)
+        return gather(steps)
 
 
 def batches_of_a_shape(params: list[Tensor]) -> list[list[Tensor]]:

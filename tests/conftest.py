@@ -131,7 +131,8 @@ def _train(log: Path, rank: int, ranks: int, port: int, changes: str, words: lis
     sys.stdout.reconfigure(line_buffering=True)
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
-                       "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                       "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                       "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
     sys.argv = ["train.py", *words]
     exec(changes, {"rank": rank, "train": train, "die": lambda *_: os.kill(os.getpid(), signal.SIGKILL)})
     cli.run(train.main)

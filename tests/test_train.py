@@ -157,13 +157,19 @@ def test_accumulated_parts_make_the_same_step(run, tmp_path):
     assert losses(parts) == pytest.approx(losses(whole), abs=SAME)
 
 
-@pytest.mark.parametrize("flags", [[], ["--grad-accum", "2"], ["--parallel", "fsdp", "--grad-accum", "2"]],
-                         ids=["ddp", "accumulated", "fsdp"])
-def test_two_ranks_give_the_losses_of_one(run, data, tmp_path, flags):
+ONE_MESSAGE_IN_SHARED_MEMORY = "import distributed; distributed.SharedMemory.VALUES = 2100"
+
+
+@pytest.mark.parametrize(("flags", "changes"), [
+    ([], ""), (["--grad-accum", "2"], ""), (["--grad-accum", "2"], "import os; del os.environ['GROUP_WORLD_SIZE']"),
+    ([], ONE_MESSAGE_IN_SHARED_MEMORY), (["--parallel", "fsdp", "--grad-accum", "2"], "")],
+    ids=["ddp", "accumulated", "sockets", "both", "fsdp"])
+def test_two_ranks_give_the_losses_of_one(run, data, tmp_path, flags, changes):
     one = run(tmp_path / "one", "--max-steps", 20)
     two = tmp_path / "two"
     log = tmp_path / "log"
-    end_well(fork_train(log, "--data", data, "--out", two, *SMALL, "--max-steps", 20, *flags, ranks=2), log)
+    end_well(fork_train(log, "--data", data, "--out", two, *SMALL, "--max-steps", 20, *flags, ranks=2,
+                        changes=changes), log)
     assert losses(two) == pytest.approx(losses(one), abs=SAME)
     assert losses(two, "val_loss") == pytest.approx(losses(one, "val_loss"), abs=SAME)
     first, second = weights(one), weights(two)

@@ -35,8 +35,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import muon
 from dataloader import forward_loss
-from distributed import Ranks, parallelize
+from distributed import Ranks, average, gather, parallelize
 from model import GPT, SIZES, GPTConfig
 from muon import COEFFICIENTS, make_optimizers, orthogonalize, pick_dtypes, update
 
@@ -47,7 +48,6 @@ RATES = 0.02, 3e-3  # learning rates of Muon and AdamW: the time of a step does 
 GPUS = torch.cuda.device_count()
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # only Linux binds processes
 PLACES = GPUS or len(CORES)  # for ranks
-GATHER = "all_to_all_single"  # what muon.py sends with
 STUDENT = {1: 6365, 2: 3817, 4: 2754}  # GPUs -> seconds of the student project's training (README.md)
 
 Times = dict[tuple[int, str], list[float]]  # ranks, turn -> ms a step, one value a round
@@ -93,7 +93,7 @@ class Rank:
         self.matrices = [torch.randn(count, *shape, device=self.device)
                          for shape, count in matrix_shapes(self.model).items()]
         self.buckets = [torch.zeros(round(megabytes * 1e6) // 4, device=self.device) for megabytes in sent(size)[0]]
-        self.exchange: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+        self.steps: dict[torch.Size, Tensor] = {}  # of Muon, this rank's
 
     def turn(self, name: str, sequences: int, steps: int) -> float:
         """Milliseconds a step, over so many. One more is the warm-up, since a turn of another shape has new memory."""
@@ -114,23 +114,23 @@ class Rank:
 
     def silent(self, x: Tensor, y: Tensor) -> None:
         """A step with nothing sent. It takes as long as any other, although its model is wrong."""
-        def gather(out: Tensor, mine: Tensor, async_op: bool) -> None:
-            self.exchange[out.shape] = out, mine
-            out.copy_(mine)  # as if all ranks had the same
+        def gather(mine: Tensor) -> tuple[Tensor, None]:
+            self.steps[mine.shape] = mine
+            return mine.repeat(self.world, 1, 1), None  # as if all ranks had the same
 
-        with self.wrapped.no_sync(), mock.patch.object(dist, GATHER, gather):
+        with self.wrapped.no_sync(), mock.patch.object(muon, "gather", gather):
             self.step(x, y)
-        assert self.exchange, f"muon.py does not send with {GATHER}"
 
     def collectives(self, *_: Tensor) -> None:
         """What a step sends, with nothing computed meanwhile."""
-        for work in [dist.all_reduce(bucket, async_op=True) for bucket in self.buckets]:
-            work.wait()
-        for work in [getattr(dist, GATHER)(*both, async_op=True) for both in self.exchange.values()]:
-            work.wait()
+        for future in [average(bucket) for bucket in self.buckets]:
+            future.wait()
+        for work in [gather(steps)[1] for steps in self.steps.values()]:
+            if work is not None:
+                work.wait()
 
     def message(self, *_: Tensor) -> None:
-        dist.all_reduce(self.buckets[0][:1])
+        average(self.buckets[0][:1]).wait()
 
     def newton_schulz(self, *_: Tensor) -> None:
         for x in self.matrices:
@@ -143,7 +143,7 @@ def serve(size: str, rank: int, world: int, port: int, pipe: Connection) -> None
     if not GPUS:
         os.sched_setaffinity(0, [CORES[rank]])
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-                   "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                   "LOCAL_WORLD_SIZE": str(world), "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     member = Rank(size)
     while True:
         try:

@@ -1,0 +1,86 @@
+"""Messages between ranks: through shared memory, through sockets, and what a rank sees when another is no more."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from conftest import forks, free_port
+
+SIZES = [(1, 3), (2, 5, 7), (4,), (3, 64, 2), (101,)]
+
+
+def start(world: int, task, *args: object) -> list:
+    """Processes of `task(rank, ...)`, each a rank on one machine as torchrun would start it."""
+    port = free_port()
+    processes = [forks().Process(target=member, args=(task, rank, world, port, *args)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def member(task, rank: int, world: int, port: int, *args: object) -> None:
+    import distributed
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_WORLD_SIZE": "1",
+                   "TORCHELASTIC_RESTART_COUNT": "0"}
+    distributed.SharedMemory.VALUES = 400
+    task(distributed.Ranks("cpu", 1), distributed, *args)
+
+
+def values(rank: int, turn: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * turn + rank))
+
+
+def exchanges(ranks, distributed, slow: int) -> None:
+    shared = distributed.SharedMemory.ranks
+    assert shared is not None and len(shared.pids) == ranks.world
+    held = []  # of the last two calls
+    for turn in range(60):
+        if ranks.rank == slow and turn % 7 == 0:
+            time.sleep(0.01)
+        shape = (5, 101) if turn % 11 == 0 else SIZES[turn % len(SIZES)]
+        found, work = distributed.gather(values(ranks.rank, turn, shape))
+        assert (work is None) == (shape != (5, 101))  # which do not fit
+        if work is not None:
+            work.wait()
+        held = [*held[-1:], (found, torch.cat([values(rank, turn, shape) for rank in range(ranks.world)]))]
+        assert all(torch.equal(a, b) for a, b in held)
+        if turn % 3:
+            continue
+        held = []
+        mine = values(ranks.rank, turn, (turn * 13 + 1,))
+        before = mine.data_ptr()
+        mean = distributed.average(mine).wait()
+        assert mean.data_ptr() == before
+        assert torch.allclose(mean, sum(values(rank, turn, mine.shape) for rank in range(ranks.world)) / ranks.world,
+                              atol=1e-6)
+    every = ranks.all_values(mean.tolist())
+    assert all(one == every[0] for one in every)
+
+
+@pytest.mark.parametrize(("world", "slow"), [(2, 0), (2, 1), (3, 1)])
+def test_all_ranks_come_to_the_same_values(world, slow):
+    processes = start(world, exchanges, slow)
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+def dies(ranks, distributed) -> None:
+    distributed.gather(torch.ones(1, 4))
+    if ranks.rank == 1:
+        os._exit(3)
+    with pytest.raises(dist.DistBackendError, match="rank 1 has ended"):
+        distributed.gather(torch.ones(1, 4))
+    os._exit(7)  # without a goodbye to the group
+
+
+def test_a_rank_that_ends_is_missed():
+    processes = start(2, dies)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [7, 3]
