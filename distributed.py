@@ -80,7 +80,7 @@ class SharedMemory:
 
     def __init__(self, path: str, rank: int, pids: list[int]) -> None:
         self.rank, self.pids, self.turn, values = rank, pids, 0, 3 * len(pids) * self.VALUES
-        with open(path, "r+b") as file:
+        with Path(path).open("r+b") as file:
             file.truncate(4 * values + 8 * len(pids))
             memory = mmap.mmap(file.fileno(), 0)
         self.parts = torch.frombuffer(memory, dtype=torch.float32, count=values).chunk(3)

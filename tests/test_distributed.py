@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-
 from conftest import forks, free_port
 
 SIZES = [(1, 3), (2, 5, 7), (4,), (3, 64, 2), (101,)]

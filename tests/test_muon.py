@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonalize
+from muon import COEFFICIENTS, Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (2, 16, 48), (1, 1, 8), (1, 8, 1)])
@@ -21,6 +21,19 @@ def test_singular_values_become_about_one_and_vectors_stay(shape):
 def test_a_batch_is_its_matrices_one_by_one():
     x = torch.randn(5, 24, 8, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(orthogonalize(x), torch.cat([orthogonalize(one) for one in x.split(1)]), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 96), (2, 97, 33), (1, 1, 8), (2, 5, 2), (1, 3, 3)])
+@pytest.mark.parametrize("scale", [1.0, 1e12])
+def test_is_the_iteration_in_double_precision(shape, scale):
+    """Also where one singular value is above zero and all others are rounding."""
+    torch.manual_seed(0)
+    for x in (torch.randn(shape), torch.randn(shape)[..., :1] * torch.randn(shape)[..., :1, :]):
+        expected = x.double() / x.double().norm(dim=(-2, -1), keepdim=True)
+        for a, b, c in COEFFICIENTS:
+            gram = expected @ expected.mT
+            expected = a * expected + (b * gram + c * gram @ gram) @ expected
+        assert (orthogonalize(x * scale) - expected).abs().max() < 1e-4
 
 
 def test_zeros_stay_and_nan_spreads_no_further_than_its_matrix():

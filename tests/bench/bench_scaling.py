@@ -142,8 +142,9 @@ def serve(size: str, rank: int, world: int, port: int, pipe: Connection) -> None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     if not GPUS:
         os.sched_setaffinity(0, [CORES[rank]])
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-                   "LOCAL_WORLD_SIZE": str(world), "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
+                   "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0",  # as on one machine by torchrun
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     member = Rank(size)
     while True:
         try:
