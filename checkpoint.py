@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from cli import UserError, note, one_line
 
@@ -349,7 +349,7 @@ def previous_state(path: Path) -> Path:
 
 
 class TrainState(TypedDict):
-    """train_state.pt, all that a resume needs. Older ones hold the settings of the run too, as run.json does now."""
+    """train_state.pt: beside run.json, all that a resume needs."""
 
     step: Annotated[int, msgspec.Meta(ge=0)]
     best: float
@@ -357,8 +357,6 @@ class TrainState(TypedDict):
     model: dict[str, Tensor]
     optimizers: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=2, max_length=2)]
     sha256: str
-    config: NotRequired[dict[str, Any]]
-    data_sha256: NotRequired[str]
 
 
 def read_state(path: Path, mmap: bool = False) -> dict:
@@ -406,16 +404,7 @@ class RunFile(TypedDict):
     data_sha256: str
 
 
-def read_run(folder: Path, state: dict | None = None) -> tuple[dict, str]:
-    """run.json: train.py's flags as the run used them, in today's names, and the hash of its training tokens.
-
-    Older runs have them in their state, which is read if it is not given.
-    """
-    if (folder / "run.json").exists():
-        run = read_json(folder / "run.json", RunFile)
-        return run["settings"], run["data_sha256"]
-    state = state or read_last_state(folder)[0]
-    run = checked({"settings": state.get("config"), "data_sha256": state.get("data_sha256")}, RunFile,
-                  f"{folder}/run.json is missing, and train_state.pt")
-    settings = {"warmdown" if name == "decay_share" else name: value for name, value in run["settings"].items()}
-    return settings | ({"size": "base"} if settings.get("size") == "seed" else {}), run["data_sha256"]
+def read_run(folder: Path) -> tuple[dict, str]:
+    """run.json: train.py's flags as the run used them, and the hash of its training tokens."""
+    run = read_json(folder / "run.json", RunFile)
+    return run["settings"], run["data_sha256"]

@@ -63,11 +63,10 @@ def optional(what: object) -> Iterator[None]:
 
 # ---------------------------------------------------------------- flags
 
-def flag(default: Any, help: str, low: float | None = None, high: float = math.inf, positional: bool = False,
-         renamed: dict[str, str] | None = None) -> Any:
-    """A field of a dataclass of flags. Numbers must lie in low..high; `renamed` maps old values to their new names."""
-    return dataclasses.field(default=default, metadata={
-        "help": help, "low": low, "high": high, "positional": positional, "renamed": renamed or {}})
+def flag(default: Any, help: str, low: float | None = None, high: float = math.inf, positional: bool = False) -> Any:
+    """A field of a dataclass of flags. Numbers must lie in low..high."""
+    about = {"help": help, "low": low, "high": high, "positional": positional}
+    return dataclasses.field(default=default, metadata=about)
 
 
 def parse(config_class: type[Config], description: str, args: Sequence[str] | None = None,
@@ -127,7 +126,7 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, d
         options["metavar"] = kind.__name__.upper()
     if about["positional"]:
         name, options["nargs"], options["default"] = field.name, "?", None
-    parser.add_argument(name, type=_conversion(kind, about["low"], about["high"], about["renamed"]), **options)
+    parser.add_argument(name, type=_conversion(kind, about["low"], about["high"]), **options)
 
 
 def _path(word: str) -> Path:
@@ -136,14 +135,12 @@ def _path(word: str) -> Path:
     return Path(word).expanduser()  # a shell leaves the ~ of --out=~/x
 
 
-def _conversion(kind: type, low: float | None, high: float, renamed: dict[str, str]) -> Callable[[str], Any]:
+def _conversion(kind: type, low: float | None, high: float) -> Callable[[str], Any]:
     """The conversion of a flag's word; numbers must lie in low..high."""
     what = {int: "a whole number", float: "a number", Path: "a path in UTF-8", str: "text in UTF-8"}[kind]
     most = high if high < math.inf else 10**12 if kind is int else sys.float_info.max
 
     def convert(word: str) -> Any:
-        if word in renamed:
-            raise argparse.ArgumentTypeError(f"{word} is called {renamed[word]} now")
         try:
             word.encode()  # Python takes other bytes than UTF-8 from the command line and fails to print them
             value = (_path if kind is Path else kind)(word)

@@ -64,7 +64,7 @@ class TrainConfig:
     """The defaults are tiny's (docs/log.md, "Training recipe"); SIZE_DEFAULTS replaces some for other sizes."""
 
     size: Literal["tiny", "small", "base", "medium"] = flag(
-        "tiny", "Sets the defaults below: 0.9M, 11M, 26M or 85M parameters.", positional=True, renamed={"seed": "base"})
+        "tiny", "Sets the defaults below: 0.9M, 11M, 26M or 85M parameters.", positional=True)
     data: Path | None = flag(None, "Folder made by data/prepare.py, or a text, to make one of; default: the newest.")
     out: Path | None = flag(None, "Folder to write; default: a new out/DATA-SIZE, with --resume the newest.")
     resume: bool = flag(False, "Continue the run in --out; flags given here replace its own.")
@@ -155,7 +155,7 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
     state, damage = read_last_state(out)
     if damage:
         note(damage)
-    settings, state["data_sha256"] = read_run(out, state)
+    settings, state["data_sha256"] = read_run(out)
     settings = {name: value for name, value in settings.items() if name not in ("out", "resume")}
     try:
         saved = parse(TrainConfig, "", [str(settings.pop("size", "tiny")), *words(settings)])

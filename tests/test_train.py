@@ -22,7 +22,7 @@ from conftest import ROOT, assert_same, end_well, fork_train, make_text, refused
 
 import muon
 import train
-from checkpoint import load_model, read_run, read_safetensors, read_state, write_state
+from checkpoint import load_model, read_run, read_safetensors, read_state
 from dataloader import TokenData, evaluate
 from distributed import Ranks
 from machine import can_compile, pick_dtype
@@ -497,22 +497,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, s
     refused((code, "", err), "loss is nan")
     assert all(tensor.isfinite().all() for tensor in weights(out).values())
     assert all(tensor.isfinite().all() for tensor in load_model(out).state_dict().values())
-
-
-def test_a_run_of_an_older_version_goes_on(run, tmp_path):
-    """Whose settings stand in its state, under the names they had."""
-    whole, out = run(tmp_path / "whole", "--max-steps", 20), run(tmp_path / "older", "--max-steps", 10)
-    settings, data_sha256 = read_run(out)
-    state = {name: value for name, value in read_state(out / "train_state.pt").items() if name != "sha256"}
-    (out / "run.json").unlink()
-    settings["decay_share"] = settings.pop("warmdown")
-    write_state(out / "train_state.pt", state | {"config": settings, "data_sha256": data_sha256})
-    assert read_run(out)[0]["warmdown"] == settings["decay_share"]
-    run(out, "--resume", "--max-steps", 20)
-    assert (out / "run.json").exists() and read_state(out / "train_state.pt")["step"] == 20
-    assert losses(out, "val_loss").keys() == losses(whole, "val_loss").keys()
-    seed = {"config": settings | {"size": "seed"}, "data_sha256": data_sha256}
-    assert read_run(tmp_path, seed)[0]["size"] == "base"
 
 
 def test_a_short_text_is_not_read_too_often(script, text_file, tmp_path, monkeypatch):
