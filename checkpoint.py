@@ -52,7 +52,7 @@ def config_to_hf(config: GPTConfig) -> dict:
         "model_type": "qwen3" if config.qk_norm else "llama",
         **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
         "hidden_act": "silu", "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": False, "attention_dropout": config.dropout, "dtype": "float32", "torch_dtype": "float32",
+        "attention_bias": False, "attention_dropout": 0.0, "dtype": "float32", "torch_dtype": "float32",
     }
 
 

@@ -113,7 +113,7 @@ class SharedMemory:
                 os.sched_yield()
                 if time.monotonic() > patience:  # it saves or evaluates, or is no more
                     time.sleep(1e-3)
-                    if not Path(f"/proc/{pid}").exists():
+                    if not Path(f"/proc/{pid}/exe").exists():  # gone, or a zombie
                         raise dist.DistBackendError(f"rank {rank} has ended")
         return found
 

@@ -295,10 +295,13 @@ def build_model(config: TrainConfig, vocab_size: int, eos: int | None = None) ->
     return model
 
 
-def pick_dropout(config: TrainConfig, vocab_size: int, tokens: int) -> float:
-    """For a new model, by its parameters for each token of the text (docs/log.md, "Regularization")."""
-    with torch.device("meta"):
-        parameters = build_model(config, vocab_size).num_params()
+def pick_dropout(parameters: int, tokens: int, passes: float) -> float:
+    """For a new model, by its parameters for each token of the text; none below two passes through it.
+
+    docs/log.md, "Regularization".
+    """
+    if passes < 2:
+        return 0.0
     return 0.2 if parameters > 20 * tokens else 0.1 if parameters > 2 * tokens else 0.0
 
 
@@ -321,8 +324,6 @@ class Run:
         torch.manual_seed(config.seed)
         if state is None:
             meta = read_meta(config.data)
-            if config.dropout is None:
-                config.dropout = pick_dropout(config, meta["vocab_size"], meta["train"]["tokens"])
             self.model = build_model(config, meta["vocab_size"], meta.get("eos"))
         else:
             self.model = GPT(state["model_config"])
@@ -349,6 +350,14 @@ class Run:
 
         # log, checkpoints, signals
         self.peak = peak_flops(ranks.device, self.dtype) * ranks.world
+        self.epoch = self.data.tokens["train"] / config.step_tokens  # in steps
+        if config.dropout is None:
+            steps = config.max_steps
+            if config.max_minutes:  # about as many, at a usual share of the peak
+                steps = 60 * config.max_minutes * 0.3 * self.peak / self.model.flops_per_token() / config.step_tokens
+            config.dropout = ranks.all_values(
+                pick_dropout(self.model.num_params(), self.data.tokens["train"], steps / self.epoch))[0]
+            self.model.set_dropout(config.dropout)
         if ranks.is_main:
             at_exit.enter_context(lock(config.out, launch()))
             if state is None:
@@ -357,7 +366,6 @@ class Run:
         self.saver, self.saving = ThreadPoolExecutor(1), None
         title = f"{config.out.name}: {self.model.num_params() / 1e6:.1f}M parameters on {config.data.name}"
         self.tokenizer = read_tokenizer(config.data)
-        self.epoch = self.data.tokens["train"] / config.step_tokens  # in steps
         self.eval_tokens = min(config.eval_tokens, self.data.tokens["val"])
         # by default 8 evaluations (fine-tuning: 2), but no fewer than one in 250 steps, nor so many that they take more
         # than a fifth of the time

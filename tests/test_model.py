@@ -306,3 +306,20 @@ def test_model_compiles_to_one_graph(tiny):
     compiled = torch.compile(tiny, backend="eager", fullgraph=True)
     x, y = torch.randint(0, 256, (2, 2, 16))
     torch.testing.assert_close(compiled(x, y)[1], tiny(x, y)[1])
+
+
+def test_dropout_drops_channels_of_a_sequence_and_positions_of_a_head():
+    torch.manual_seed(0)
+    model = random_model(dropout=0.5, n_layer=1).train()
+    block, T = model.model.layers[0], 12
+    channels, heads = [], []
+    block.dropout.register_forward_hook(lambda _, __, out: channels.append(out.mT))
+    block.self_attn.o_proj.register_forward_hook(lambda _, inputs, __: heads.append(inputs[0]))
+    model(torch.randint(model.config.vocab_size, (3, T)))
+    dropped = (channels[0][:, T // 2:] == 0).float().mean(1)  # (B, C); earlier all that a position sees may be dropped
+    assert ((dropped == 0) | (dropped == 1)).all() and 0.2 < dropped.mean() < 0.8
+    first = heads[0][:, 0].unflatten(-1, (model.config.n_head, -1))  # it looks at itself alone: all or nothing
+    gone = (first == 0).float().mean(-1)
+    assert ((gone == 0) | (gone == 1)).all() and 0 < gone.mean() < 1
+    model.eval()
+    assert torch.equal(*(model(torch.ones(2, T, dtype=torch.long))[0] for _ in range(2)))

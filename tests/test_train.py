@@ -509,9 +509,23 @@ def test_a_short_text_is_not_read_too_often(script, text_file, tmp_path, monkeyp
     assert len(losses(Path("out/wood-small"), "val_loss")) == math.ceil(steps / math.ceil(steps / 8))
 
 
-@pytest.mark.parametrize(("tokens", "dropout"), [(10**6, 0.0), (10**5, 0.1), (10**4, 0.2)])
-def test_dropout_follows_from_the_length_of_the_text(tokens, dropout):
-    assert train.pick_dropout(train.defaults("tiny"), 256, tokens) == dropout
+@pytest.mark.parametrize(("tokens", "passes", "dropout"), [
+    (10**6, 8, 0.0), (10**5, 8, 0.1), (10**4, 8, 0.2), (10**4, 1.9, 0.0)])
+def test_dropout_follows_from_the_length_of_the_text_and_of_the_run(tokens, passes, dropout):
+    assert train.pick_dropout(900_000, tokens, passes) == dropout
+
+
+@pytest.mark.parametrize(("length", "peak", "dropout"), [
+    (["--max-steps", 4], 1e9, 0.0), (["--max-steps", 5], 1e9, 0.1), (["--max-minutes", 0.02], 1e8, 0.0),
+    (["--max-minutes", 0.02], 1e15, 0.1), (["--max-steps", 5, "--dropout", 0], 1e9, 0.0)])
+def test_a_run_has_the_dropout_of_its_length(run, tmp_path, monkeypatch, length, peak, dropout):
+    """The model has 5 parameters for each token of the text, of which a step reads 0.4 to 0.5."""
+    monkeypatch.setattr(train, "peak_flops", lambda *_: peak)
+    out = run(tmp_path / "run", "--n-layer", 4, "--n-embd", 64, "--batch-size", 128, "--block-size", 128, *length)
+    config = read_state(out / "train_state.pt")["model_config"]
+    tokens = TokenData(Path(read_run(out)[0]["data"]), 128).tokens["train"]
+    assert 2 * tokens < load_model(out).num_params() < 20 * tokens and 4 * 128 * 128 < 2 * tokens < 5 * 128 * 128
+    assert read_run(out)[0]["dropout"] == config["dropout"] == dropout
 
 
 def test_new_runs_get_new_folders(script, data, tmp_path, monkeypatch):
