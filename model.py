@@ -153,7 +153,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, n_kv_head, past + T, hd)
         if self.training and self.config.dropout:
-            # drops what a head has at a position, for all queries; single weights would cost SDPA its fast way
+            # drop what a head has at a position, for all queries; to drop single weights, SDPA would take a slow path
             v = F.dropout1d(v.flatten(0, 1), self.config.dropout).view_as(v)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
@@ -181,12 +181,17 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
-        # drops a channel at all positions of a sequence (Gal and Ghahramani, 2016): one random number instead of T
-        self.dropout = nn.Dropout1d(config.dropout)
+        self.config = config
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache).mT).mT  # dropout: (B, C, T)
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)).mT).mT
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
+        return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
+
+    def drop(self, y: Tensor) -> Tensor:
+        """Drop channels of y (B, T, C), each at all positions of a sequence (Gal and Ghahramani, 2016)."""
+        if not (self.training and self.config.dropout):
+            return y
+        return F.dropout1d(y.mT, self.config.dropout).mT
 
 
 class Embedding(nn.Embedding):
@@ -249,11 +254,6 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.cos.device
-
-    def set_dropout(self, share: float) -> None:
-        self.config.dropout = share
-        for block in self.model.layers:
-            block.dropout.p = share
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -110,7 +110,7 @@ class Muon(Optimizer):
                                 alpha=-lr * math.sqrt(max(1, rows / columns)))
 
     def shared_steps(self, params: list[Tensor]) -> tuple[Tensor, dist.Work | None]:
-        """Steps (n or more, rows, columns) for n matrices of a shape, valid once the work is done."""
+        """Steps (n or more, rows, columns) for n matrices of a shape, valid as what gather() returns."""
         x = torch.stack([whole(p.grad) for p in params])
         if not dist.is_initialized():
             return orthogonalize(x, self.dtype), None

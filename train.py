@@ -77,7 +77,7 @@ class TrainConfig:
     block_size: int = flag(128, "Context length in tokens.", 1)
     qk_norm: bool = flag(True, "RMSNorm on queries and keys: a Qwen3 model. Without: a Llama model.")
     tie_embeddings: bool | None = flag(None, "One matrix for embedding and head; default: with over 1,024 tokens.")
-    dropout: float | None = flag(None, "Share of each block's output that is dropped; default: by the text, 0 to 0.2.")
+    dropout: float | None = flag(None, "Share of each block's output to drop; default: 0 to 0.2, by text and run.")
 
     max_steps: int | None = flag(None, "Steps of the whole run; default: by the size and the length of the text.", 1)
     max_minutes: float | None = flag(None, "Minutes of the whole run, in place of --max-steps.", 0.01, 1e6)
@@ -119,7 +119,7 @@ EVAL_COST = 0.4  # of a training step's for as many tokens, until one has been t
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "qk_norm", "tie_embeddings")
 ARCHITECTURE = (*SHAPE, "block_size", "dropout")
 # What a resumed run cannot change; losses over other tokens could not be compared.
-FIXED = ("size", "init_from", "eval_tokens", *ARCHITECTURE)
+FIXED = ("size", "init_from", "eval_tokens", *SHAPE, "block_size")
 
 
 def defaults(size: str) -> TrainConfig:
@@ -327,7 +327,6 @@ class Run:
             self.model = build_model(config, meta["vocab_size"], meta.get("eos"))
         else:
             self.model = GPT(state["model_config"])
-            config.dropout = self.model.config.dropout
             self.model.load_state_dict(state["model"])
         self.data = TokenData(config.data, config.block_size, ranks.device, config.seed)
         self.data_sha256 = self.data.meta["train"]["sha256"]
@@ -347,8 +346,6 @@ class Run:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 load_optimizer(optimizer, saved)
             state.clear()  # it has been copied: free its memory
-
-        # log, checkpoints, signals
         self.peak = peak_flops(ranks.device, self.dtype) * ranks.world
         self.epoch = self.data.tokens["train"] / config.step_tokens  # in steps
         if config.dropout is None:
@@ -357,7 +354,9 @@ class Run:
                 steps = 60 * config.max_minutes * 0.3 * self.peak / self.model.flops_per_token() / config.step_tokens
             config.dropout = ranks.all_values(
                 pick_dropout(self.model.num_params(), self.data.tokens["train"], steps / self.epoch))[0]
-            self.model.set_dropout(config.dropout)
+        self.model.config.dropout = config.dropout
+
+        # log, checkpoints, signals
         if ranks.is_main:
             at_exit.enter_context(lock(config.out, launch()))
             if state is None:

@@ -1,6 +1,7 @@
 """Messages between ranks: through shared memory, through sockets, and what a rank sees when another is no more."""
 
 import os
+import platform
 import time
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 import torch.distributed as dist
 from conftest import forks, free_port
 
+from distributed import X86_LINUX
+
+pytestmark = pytest.mark.skipif((platform.system(), platform.machine()) != X86_LINUX, reason="no shared memory here")
 SIZES = [(1, 3), (2, 5, 7), (4,), (3, 64, 2), (101,)]
 
 
@@ -18,6 +22,14 @@ def start(world: int, task, *args: object) -> list:
     for process in processes:
         process.start()
     return processes
+
+
+def ended(processes: list) -> list[int]:
+    """Their exit codes."""
+    for process in processes:
+        process.join(100)
+        process.kill()
+    return [process.exitcode for process in processes]
 
 
 def member(task, rank: int, world: int, port: int, *args: object) -> None:
@@ -35,18 +47,18 @@ def values(rank: int, turn: int, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def exchanges(ranks, distributed, slow: int) -> None:
-    shared = distributed.SharedMemory.ranks
+    shared = distributed.SharedMemory.shared
     assert shared is not None and len(shared.pids) == ranks.world
     held = []  # of the last two calls
     for turn in range(60):
-        if ranks.rank == slow and turn % 7 == 0:
-            time.sleep(0.01)
         shape = (5, 101) if turn % 11 == 0 else SIZES[turn % len(SIZES)]
         found, work = distributed.gather(values(ranks.rank, turn, shape))
         assert (work is None) == (shape != (5, 101))  # which do not fit
         if work is not None:
             work.wait()
         held = [*held[-1:], (found, torch.cat([values(rank, turn, shape) for rank in range(ranks.world)]))]
+        if ranks.rank == slow and turn % 7 == 0:
+            time.sleep(0.01)  # the others write the next turn meanwhile
         assert all(torch.equal(a, b) for a, b in held)
         if turn % 3:
             continue
@@ -63,10 +75,7 @@ def exchanges(ranks, distributed, slow: int) -> None:
 
 @pytest.mark.parametrize(("world", "slow"), [(2, 0), (2, 1), (3, 1)])
 def test_all_ranks_come_to_the_same_values(world, slow):
-    processes = start(world, exchanges, slow)
-    for process in processes:
-        process.join(100)
-    assert [process.exitcode for process in processes] == [0] * world
+    assert ended(start(world, exchanges, slow)) == [0] * world
 
 
 def dies(ranks, distributed) -> None:
@@ -79,7 +88,23 @@ def dies(ranks, distributed) -> None:
 
 
 def test_a_rank_that_ends_is_missed():
-    processes = start(2, dies)
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [7, 3]
+    assert ended(start(2, dies)) == [7, 3]
+
+
+def cannot_map(ranks, distributed) -> None:
+    assert distributed.SharedMemory.shared is not None
+    real = distributed.SharedMemory.__init__
+
+    def fails(memory, *args) -> None:
+        if ranks.rank == 1:
+            raise OSError("no memory for rank 1")
+        real(memory, *args)
+
+    distributed.SharedMemory.__init__ = fails
+    distributed.SharedMemory.share(ranks)
+    assert distributed.SharedMemory.shared is None
+    assert distributed.average(torch.full((3,), float(ranks.rank))).wait().tolist() == [0.5] * 3
+
+
+def test_ranks_of_which_one_maps_no_memory_go_on_without():
+    assert ended(start(2, cannot_map)) == [0, 0]

@@ -455,7 +455,7 @@ def test_a_model_larger_than_memory_is_refused(script, folder, monkeypatch):
     (train.main, ["small", "--init-from", "out/wood"], ["size=small"]),
     (train.main, ["--init-from", "out/wood", "--weight-decay", 0.1], ["--weight-decay", "--muon-lr 0"]),
     *[(train.main, ["--resume", "--out", "out/wood", *flag], [flag[0].strip("-").replace("-", "_").removeprefix("no_")])
-      for flag in (["--n-layer", 8], ["--block-size", 512], ["--no-qk-norm"], ["--dropout", 0.5], ["--eval-tokens", 9],
+      for flag in (["--n-layer", 8], ["--block-size", 512], ["--no-qk-norm"], ["--eval-tokens", 9],
                    ["--init-from", "out/wood"], ["--n-kv-head", 1])],
     (train.main, ["small", "--resume", "--out", "out/wood"], ["size", "small"]),
     (train.main, ["--parallel", "fsdp"], ["--parallel", "torchrun"]),

@@ -8,6 +8,7 @@ from cli import UserError
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, random_model, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 
 from checkpoint import config_from_hf, config_to_hf, load_model
 from generate import StaticKVCache, generate, sample_next
-from model import GPT, GPTConfig, KVCache
+from model import GPT, Block, GPTConfig, KVCache
 
 VARIANTS = {
     "qwen3": {},
@@ -308,18 +309,19 @@ def test_model_compiles_to_one_graph(tiny):
     torch.testing.assert_close(compiled(x, y)[1], tiny(x, y)[1])
 
 
-def test_dropout_drops_channels_of_a_sequence_and_positions_of_a_head():
+def test_dropout_drops_channels_of_a_sequence_and_positions_of_a_head(monkeypatch):
+    model, T, real = random_model(dropout=0.5, n_layer=1, n_kv_head=2), 12, F.scaled_dot_product_attention
+    block, values, outputs = model.model.layers[0], [], []
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, k, v, **how: (values.append(v), real(q, k, v, **how))[1])
+    monkeypatch.setattr(block, "drop", lambda y: (outputs.append((y, Block.drop(block, y))), outputs[-1][1])[1])
+    tokens = torch.randint(model.config.vocab_size, (3, T))
+    model(tokens)
+    model.train()
     torch.manual_seed(0)
-    model = random_model(dropout=0.5, n_layer=1).train()
-    block, T = model.model.layers[0], 12
-    channels, heads = [], []
-    block.dropout.register_forward_hook(lambda _, __, out: channels.append(out.mT))
-    block.self_attn.o_proj.register_forward_hook(lambda _, inputs, __: heads.append(inputs[0]))
-    model(torch.randint(model.config.vocab_size, (3, T)))
-    dropped = (channels[0][:, T // 2:] == 0).float().mean(1)  # (B, C); earlier all that a position sees may be dropped
-    assert ((dropped == 0) | (dropped == 1)).all() and 0.2 < dropped.mean() < 0.8
-    first = heads[0][:, 0].unflatten(-1, (model.config.n_head, -1))  # it looks at itself alone: all or nothing
-    gone = (first == 0).float().mean(-1)
-    assert ((gone == 0) | (gone == 1)).all() and 0 < gone.mean() < 1
-    model.eval()
-    assert torch.equal(*(model(torch.ones(2, T, dtype=torch.long))[0] for _ in range(2)))
+    model(tokens)
+    (kept, dropped), (y, y_dropped) = values, outputs[2]  # v (B, nh, T, hd), y (B, T, C)
+    for x, left in ((kept, dropped), (y.mT, y_dropped.mT)):
+        gone = (left == 0).all(-1)
+        assert torch.equal(left, torch.where(gone[..., None], 0, 2 * x)) and 0.3 < gone.float().mean() < 0.7
+    assert all(torch.equal(a, b) for a, b in outputs[:2])  # none in evaluation

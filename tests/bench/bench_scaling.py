@@ -120,6 +120,7 @@ class Rank:
 
         with self.wrapped.no_sync(), mock.patch.object(muon, "gather", gather):
             self.step(x, y)
+        assert self.steps, "muon.py does not send by gather()"
 
     def collectives(self, *_: Tensor) -> None:
         """What a step sends, with nothing computed meanwhile."""
