@@ -225,8 +225,7 @@ def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
         if longest < config.block_size:
             note(f"--block-size {config.block_size}: going on with {longest}, the longest for this model and text")
             config.block_size = longest
-    passes = FINE_TUNING_PASSES if config.init_from else PASSES
-    steps = math.ceil(passes * read_meta(config.data)["train"]["tokens"] / config.step_tokens)
+    steps = most_steps(config, read_meta(config.data)["train"]["tokens"])
     config.max_steps = ranks.all_values(
         config.max_steps or (steps if config.init_from else min(steps, STEPS[config.size])))[0]
     config.out = ranks.all_values(config.out if state else new_folder(config))[0]
@@ -234,6 +233,11 @@ def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
         long = config.max_minutes >= 2 if config.max_minutes else config.max_steps >= 1000
         config.compile = "on" if long and can_compile(ranks.device) else "off"
     return True
+
+
+def most_steps(config: TrainConfig, tokens: int) -> int:
+    """Of a text of so many tokens, unless --max-steps says otherwise: the passes before it is learned by heart."""
+    return math.ceil((FINE_TUNING_PASSES if config.init_from else PASSES) * tokens / config.step_tokens)
 
 
 def parts_of(config: TrainConfig, ranks: Ranks) -> int:
@@ -468,7 +472,11 @@ class Run:
             if config.max_minutes:  # as many steps as the rest of the time holds
                 each = self.step_seconds + self.evaluation() / self.every
                 rest = 60 * config.max_minutes - elapsed / ranks.world - self.first * each - self.evaluation()
-                config.max_steps = self.bar.total = done + max(0, int(rest / each))
+                fit, most = done + max(0, int(rest / each)), most_steps(config, self.data.tokens["train"])
+                if fit > most:
+                    note(f"the run ends after {most:,} steps, {most / self.epoch:.0f} passes through the text, before "
+                         "its minutes do: more would be learned by heart; --max-steps makes more")
+                config.max_steps = self.bar.total = min(fit, max(done, most))
         if self.log:
             self.log.add(step=done, train_loss=self.train_loss, lr_scale=lr_scale(done - 1, config),
                          **{"tokens_per_second": self.pace} if self.pace else {})

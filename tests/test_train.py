@@ -442,6 +442,15 @@ def test_a_run_of_minutes_ends_with_them(script, data, tmp_path, clock, monkeypa
     assert read_state(out / "train_state.pt")["step"] == done + 20
 
 
+def test_a_run_of_minutes_reads_a_short_text_no_more_often_than_another(script, data, tmp_path, clock):
+    out, length = tmp_path / "run", ["--max-minutes", 60, "--batch-size", 64]
+    code, _, err = script(train.main, "--data", data, "--out", out, *SMALL, *length)
+    steps = math.ceil(8 * TokenData(data, 32).tokens["train"] / (64 * 32))
+    assert code == 0 and clock[0] < 1000 and f"ends after {steps} steps, 8 passes" in err, err
+    assert read_state(out / "train_state.pt")["step"] == steps == max(losses(out, "val_loss"))
+    assert min(losses(out, "lr_scale").values()) < 0.1
+
+
 def test_a_slower_machine_ends_a_run_of_minutes_in_time(script, data, tmp_path, clock, monkeypatch):
     def slower(*args: object) -> float:
         clock[1] = 2.0  # from the first evaluation on
