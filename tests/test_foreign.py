@@ -389,8 +389,8 @@ def test_settings_of_a_run_are_checked_as_flags_are(script, folder, change, word
 
 def test_a_run_without_settings_is_one_line(script, folder):
     (folder / "run.json").unlink()
-    refused(script(train.main, "--resume", "--out", folder, "--max-steps", 3), "run.json", "missing")
-    refused(script(quantize.main, "--checkpoint", folder), "run.json", "missing")
+    refused(script(train.main, "--resume", "--out", folder, "--max-steps", 3), "run.json", "no such file")
+    refused(script(quantize.main, "--checkpoint", folder), "run.json", "no such file")
 
 
 @pytest.mark.parametrize("stats", [
