@@ -237,21 +237,24 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-def _by_ctrl_c(error: BaseException | None) -> bool:
-    """A KeyboardInterrupt, or what a library or Python itself (3.11, within __set_name__) has made of one."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
+class _CtrlC:
+    """The handler of Ctrl-C, which remembers it: a library may make any error of its KeyboardInterrupt."""
+
+    heard = False
+
+    def __call__(self, *_: object) -> NoReturn:
+        self.heard = True
+        raise KeyboardInterrupt
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: a UserError is one line and exit code 2, Ctrl-C is 130 without a traceback."""
-    name, threading.excepthook = Path(sys.argv[0]).name, _thread_failed
+    name, threading.excepthook, ctrl_c = Path(sys.argv[0]).name, _thread_failed, _CtrlC()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the terminal's encoding may lack letters that a book has
     try:
-        importing = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is _interrupted else []
-        with handling(signal.default_int_handler, importing), handling(_stop, ends()):
+        ours = signal.getsignal(signal.SIGINT) in (_interrupted, signal.default_int_handler)  # not profile_run.py's
+        with handling(ctrl_c, [signal.SIGINT] if ours else []), handling(_stop, ends()):
             main()
             sys.stdout.flush()
         return
@@ -263,7 +266,7 @@ def run(main: Callable[[], None]) -> None:
     except OSError as os_error:  # not a bug but the machine's answer: a full disk, a missing permission
         error = _os_error(os_error)
     except (Exception, KeyboardInterrupt) as other:
-        if _by_ctrl_c(other):
+        if ctrl_c.heard or isinstance(other, KeyboardInterrupt):
             print(f"\n{name}: interrupted", file=sys.stderr)
             sys.exit(130)
         # torch has no class of its own for a lack of memory on a CPU

@@ -1,5 +1,6 @@
 """What the user types, right and wrong: a mistake costs one line and exit code 2, and no file."""
 
+import contextlib
 import os
 import pickle
 import resource
@@ -336,21 +337,26 @@ def test_ctrl_c_leaves_without_a_traceback(folder):
 
 
 def test_ctrl_c_is_known_in_whatever_a_library_makes_of_it(script):
-    """Python 3.11 makes a RuntimeError of it within __set_name__, that is while a class is made."""
+    """Python 3.11 makes a RuntimeError of it within __set_name__, that is while a class is made; C code may drop it."""
     class Field:
         def __set_name__(self, *_: object) -> None:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     def main() -> None:
         type("Class", (), {"field": Field()})
 
     def library() -> None:
         try:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         except BaseException:
             raise ImportError("half-loaded")  # noqa: B904
 
-    for interrupted in (main, library):
+    def in_c() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("could not determine the shape")
+
+    for interrupted in (main, library, in_c):
         code, _, err = script(interrupted)
         assert code == 130 and err.count("interrupted") == 1 and err.count("\n") == 2, err
 
