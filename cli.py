@@ -179,6 +179,19 @@ def handling(handler: Any, numbers: Iterable[int]) -> Iterator[None]:
             signal.signal(number, handler_before)
 
 
+class _CtrlC:
+    """The handler of Ctrl-C, which remembers it: a library may make any error of its KeyboardInterrupt."""
+
+    heard = False
+
+    def __call__(self, *_: object) -> NoReturn:
+        self.heard = True
+        raise KeyboardInterrupt
+
+
+_ctrl_c = _CtrlC()
+
+
 class StopSignals:
     """SIGINT, SIGTERM and SIGHUP ask for a stop, which the loop obeys between two steps, where the state is whole.
 
@@ -197,7 +210,7 @@ class StopSignals:
             self.asked, self.when = number, time.monotonic()
         # a second Ctrl-C means at once; but torchrun and schedulers may send a signal twice in a row
         elif number == signal.SIGINT and time.monotonic() - self.when > 1:
-            raise KeyboardInterrupt
+            _ctrl_c()
 
     def say_once(self, say: Callable[[str], None]) -> None:
         if self.asked is not None and not self.said:
@@ -237,24 +250,15 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-class _CtrlC:
-    """The handler of Ctrl-C, which remembers it: a library may make any error of its KeyboardInterrupt."""
-
-    heard = False
-
-    def __call__(self, *_: object) -> NoReturn:
-        self.heard = True
-        raise KeyboardInterrupt
-
-
 def run(main: Callable[[], None]) -> None:
     """Run a script: a UserError is one line and exit code 2, Ctrl-C is 130 without a traceback."""
-    name, threading.excepthook, ctrl_c = Path(sys.argv[0]).name, _thread_failed, _CtrlC()
+    name, threading.excepthook = Path(sys.argv[0]).name, _thread_failed
+    _ctrl_c.heard = False
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the terminal's encoding may lack letters that a book has
     try:
         ours = signal.getsignal(signal.SIGINT) in (_interrupted, signal.default_int_handler)  # not profile_run.py's
-        with handling(ctrl_c, [signal.SIGINT] if ours else []), handling(_stop, ends()):
+        with handling(_ctrl_c, [signal.SIGINT] if ours else []), handling(_stop, ends()):
             main()
             sys.stdout.flush()
         return
@@ -266,7 +270,7 @@ def run(main: Callable[[], None]) -> None:
     except OSError as os_error:  # not a bug but the machine's answer: a full disk, a missing permission
         error = _os_error(os_error)
     except (Exception, KeyboardInterrupt) as other:
-        if ctrl_c.heard or isinstance(other, KeyboardInterrupt):
+        if _ctrl_c.heard or isinstance(other, KeyboardInterrupt):
             print(f"\n{name}: interrupted", file=sys.stderr)
             sys.exit(130)
         # torch has no class of its own for a lack of memory on a CPU
