@@ -2,12 +2,14 @@
 
 import os
 import platform
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import forks, free_port
+from conftest import ROOT, forks, free_port
 
 from distributed import X86_LINUX
 
@@ -108,3 +110,35 @@ def cannot_map(ranks, distributed) -> None:
 
 def test_ranks_of_which_one_maps_no_memory_go_on_without():
     assert ended(start(2, cannot_map)) == [0, 0]
+
+
+ENDS = """
+import sys, time
+import torch
+import torch.distributed as dist
+from distributed import Ranks
+
+class Slow:
+    def __del__(self):
+        time.sleep(2)
+
+slow = Slow()  # Python takes this long to take itself down
+ranks = Ranks("cpu", 1)
+group = dist.group.WORLD  # kept, as DDP does
+if ranks.rank == 0:
+    time.sleep(1)
+dist.all_reduce(torch.ones(4), async_op=True)  # on rank 1, a thread lets go of its tensor meanwhile
+ranks.close(5)
+print("ends", ranks.rank)
+sys.exit(5)
+"""
+
+
+def test_a_rank_ends_with_its_exit_code_whatever_the_threads_of_its_group_do():
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+                                "PYTHONPATH": str(ROOT)}
+    processes = [subprocess.Popen([sys.executable, "-c", ENDS], stdout=subprocess.PIPE, text=True,
+                                  env=environment | {"RANK": str(rank)}) for rank in range(2)]
+    said = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [5, 5]
+    assert said == ["ends 0\n", "ends 1\n"]

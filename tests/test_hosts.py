@@ -79,7 +79,9 @@ def start(hosts: Hosts, out: Path, *flags: object) -> list[subprocess.Popen]:
 
 
 def ends_well(hosts: Hosts, out: Path, started: list[subprocess.Popen]) -> None:
-    codes = [process.wait(timeout=120) for process in started]
+    until = time.monotonic() + 120
+    while None in (codes := [process.poll() for process in started]) and time.monotonic() < until:
+        time.sleep(0.1)
     assert codes == [0, 0], "\n".join(Path(f"{out}-{host}.log").read_text() for host in hosts)
 
 
