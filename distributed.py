@@ -78,7 +78,7 @@ class Ranks:
         if self.world > 1:
             dist.destroy_process_group()
             # DDP keeps gloo's threads. One that lets go of its last tensor while Python takes itself down aborts the
-            # process (pytorch #179291), in one of 100 runs. So Python does not get that far.
+            # process (pytorch #179291). So Python does not get that far.
             atexit.register(end)
 
 
