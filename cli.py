@@ -252,6 +252,25 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: a UserError is one line and exit code 2, Ctrl-C is 130 without a traceback."""
+    code = 1  # what Python ends with after any other exception
+    try:
+        _run(main)
+        code = 0
+    except SystemExit as stop:
+        code = (stop.code or 0) if stop.code is None or isinstance(stop.code, int) else 1
+        raise
+    finally:
+        end_at_once.code = code
+
+
+def end_at_once() -> NoReturn:
+    """For atexit: end with the exit code of run(), without Python taking itself down."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end_at_once.code)
+
+
+def _run(main: Callable[[], None]) -> None:
     name, threading.excepthook = Path(sys.argv[0]).name, _thread_failed
     _ctrl_c.heard = False
     for stream in (sys.stdout, sys.stderr):

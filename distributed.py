@@ -9,12 +9,11 @@ import contextlib
 import mmap
 import os
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import note
+from cli import end_at_once, note
 
 import torch
 import torch.distributed as dist
@@ -68,18 +67,12 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def close(self, code: int) -> None:
-        """Call before the process ends with this exit code."""
-        def end() -> None:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
+    def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
             # DDP keeps gloo's threads. One that lets go of its last tensor while Python takes itself down aborts the
             # process (pytorch #179291). So Python does not get that far.
-            atexit.register(end)
+            atexit.register(end_at_once)
 
 
 # ---------------------------------------------------------------- small messages

@@ -664,7 +664,7 @@ def main() -> None:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         sys.exit(f"train.py: rank {ranks.rank} lost another rank; --resume continues from the last checkpoint")
-    ranks.close(code)
+    ranks.close()
     sys.exit(code)
 
 

@@ -116,6 +116,7 @@ ENDS = """
 import sys, time
 import torch
 import torch.distributed as dist
+from cli import run
 from distributed import Ranks
 
 class Slow:
@@ -123,14 +124,19 @@ class Slow:
         time.sleep(2)
 
 slow = Slow()  # Python takes this long to take itself down
-ranks = Ranks("cpu", 1)
-group = dist.group.WORLD  # kept, as DDP does
-if ranks.rank == 0:
-    time.sleep(1)
-dist.all_reduce(torch.ones(4), async_op=True)  # on rank 1, a thread lets go of its tensor meanwhile
-ranks.close(5)
-print("ends", ranks.rank)
-sys.exit(5)
+
+def main():
+    global group
+    ranks = Ranks("cpu", 1)
+    group = dist.group.WORLD  # kept, as DDP does
+    if ranks.rank == 0:
+        time.sleep(1)
+    dist.all_reduce(torch.ones(4), async_op=True)  # on rank 1, a thread lets go of its tensor meanwhile
+    ranks.close()
+    print("ends", ranks.rank)
+    sys.exit(5)
+
+run(main)
 """
 
 

@@ -5,6 +5,7 @@ import json
 import marshal
 import os
 import pstats
+import re
 import signal
 import subprocess
 import sys
@@ -154,6 +155,29 @@ def test_two_ranks_write_two_profiles(tmp_path):
     assert ours.stderr.count("under cProfile") == 1
     files = sorted(path.name for path in tmp_path.glob("profile-*"))
     assert files == ["profile-ranked-rank0.png", "profile-ranked-rank0.prof", "profile-ranked-rank1.prof"]
+
+
+def test_a_profile_that_cannot_be_written_fails_after_a_script_of_several_ranks_too(tmp_path):
+    write(tmp_path, "ranked.py", f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from cli import run
+from distributed import Ranks
+
+def main():
+    ranks = Ranks("cpu", 1)
+    (Path(f"profile-ranked-rank{{ranks.rank}}.prof") / "in the way").mkdir(parents=True)
+    ranks.close()
+    sys.exit(0)
+
+run(main)
+""")
+    ours = python(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                  ROOT / "profile_run.py", "ranked.py", env={"OMP_NUM_THREADS": "1"})
+    assert ours.returncode == 1, ours.stderr  # torchrun's own
+    assert re.search(r"exitcode\s*: 2\b", ours.stderr)
+    assert "profile-ranked-rank0.prof: could not be written" in ours.stderr
 
 
 # ---------------------------------------------------------------- the figures
