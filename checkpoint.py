@@ -7,6 +7,7 @@ checksum of all they hold: neither safetensors nor torch.load notices a flipped 
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -150,11 +151,12 @@ def save_weights(state: dict[str, Tensor], config: GPTConfig, folder: Path) -> N
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     if config.tie_embeddings:
         del state["lm_head.weight"]
-    write_model(folder, state, config_to_hf(config))
+    write_model(folder, state, config)
 
 
-def write_model(folder: Path, state: dict[str, Tensor], hf: dict) -> None:
+def write_model(folder: Path, state: dict[str, Tensor], config: GPTConfig, **more: object) -> None:
     """The weights first and config.json last: a folder with a config.json has its weights."""
+    hf = config_to_hf(config) | more
     write_tensors(folder / "model.safetensors", state)
     path = folder / "generation_config.json"
     # another's settings stay, where copy_companions has brought some
@@ -263,6 +265,12 @@ def weight_files(folder: Path) -> list[Path]:
 def weights_size(folder: Path) -> int:
     """Bytes of a folder's weights."""
     return sum(plain_file(path, "the model's weights").stat().st_size for path in weight_files(folder))
+
+
+def stored_size(state: dict) -> int:
+    """Bytes of the file that torch.save makes of it."""
+    torch.save(state, buffer := io.BytesIO())
+    return buffer.tell()
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -1,15 +1,13 @@
-"""The int8 model: weights and activations in int8, everything between the products in fp32.
+"""The int8 model: weights, activations, keys and values in int8, everything between the products in fp32.
 
 Weights: symmetric int8, one fp32 scale for each output channel. Activations: symmetric int8, one scale for each token,
 found as the model runs ("dynamic"). Products are summed exactly in int32.
 """
 
 import copy
-import io
+import math
 import warnings
-from collections.abc import Callable
-from functools import partial
-from operator import attrgetter
+from collections.abc import Iterator
 from pathlib import Path
 
 from cli import UserError, note
@@ -18,25 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import (
-    StoredTensors,
-    check_tensors,
-    config_from_hf,
-    config_to_hf,
-    empty_model,
-    read_config,
-    read_tensors,
-    write_model,
-)
+from checkpoint import StoredTensors, check_tensors, config_from_hf, empty_model, read_config, read_tensors, write_model
 from files import checked
 from generate import StaticKVCache
-from model import GPT, Block, GPTConfig, KVCache
+from model import GPT, GPTConfig, KVCache, apply_rope, rope_table
 
 try:
     import owlet_kernels  # registers torch.ops.owlet
 except ImportError as error:
-    owlet_kernels = None
-    why_no_kernels = f"owlet's int8 kernels are not built ({error}); build them with: python setup.py build_ext"
+    owlet_kernels, why_no_kernels = None, f"owlet's int8 kernels are not built ({error}): python setup.py build_ext"
 
 # ---------------------------------------------------------------- primitives
 
@@ -64,123 +52,62 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, torch.where(amax.isfinite(), amax / 127, torch.nan)
 
 
-def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None,
-                          residual: Tensor | None = None, activation: str = "none") -> Tensor:
+def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None = None,
+                          swiglu: bool = False) -> Tensor:
     """The product that every fast path must equal: x (..., K) fp32, weight (N, K) int8, scale (N,) -> (..., N) fp32.
 
-    activation: none, silu or swiglu. With swiglu, rows 2i and 2i + 1 of the weight are gate and up of output i, and y
-    is (..., N / 2). The residual (in y's shape) is added last.
+    With swiglu, rows 2i and 2i + 1 of the weight are gate and up of output i, and y is (..., N / 2). The residual (in
+    y's shape) is added last.
     """
     q, x_scale = quantize_tokens(x)
     total = q.double() @ weight.double().T  # float64 is exact for integers up to 2^53
     y = total.float() * x_scale * scale  # here the int8 sums become floats
-    if bias is not None:
-        y = y + bias
-    y = activate(y, activation)
+    if swiglu:
+        y = F.silu(y[..., 0::2]) * y[..., 1::2]
     return y if residual is None else y + residual
 
 
-def activate(y: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return F.silu(y)
-    if activation == "swiglu":
-        return F.silu(y[..., 0::2]) * y[..., 1::2]
-    return y
+def int8_attention_reference(q: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor,
+                             mask: Tensor) -> Tensor:
+    """Attention over an int8 cache, as `attend` of csrc/decoder.cpp: q (B, n_head, T, hd) fp32; k, v (B, n_kv_head, S,
+    hd) int8 with scales (B, n_kv_head, S, 1); mask (T, S) bool -> (B, n_head, T, hd) fp32.
 
-
-# ---------------------------------------------------------------- one class a backend
-
-class Int8Linear(nn.Module):
-    """y = activation(x W^T) + residual with W in int8.
-
-    weight (N, K) int8 and scale (N,) fp32 from quantize_rows; forward(x, residual): x (..., K) fp32 -> (..., N) fp32.
+    Queries are rounded to int8, and so are the softmax's weights, with one scale for each 64 positions.
     """
-
-    def __init__(self, weight: Tensor, scale: Tensor, activation: str = "none") -> None:
-        super().__init__()
-        self.in_features, self.activation = weight.size(1), activation
-        self.register_buffer("scale", scale)
-
-
-class ReferenceLinear(Int8Linear):
-    """In plain PyTorch, on any device."""
-
-    def __init__(self, weight: Tensor, scale: Tensor, activation: str = "none") -> None:
-        super().__init__(weight, scale, activation)
-        self.register_buffer("weight", weight)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return int8_linear_reference(x, self.weight, self.scale, None, residual, self.activation)
-
-    def rows(self, idx: Tensor) -> Tensor:
-        """Rows idx (...) of the matrix, in fp32 (..., K): the embedding of a tied head."""
-        return self.weight[idx] * self.scale[idx].unsqueeze(-1)
+    k, k_scale, v, v_scale = (t[:, :, None] for t in (k.float(), k_scale, v.float(), v_scale))
+    q, q_scale = quantize_tokens(q.unflatten(1, (k.size(1), -1)))  # (B, n_kv_head, group, T, hd)
+    scores = (q.float() @ k.mT) * (q_scale / math.sqrt(q.size(-1))) * k_scale.mT  # fp32 is exact up to 2^24
+    scores = scores.masked_fill(~mask, -math.inf)  # (B, n_kv_head, group, T, S)
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    inverse, rest = 1 / weights.sum(dim=-1, keepdim=True), -mask.size(-1) % 64
+    weights = torch.where(mask, weights * v_scale.mT, 0.0)  # what cannot be seen may be NaN
+    w, w_scale = quantize_tokens(F.pad(weights, (0, rest)).unflatten(-1, (-1, 64)).transpose(-2, -3))
+    sums = w.float() @ F.pad(v, (0, 0, 0, rest)).unflatten(-2, (-1, 64))  # (B, n_kv_head, group, S / 64, T, hd)
+    return (sums * (w_scale * inverse[..., None, :, :])).sum(dim=-3).flatten(1, 2)
 
 
-class TorchAOLinear(Int8Linear):
-    """By PyTorch's own dynamic quantization, which is deprecated: one scale for all tokens of a call. CPU only."""
+class Int8KVCache(KVCache):
+    """Keys and values in int8, with scales (n_layer, B, n_kv_head, length, 1) fp32."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, activation: str = "none") -> None:
-        super().__init__(weight, scale, activation)
-        N, K = weight.shape
-        with warnings.catch_warnings(action="ignore"):  # of the deprecation
-            per_row = torch._make_per_channel_quantized_tensor(weight, scale.double(), torch.zeros(N).long(), 0)
-            self.dynamic = torch.ao.nn.quantized.dynamic.Linear(K, N, bias_=False)
-            self.dynamic.set_weight_bias(per_row, None)
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs | {"dtype": torch.int8})
+        self.key_scales, self.value_scales = (
+            torch.empty((*self.keys.shape[:-1], 1), device=self.keys.device) for _ in range(2))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = activate(self.dynamic(x), self.activation)
-        return y if residual is None else y + residual
-
-
-class KernelLinear(Int8Linear):
-    """By owlet's kernels (csrc/), where the weight is: on a CPU or a GPU. pack: the weight in the kernels' layout."""
-
-    def __init__(self, weight: Tensor, scale: Tensor, activation: str = "none",
-                 pack: Callable[[Tensor], Tensor] | None = None) -> None:
-        super().__init__(weight, scale, activation)
-        self.register_buffer("weight", (pack or torch.ops.owlet.pack_int8)(weight))
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return torch.ops.owlet.int8_linear(x, self.weight, self.scale, None, residual, self.activation)
-
-    def rows(self, idx: Tensor) -> Tensor:
-        return torch.ops.owlet.int8_rows(self.weight, self.scale, idx, self.in_features)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        here, end, (T, step) = self.positions(k.size(2)), self.end(k.size(2)), (k.size(2), 256)
+        for memory, scales, new in ((self.keys, self.key_scales, k), (self.values, self.value_scales, v)):
+            memory[layer, :, :, here], scales[layer, :, :, here] = quantize_tokens(new)
+        so_far = [t[layer, :, :, :end] for t in (self.keys, self.key_scales, self.values, self.value_scales)]
+        mask = torch.ones(T, end, dtype=torch.bool, device=q.device).tril(end - T) if mask is None else mask
+        parts = zip(q.split(step, dim=2), mask.split(step), strict=True)  # T * end weights may not fit the memory
+        return torch.cat([int8_attention_reference(q, *so_far, mask) for q, mask in parts], dim=2)
 
 
-class FineLinear(nn.Module):
-    """A product whose activations have some 15 bits: x in int8, and what that leaves of x in int8 again."""
-
-    def __init__(self, linear: Int8Linear) -> None:
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, scale = quantize_tokens(x)
-        return self.linear(x) + self.linear(x - q * scale)
-
-
-class SlicedLinear(nn.Module):
-    """A product whose channels of x have scales in slices, one for each of the linears; their results add up."""
-
-    def __init__(self, linears: list[Int8Linear]) -> None:
-        super().__init__()
-        self.slices = nn.ModuleList(linears)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        for linear, part in zip(self.slices, x.chunk(len(self.slices), dim=-1), strict=True):
-            residual = linear(part, residual)
-        return residual
-
-
-LINEARS: dict[str, type[Int8Linear]] = {"owlet": KernelLinear, "torch.ao": TorchAOLinear, "reference": ReferenceLinear}
-
+# ---------------------------------------------------------------- backends
 
 def pick_backend(name: str, device: torch.device) -> str:
-    """auto: the fastest that is here. Where the kernels are missing, a note says why, once, and what takes their place.
-
-    Raises UserError where the backend asked for cannot run on this device.
-    """
+    """auto: the fastest that is here; a note says why the kernels are not. UserError: what is asked for cannot run."""
     if name == "torch.ao" and not (has_torch_ao() and device.type == "cpu"):
         raise UserError("--backend torch.ao: needs a CPU and a torch that still has torch.ao.quantization")
     if name in ("torch.ao", "reference"):
@@ -195,27 +122,17 @@ def pick_backend(name: str, device: torch.device) -> str:
     return fallback
 
 
-def has_torch_ao() -> bool:
-    """torch.ao's dynamic quantization is deprecated: a later torch may lack it."""
+def has_torch_ao() -> bool:  # it is deprecated
     return hasattr(torch, "ao") and hasattr(torch.ao.quantization, "quantize_dynamic")
 
 
-def has_cuda_kernels() -> bool:
-    """setup.py adds them where torch is a CUDA build and nvcc is found."""
-    return hasattr(owlet_kernels, "CudaDecoder")
-
-
 def why_no_owlet(device: torch.device) -> str | None:
-    """Why owlet's kernels cannot run on this device; None: they can."""
+    """None: they can run on this device."""
     if owlet_kernels is None:
         return why_no_kernels
     if device.type == "cpu":
-        try:
-            owlet_kernels.isa(), owlet_kernels.variant()
-        except ValueError as error:  # a wrong OWLET_ISA or OWLET_KERNEL
-            raise UserError(str(error)) from None
         return None
-    if device.type != "cuda" or not has_cuda_kernels():
+    if device.type != "cuda" or not hasattr(owlet_kernels, "CudaDecoder"):
         return f"owlet's int8 kernels are not built for {device.type}"
     gpu = torch.cuda.get_device_name(device)
     try:  # the kernels may be built for other GPUs, and may never have run on this one
@@ -226,157 +143,170 @@ def why_no_owlet(device: torch.device) -> str | None:
 
 
 def product_is_exact(device: torch.device) -> bool:
-    """Whether a small product of KernelLinear equals the reference on this device."""
-    generator = torch.Generator().manual_seed(0)
-    weight, scale = quantize_rows(torch.randn(130, 257, generator=generator))
-    x = torch.randn(70, 257, generator=generator)
-    linear = KernelLinear(weight.to(device), scale.to(device))
-    return all(torch.equal(linear(x[:tokens].to(device)).cpu(), int8_linear_reference(x[:tokens], weight, scale))
-               for tokens in (1, 20, 70))
+    """Whether a small product by the kernels equals the reference on this GPU."""
+    w, x = torch.randn(130, 257, generator=torch.Generator().manual_seed(0)).split((60, 70))
+    weight, scale = quantize_rows(w)
+    return all(torch.equal(torch.ops.owlet.int8_linear(x[:T].to(device), tiles(weight).to(device), scale.to(device)),
+                           int8_linear_reference(x[:T], weight, scale).to(device)) for T in (1, 20, 70))
 
 
-# ---------------------------------------------------------------- the int8 model
+def tiles(w: Tensor) -> Tensor:
+    """int8 (N, K) -> (ceil(N / 8), ceil(K / 64), 8, 64), the layout of csrc/cuda, padded with zeros."""
+    padded = F.pad(w, (0, -w.size(1) % 64, 0, -w.size(0) % 8))
+    return padded.view(-1, 8, padded.size(1) // 64, 64).transpose(1, 2).contiguous()
 
-class Int8Embedding(nn.Module):
-    """Rows of an int8 matrix: of the head's, where the two are tied."""
 
-    def __init__(self, matrix: ReferenceLinear | KernelLinear) -> None:
+def torch_ao(model: GPT) -> GPT:
+    """PyTorch's dynamic int8 of an fp32 model: one scale for all tokens of a call, the embedding stays fp32."""
+    with warnings.catch_warnings(action="ignore"):  # of the deprecation
+        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+
+
+# ---------------------------------------------------------------- the model as a flat list
+
+def arrays(config: GPTConfig, state: dict[str, Tensor] | StoredTensors, slices: int,
+           fine_head: bool) -> Iterator[Tensor]:
+    """The arrays of the int8 model in the order of use, from quantize_state's tensors.
+
+    csrc/layout.h (for CPU, GPU and page) and Int8GPT read them in this order. Int8 matrices (N, K), each followed by
+    its scales (N,): q, k and v are one; gate and up are one, with their rows in turn.
+    """
+    c = config
+    yield torch.tensor([c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_hidden, c.vocab_size, c.block_size, c.n_layer,
+                        c.qk_norm, slices, fine_head, c.tie_embeddings])
+    yield torch.tensor([c.norm_eps])
+    yield from rope_table(c)
+    for i in range(c.n_layer):
+        def matrix(*names: str, layer: str = f"model.layers.{i}.") -> tuple[list[Tensor], list[Tensor]]:
+            return tuple([state[f"{layer}{name}.weight{of}"] for name in names] for of in ("", "_scale"))
+
+        yield state[f"model.layers.{i}.input_layernorm.weight"]
+        yield from map(torch.cat, matrix("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+        if c.qk_norm:
+            yield from (state[f"model.layers.{i}.self_attn.{name}_norm.weight"] for name in "qk")
+        yield from map(torch.cat, matrix("self_attn.o_proj"))
+        yield state[f"model.layers.{i}.post_attention_layernorm.weight"]
+        yield from (torch.stack(both, dim=1).flatten(0, 1) for both in matrix("mlp.gate_proj", "mlp.up_proj"))
+        [weight], [scale] = matrix("mlp.down_proj")
+        for part in zip(weight.chunk(slices, dim=1), scale.view(len(weight), slices).unbind(dim=1), strict=True):
+            yield from (tensor.contiguous() for tensor in part)
+    yield state["model.norm.weight"]
+    for name in ("model.embed_tokens",) if c.tie_embeddings else ("lm_head", "model.embed_tokens"):
+        yield from (state[f"{name}.weight"], state[f"{name}.weight_scale"])
+
+
+# ---------------------------------------------------------------- the model
+
+class Int8GPT(nn.Module):
+    """The int8 model in PyTorch, straight through its flat list; to callers it is like a GPT.
+
+    Matrices are row-major, for the reference, or in tiles, for csrc/cuda, whose decoder takes a captured token.
+    """
+
+    new_writer = decoder = None
+
+    def __init__(self, config: GPTConfig, flat: list[Tensor], backend: str) -> None:
         super().__init__()
-        self.matrix = matrix
-
-    def forward(self, idx: Tensor) -> Tensor:
-        return self.matrix.rows(idx)
-
-
-class Int8Block(nn.Module):
-    """model.Block with four int8 products.
-
-    q, k and v share one product, and so one quantization of x. gate and up share one, which returns silu(gate) * up.
-    Both residuals are added in the product before them.
-    """
-
-    def __init__(self, block: Block, linear: Callable[..., Int8Linear]) -> None:
-        super().__init__()
-        self.input_layernorm, self.self_attn = block.input_layernorm, block.self_attn
-        self.post_attention_layernorm = block.post_attention_layernorm
-        self.widths = [getattr(block.self_attn, f"{name}_proj").out_features for name in "qkv"]
-        self.qkv_proj = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        self.o_proj = linear("self_attn.o_proj")
-        self.gate_up_proj = linear("mlp.gate_proj", "mlp.up_proj", activation="swiglu")
-        self.down_proj = linear("mlp.down_proj", sliced=True)
-        for name in "qkvo":  # self_attn keeps what lies between the products
-            delattr(self.self_attn, f"{name}_proj")
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        q, k, v = self.qkv_proj(self.input_layernorm(x)).split(self.widths, dim=-1)
-        x = self.o_proj(self.self_attn.attend(q, k, v, cos, sin, mask, cache), residual=x)
-        return self.down_proj(self.gate_up_proj(self.post_attention_layernorm(x)), residual=x)
-
-
-class Int8KVCache(KVCache):
-    """A quarter of the memory: int8 keys and values, one fp32 scale for each token and head.
-
-    key_scales, value_scales: (n_layer, B, n_kv_head, length).
-    """
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs | {"dtype": torch.int8})
-        self.key_scales, self.value_scales = (
-            torch.empty(self.keys.shape[:-1], device=self.keys.device) for _ in range(2))
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Round and append; return all keys and values so far, in fp32."""
-        here, end, so_far = self.positions(k.size(2)), self.end(k.size(2)), []
-        for q, scale, new in ((self.keys, self.key_scales, k), (self.values, self.value_scales, v)):
-            q[layer, :, :, here], new_scale = quantize_tokens(new)
-            scale[layer, :, :, here] = new_scale.squeeze(-1)
-            so_far.append(q[layer, :, :, :end] * scale[layer, :, :, :end, None])
-        return tuple(so_far)
-
-
-def scales(cache: KVCache) -> tuple[Tensor, ...]:
-    return (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ()
-
-
-class Int8GPT(GPT):
-    """A GPT of Int8Linear matrices.
-
-    With owlet's kernels it has a decoder in C++, which does a whole call's work with the same arithmetic over the same
-    weights: csrc/decoder.cpp on a CPU, csrc/cuda/decoder.cu for a captured token on a GPU.
-    int8_cache: keep keys and values in int8 too. Halves the bytes read per token at long contexts.
-    """
-
-    decoder, int8_cache, linears = None, False, ""
-    guesses = 0, 0  # of the last text: how many there were, and how many were right
-
-    @property
-    def backend(self) -> str:
-        """What computes the products. On a CPU the first tokens choose how the kernel reads the weights."""
-        if self.linears != "owlet":
-            return self.linears
-        on_cpu = self.device.type == "cpu"
-        return f"owlet ({f'{owlet_kernels.isa()}, {owlet_kernels.variant()}' if on_cpu else self.device.type})"
-
-    @property
-    def fine_head(self) -> bool:
-        return isinstance(self.lm_head, FineLinear)
-
-    @property
-    def slices(self) -> int:
-        return len(self.model.layers[0].down_proj.slices)
+        sizes, eps, self.cos, self.sin, *self.flat = flat
+        self.config, self.backend, self.device, self.eps = config, backend, self.cos.device, eps.item()
+        *_, self.slices, self.fine_head, _ = sizes.tolist()
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
-        kind = Int8KVCache if self.int8_cache else KVCache
-        return kind(self.config, batch_size, length, self.device)
+        return Int8KVCache(self.config, batch_size, length, self.device)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
-        if self.int8_cache and targets is not None:  # the loss of what generating computes
-            cache = cache or self.new_cache(*idx.shape)
-        if targets is not None or not self.decoder_takes(cache):
-            return super().forward(idx, targets, cache)
-        self.check_fits(cache.end(idx.size(1)))
-        logits = self.decoder.forward(idx, cache.pos, cache.keys, cache.values, *scales(cache))
-        cache.pos += idx.size(1)
-        return logits, None
+        """As GPT.forward. Keys and values are rounded, also where none are kept."""
+        (B, T), c, every = idx.shape, self.config, cache is None or targets is not None
+        c.check_fits(T if cache is None else cache.end(T))
+        if self.decoder is not None and isinstance(cache, StaticKVCache):
+            memory = cache.keys, cache.values, cache.key_scales, cache.value_scales
+            logits = self.decoder.forward(idx, cache.pos, *memory)
+            cache.pos += T
+            return logits, None
+        cache = self.new_cache(B, T) if cache is None else cache
+        mask, cos, sin = cache.mask(T), self.cos[cache.positions(T)], self.sin[cache.positions(T)]
+        weight, scale = self.flat[-2:]  # of the embedding, which is the head's where they are tied
+        q = weight[idx] if weight.dim() == 2 else weight[idx // 8, :, idx % 8].flatten(-2)[..., :c.n_embd]
+        x, take = q * scale[idx].unsqueeze(-1), iter(self.flat)  # (B, T, C)
 
-    def decoder_takes(self, cache: KVCache | None) -> bool:
-        """The CPU's decoder takes every call with a cache of its own, the GPU's only what is captured as a graph."""
-        return (self.decoder is not None and cache is not None
-                and isinstance(cache, StaticKVCache) == (self.device.type == "cuda"))
+        def rms_norm(x: Tensor) -> Tensor:
+            return F.rms_norm(x, x.shape[-1:], next(take), self.eps)
 
-    def new_writer(self, prompts: Tensor, new_tokens: int, draft: "Int8GPT | None",
-                   settings: dict) -> "owlet_kernels.Writer":
-        """csrc/writer.cpp for the prompts (B, T), on a CPU."""
-        def with_caches(model: Int8GPT) -> tuple:
-            cache = model.new_cache(len(prompts), min(model.config.block_size, prompts.size(1) + new_tokens))
-            return model.decoder, (cache.keys, cache.values, *(scales(cache) or (None, None)))
+        def linear(x: Tensor, residual: Tensor | None = None, swiglu: bool = False) -> Tensor:
+            weight, scale = next(take), next(take)
+            product = int8_linear_reference if weight.dim() == 2 else torch.ops.owlet.int8_linear
+            return product(x, weight, scale, residual, swiglu)
 
-        return owlet_kernels.Writer(prompts=prompts, new_tokens=new_tokens, model=with_caches(self),
-                                    draft=with_caches(draft) if draft is not None else None, **settings)
-
-    def make_decoder(self) -> "owlet_kernels.Decoder | owlet_kernels.CudaDecoder":
-        config, matrix = self.config, attrgetter("weight", "scale")
-        make = owlet_kernels.CudaDecoder if self.device.type == "cuda" else owlet_kernels.Decoder
-        return make(
-            n_embd=config.n_embd, n_head=config.n_head, n_kv_head=config.n_kv_head, head_dim=config.head_dim,
-            n_hidden=config.n_hidden, norm_eps=config.norm_eps, cos=self.cos, sin=self.sin,
-            embedding=matrix(self.model.embed_tokens.matrix), norm=self.model.norm.weight,
-            head=matrix(self.lm_head.linear if self.fine_head else self.lm_head), fine_head=self.fine_head,
-            blocks=[(block.input_layernorm.weight, matrix(block.qkv_proj),
-                     block.self_attn.q_norm.weight if config.qk_norm else None,
-                     block.self_attn.k_norm.weight if config.qk_norm else None,
-                     matrix(block.o_proj), block.post_attention_layernorm.weight,
-                     matrix(block.gate_up_proj), list(map(matrix, block.down_proj.slices)))
-                    for block in self.model.layers])
+        for layer in range(c.n_layer):
+            qkv = linear(rms_norm(x)).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)  # (B, heads, T, hd)
+            q, k, v = qkv.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=1)
+            if c.qk_norm:
+                q, k = rms_norm(q), rms_norm(k)
+            y = cache.attend(layer, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, mask)
+            x = linear(y.transpose(1, 2).flatten(2), x)
+            hidden = linear(rms_norm(x), swiglu=True)
+            for part in hidden.chunk(self.slices, dim=-1):
+                x = linear(part, x)
+        cache.pos += T
+        x = rms_norm(x if every else x[:, -1:])
+        take = iter([next(take), next(take)] * 2)
+        logits = linear(x)
+        if self.fine_head:  # x in int8, and what that leaves of x in int8 again: some 15 bits
+            q, scale = quantize_tokens(x)
+            logits = logits + linear(x - q * scale)
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.inference_mode()
-    def decoder_agrees(self) -> bool:
-        """Whether the decoder gives one token the logits that PyTorch gives it over the same weights."""
-        token, caches = torch.zeros(1, 1, dtype=torch.long, device=self.device), [self.new_cache(1, 1) for _ in "12"]
-        ours = self(token, cache=StaticKVCache(caches[0]) if self.device.type == "cuda" else caches[0])[0]
-        theirs = GPT.forward(self, token, cache=caches[1])[0]
-        return ((ours - theirs).norm() <= 0.05 * theirs.norm()).item()  # docs/log.md, "First use on a GPU"
+    def add_decoder(self, flat: list[Tensor]) -> None:
+        """csrc/cuda's. It may never have run on this GPU, so it must agree with PyTorch."""
+        try:
+            self.decoder = owlet_kernels.CudaDecoder(flat)
+        except RuntimeError as error:  # a shape that it does not take
+            return note(f"csrc/cuda: {str(error).splitlines()[0]}; going on with PyTorch's attention")
+        token, cache = torch.zeros(1, 1, dtype=torch.long, device=self.device), self.new_cache(1, 1)
+        ours, theirs = (self(token, cache=each)[0] for each in (StaticKVCache(cache), cache))
+        if not (ours - theirs).norm() <= 0.05 * theirs.norm():  # docs/log.md, "First use on a GPU"
+            note("the decoder of csrc/cuda differs from PyTorch on this GPU (please report this); going on without it")
+            self.decoder = None
+
+
+class KernelGPT(nn.Module):
+    """The int8 model in csrc/decoder.cpp and csrc/writer.cpp, on a CPU; to callers it is like a GPT."""
+
+    device, guesses = torch.device("cpu"), (0, 0)  # of the last text: how many there were, and how many were right
+
+    def __init__(self, config: GPTConfig, flat: Iterator[Tensor]) -> None:
+        super().__init__()
+        self.config = config
+        try:
+            self.decoder = owlet_kernels.Decoder(flat)
+        except (RuntimeError, ValueError) as error:  # sizes that it does not take, an unknown OWLET_ISA
+            raise UserError(f"owlet's int8 kernels: {str(error).splitlines()[0]}") from None
+
+    @property
+    def backend(self) -> str:
+        return f"owlet ({self.decoder.kernel})"
+
+    def new_cache(self, batch_size: int, length: int) -> "owlet_kernels.Cache":
+        return self.decoder.new_cache(batch_size, length)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: object = None) -> tuple[Tensor, Tensor | None]:
+        """As GPT.forward."""
+        self.config.check_fits(idx.size(1) + (cache.pos if cache else 0))
+        if cache is not None:
+            return self.decoder.forward(idx, cache), None
+        cache, logits = self.new_cache(1, idx.size(1)), []
+        for row in idx:
+            cache.pos = 0
+            logits.append(self.decoder.forward(row[None], cache, all=True))
+        logits = torch.cat(logits)
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def new_writer(self, prompts: Tensor, new_tokens: int, draft: "KernelGPT | None", settings: dict) -> object:
+        """csrc/writer.cpp for the prompts (B, T)."""
+        return owlet_kernels.Writer(prompts=prompts, new_tokens=new_tokens, model=self.decoder,
+                                    draft=draft.decoder if draft is not None else None, **settings)
 
 
 # ---------------------------------------------------------------- quantizing, building
@@ -390,7 +320,7 @@ def quantize_state(model: GPT, slices: int = 1) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_embeddings:
             continue
-        tensor = tensor.detach().cpu()
+        tensor = tensor.detach()
         if tensor.dim() == 2:
             parts = slices if name.endswith("down_proj.weight") else 1
             q, scale = quantize_rows(tensor.reshape(len(tensor) * parts, -1))
@@ -401,84 +331,40 @@ def quantize_state(model: GPT, slices: int = 1) -> dict[str, Tensor]:
 
 
 def build(config: GPTConfig, state: dict[str, Tensor] | StoredTensors, backend: str, device: torch.device,
-          fine_head: bool = False) -> Int8GPT:
-    """The int8 model from quantize_state's tensors, on the device. fine_head: the head is a FineLinear."""
-    make = LINEARS[backend]
-    slices = state["model.layers.0.mlp.down_proj.weight_scale"].view(config.n_embd, -1).size(1)
+          slices: int = 1, fine_head: bool = False) -> GPT | Int8GPT | KernelGPT:
+    """The int8 model from quantize_state's tensors, on the device."""
+    if backend == "torch.ao":
+        model = torch_ao(dequantized(config, state))
+        model.backend = backend
+        return model
+    flat = arrays(config, state, slices, fine_head)
     if backend == "owlet" and device.type == "cpu":
-        make = partial(KernelLinear, pack=owlet_kernels.Panels(matrix_shapes(config, slices)).pack)
-
-    def linear(prefix: str, *names: str, activation: str = "none", sliced: bool = False) -> Int8Linear | SlicedLinear:
-        weights = [state[f"{prefix}{name}.weight"] for name in names]
-        scales = [state[f"{prefix}{name}.weight_scale"] for name in names]
-        if activation == "swiglu":  # row 2i: gate i, row 2i + 1: up i
-            weight, scale = (torch.stack(parts, dim=1).flatten(0, 1) for parts in (weights, scales))
-        else:
-            weight, scale = torch.cat(weights) if len(weights) > 1 else weights[0], torch.cat(scales)
-        if sliced:
-            parts = zip(weight.chunk(slices, dim=1), scale.view(len(weight), -1).unbind(dim=1), strict=True)
-            return SlicedLinear([make(w.contiguous().to(device), s.contiguous().to(device)) for w, s in parts])
-        return make(weight.to(device), scale.to(device), activation)
-
-    model = empty_model(config, Int8GPT)
-    # What is kept is a copy (of scales by torch.cat): a tensor read from a file keeps the whole file in memory.
-    norms = {name: state[name].clone() for name, like in model.state_dict().items() if like.dim() == 1}
-    model.load_state_dict(norms, strict=False, assign=True)
-    for i, block in enumerate(model.model.layers):
-        model.model.layers[i] = Int8Block(block, partial(linear, f"model.layers.{i}."))
-    embedding = "model.embed_tokens"
-    model.lm_head = linear("", embedding if config.tie_embeddings else "lm_head")
-    table = ReferenceLinear if backend == "torch.ao" else make  # torch.ao's layout has no rows to read
-    model.model["embed_tokens"] = Int8Embedding(
-        model.lm_head if config.tie_embeddings and table is make else
-        table(state[f"{embedding}.weight"].to(device), state[f"{embedding}.weight_scale"].clone().to(device)))
-    if fine_head:
-        model.lm_head = FineLinear(model.lm_head)
-    model = model.eval().requires_grad_(False).to(device)
-    model.linears = backend
-    if backend == "owlet":
-        add_decoder(model)
+        return KernelGPT(config, flat)
+    if backend == "reference":
+        return Int8GPT(config, [t.clone().to(device) for t in flat], backend)  # a tensor of a file keeps all of it
+    flat = [(tiles(t) if t.dtype == torch.int8 else t).to(device) for t in flat]
+    model = Int8GPT(config, flat, f"owlet ({device.type})")
+    model.add_decoder(flat)
     return model
 
 
-def matrix_shapes(config: GPTConfig, slices: int = 1) -> list[tuple[int, int]]:
-    """(N, K) of the model's matrices in the order of use."""
-    C, width, H = config.n_embd, config.n_head * config.head_dim, config.n_hidden
-    block = [(width + 2 * config.n_kv_head * config.head_dim, C), (C, width), (2 * H, C), *[(C, H // slices)] * slices]
-    return block * config.n_layer + [(config.vocab_size, C)] * (1 if config.tie_embeddings else 2)
+def dequantized(config: GPTConfig, state: dict[str, Tensor] | StoredTensors) -> GPT:
+    """The fp32 model of quantize_state's tensors."""
+    model, full = empty_model(config), {}
+    for name, like in model.state_dict().items():
+        name_ = "model.embed_tokens.weight" if name == "lm_head.weight" and config.tie_embeddings else name
+        full[name] = state[name_].clone()
+        if like.dim() == 2:
+            scale = state[f"{name_}_scale"].reshape(len(like), -1)
+            full[name] = (full[name].view(*scale.shape, -1) * scale[..., None]).flatten(1)
+    model.load_state_dict(full, assign=True)
+    return model.eval()
 
 
-def add_decoder(model: Int8GPT) -> None:
-    """On a GPU, where it may never have run, the decoder must agree with PyTorch: wrong text is worse than slow."""
-    head_dim = model.config.head_dim
-    if model.device.type == "cpu":
-        model.decoder = model.make_decoder()
-    elif (parts := model.fine_head or model.slices > 1) or head_dim % 16 or head_dim > 128:
-        what = "no products in parts" if parts else f"heads of 16, 32, ... 128, not of {head_dim}"
-        note(f"csrc/cuda/decoder.cu takes {what}; going on with PyTorch's attention")
-    else:
-        model.decoder = model.make_decoder()
-        if not model.decoder_agrees():
-            note("the decoder of csrc/cuda differs from PyTorch on this GPU (please report this); going on without it")
-            model.decoder = None
-
-
-def quantize(model: GPT, backend: str = "auto") -> Int8GPT:
+def quantize(model: GPT, backend: str = "auto") -> GPT | Int8GPT | KernelGPT:
     """The int8 copy of an fp32 model, on the CPU."""
     cpu = torch.device("cpu")
     return build(model.config, quantize_state(model), pick_backend(backend, cpu), cpu)
-
-
-def torch_ao(model: GPT) -> GPT:
-    """PyTorch's own dynamic int8 of an fp32 model, to compare with: linear layers only, the embedding stays fp32."""
-    with warnings.catch_warnings(action="ignore"):  # of the deprecation
-        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
-
-
-def stored_size(model: GPT) -> int:
-    """Bytes of the file that torch.save makes of the weights."""
-    torch.save(model.state_dict(), buffer := io.BytesIO())
-    return buffer.tell()
 
 
 # ---------------------------------------------------------------- the int8 folder
@@ -486,13 +372,11 @@ def stored_size(model: GPT) -> int:
 def save_quantized(model: GPT, folder: Path, fine_head: bool = False, slices: int = 1) -> None:
     """Write an fp32 model's int8 folder: row-major int8, which every machine packs for itself."""
     form = FORMAT | ({"fine": ["lm_head"]} if fine_head else {}) | ({"down_proj_slices": slices} if slices > 1 else {})
-    write_model(folder, quantize_state(model, slices), config_to_hf(model.config) | {"quantization_config": form})
+    write_model(folder, quantize_state(model, slices), model.config, quantization_config=form)
 
 
-def load_quantized(folder: Path, backend: str = "auto", device: torch.device | str = "cpu",
-                   int8_cache: bool = False) -> Int8GPT:
-    """Load an int8 folder written by save_quantized."""
-    folder, device = Path(folder), torch.device(device)
+def read_quantized(folder: Path) -> tuple[GPTConfig, StoredTensors, int, bool]:
+    """Config, tensors, slices and whether the head is fine, of an int8 folder written by save_quantized."""
     hf = read_config(folder)
     where = f"{folder}/config.json: quantization_config"
     found = checked(hf.get("quantization_config"), dict, where)
@@ -500,15 +384,17 @@ def load_quantized(folder: Path, backend: str = "auto", device: torch.device | s
     config = config_from_hf(hf, folder / "config.json")
     if found != FORMAT or fine not in ([], ["lm_head"]) or slices not in range(1, 65) or config.n_hidden % slices:
         raise UserError(f"{where}: expected {FORMAT}, got {found} with fine = {fine} and down_proj_slices = {slices}")
-    expected = empty_model(config).state_dict()
-    if config.tie_embeddings:
-        del expected["lm_head.weight"]
-    for name, tensor in list(expected.items()):
-        if tensor.dim() == 2:
-            expected[name] = torch.empty(tensor.shape, dtype=torch.int8, device="meta")
-            shape = (len(tensor), slices) if slices > 1 and name.endswith("down_proj.weight") else (len(tensor),)
-            expected[f"{name}_scale"] = torch.empty(shape, device="meta")
+    expected = {name: like for name, like in empty_model(config).state_dict().items()
+                if not (name == "lm_head.weight" and config.tie_embeddings)}
+    for name, like in [(name, like) for name, like in expected.items() if like.dim() == 2]:
+        shape = (len(like), slices) if slices > 1 and name.endswith("down_proj.weight") else len(like)
+        expected[name], expected[f"{name}_scale"] = like.to(torch.int8), torch.empty(shape, device="meta")
     check_tensors(folder / "model.safetensors", expected, read_tensors(folder))
-    model = build(config, StoredTensors(folder), pick_backend(backend, device), device, fine_head=bool(fine))
-    model.int8_cache = int8_cache
-    return model
+    return config, StoredTensors(folder), slices, bool(fine)
+
+
+def load_quantized(folder: Path, backend: str = "auto",
+                   device: torch.device | str = "cpu") -> GPT | Int8GPT | KernelGPT:
+    """Load an int8 folder written by save_quantized."""
+    device, (config, state, slices, fine) = torch.device(device), read_quantized(Path(folder))
+    return build(config, state, pick_backend(backend, device), device, slices, fine)

@@ -63,6 +63,10 @@ class GPTConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim: rotary positions need an even number, got {self.head_dim}")
 
+    def check_fits(self, tokens: int) -> None:
+        if tokens > self.block_size:
+            raise ValueError(f"{tokens} tokens do not fit the model's context of {self.block_size}")
+
     @property
     def ends(self) -> list[int]:
         """The end-of-text tokens."""
@@ -92,12 +96,18 @@ class KVCache:
             return torch.ones(T, self.end(T), dtype=torch.bool, device=self.keys.device).tril(self.pos)
         return None
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, n_kv_head, T, hd); return all keys and values so far, (B, n_kv_head, past + T, hd)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Append k, v (B, n_kv_head, T, hd), and let q (B, n_head, T, hd) attend to all so far: (B, n_head, T, hd)."""
         here, end = self.positions(k.size(2)), self.end(k.size(2))
         self.keys[layer, :, :, here] = k
         self.values[layer, :, :, here] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return attention(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end], mask)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(hd)) v of q (B, n_head, T, hd) and k, v (B, n_kv_head, S, hd); mask None: causal."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1,
+                                          enable_gqa=q.size(1) != k.size(1))
 
 
 def rope_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
@@ -138,27 +148,17 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.o_proj(self.attend(q, k, v, cos, sin, mask, cache))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
-               cache: KVCache | None) -> Tensor:
-        """Everything between the projections: q, k, v (B, T, heads * hd) -> (B, T, n_head * hd)."""
-        B, T, _ = q.shape
-        q, k, v = (y.view(B, T, -1, self.config.head_dim) for y in (q, k, v))  # (B, T, nh, hd)
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hd)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, n_kv_head, past + T, hd)
         if self.training and self.config.dropout:
             # drop what a head has at a position, for all queries; to drop single weights, SDPA would take a slow path
             v = F.dropout1d(v.flatten(0, 1), self.config.dropout).view_as(v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-            enable_gqa=self.config.n_kv_head != self.config.n_head)
-        return y.transpose(1, 2).reshape(B, T, -1)
+        y = attention(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v, mask)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -201,6 +201,8 @@ class Embedding(nn.Embedding):
 
 
 class GPT(nn.Module):
+    new_writer = None  # a faster way to whole texts, which an int8 model has (generate.py)
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
@@ -228,7 +230,7 @@ class GPT(nn.Module):
         logits (B, 1, vocab_size) are computed. Raises ValueError where the tokens do not fit the context.
         """
         T = idx.size(1)
-        self.check_fits(cache.end(T) if cache is not None else T)
+        self.config.check_fits(cache.end(T) if cache is not None else T)
         positions, mask = (cache.positions(T), cache.mask(T)) if cache is not None else (slice(T), None)
         cos, sin = self.cos[positions], self.sin[positions]  # (T, hd / 2)
         x = self.model.embed_tokens(idx)  # (B, T, C)
@@ -246,10 +248,6 @@ class GPT(nn.Module):
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache for `length` tokens of each sequence, on the model's device and in its dtype."""
         return KVCache(self.config, batch_size, length, self.device, self.model.norm.weight.dtype)
-
-    def check_fits(self, tokens: int) -> None:
-        if tokens > self.config.block_size:
-            raise ValueError(f"{tokens} tokens do not fit the model's context of {self.config.block_size}")
 
     @property
     def device(self) -> torch.device:

@@ -30,13 +30,14 @@ from checkpoint import (
     newest_model,
     read_run,
     save_weights,
+    stored_size,
     weights_size,
 )
 from dataloader import TokenData, evaluate
 from fetch import model_folder
 from files import atomic_folder, beside, write_json
 from generate import generate
-from int8 import Int8GPT, has_torch_ao, load_quantized, pick_backend, save_quantized, stored_size, torch_ao
+from int8 import has_torch_ao, load_quantized, pick_backend, save_quantized, torch_ao
 from machine import CPUThreads, cpu_name, resident_bytes
 from model import GPT, GPTConfig
 from smooth import smooth
@@ -51,8 +52,7 @@ def contenders(folder: Path, out: Path, backend: str) -> dict[str, Callable[[], 
     if has_torch_ao():
         rows["torch.ao int8"] = lambda: torch_ao(load_model(folder))
     ours = partial(load_quantized, out, backend)
-    name = "owlet int8" if backend == "owlet" else f"owlet's format by {backend}"
-    return rows | {name: ours, f"{name}, int8 cache": partial(ours, int8_cache=True)}
+    return rows | {"owlet int8" if backend == "owlet" else f"owlet's format by {backend}": ours}
 
 
 def resident_memory(row: str, folder: Path, out: Path, backend: str, threads: int) -> int:
@@ -92,7 +92,7 @@ def compare(folder: Path, out: Path, data: TokenData | None, backend: str, eval_
     """One row a contender: size, memory, loss, speed. data None: no losses."""
     models = {name: make() for name, make in contenders(folder, out, backend).items()}
     sizes = {name: weights_size(folder) if name == "fp32" else
-             weights_size(out) if isinstance(model, Int8GPT) else stored_size(model)
+             stored_size(model.state_dict()) if name == "torch.ao int8" else weights_size(out)
              for name, model in models.items()}
     rows, rounds = {}, 5
     bar = tqdm(total=(rounds + 3) * len(models), desc="comparing", disable=None, leave=False)
@@ -140,7 +140,7 @@ def plot(result: dict, path: Path) -> None:
     axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (key, (title, unit, digits)) in zip(axes, panels.items(), strict=True):
         bars = axis.barh(names, [result["rows"][name][key] * unit for name in names],
-                         color=["#4292c6", "#08519c", *["#9ecae1", "#bdbdbd"][-(len(names) - 2):]])
+                         color=["#08519c", *["#9ecae1", "#bdbdbd"][-(len(names) - 1):]])
         axis.bar_label(bars, fmt=digits, fontsize=8, padding=2)
         axis.margins(x=0.25)  # room for the labels
         axis.set_title(title, fontsize=10)

@@ -32,7 +32,7 @@ from checkpoint import (
 from fetch import model_folder
 from files import newest
 from generate import generate
-from int8 import Int8GPT, load_quantized
+from int8 import Int8GPT, KernelGPT, load_quantized
 from machine import CPUThreads, gpu_has_bf16, pick_device
 from model import GPT
 
@@ -54,16 +54,14 @@ class SampleConfig:
     backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag("auto", "Int8 arithmetic; auto: the fastest.")
     draft: str | None = flag(None, "Smaller int8 folder with the same tokenizer, which guesses tokens: the same text "
                              "sooner. auto: the newest in out/. Default: guesses from the text itself.")
-    int8_cache: bool = flag(False, "Keep keys and values in int8 too, for long contexts (int8 folders only).")
     threads: int | None = flag(None, "CPU threads; default: as many as cores are free.", 1, 4096)
 
 
-def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch.device) -> GPT:
+def load(folder: Path, dtype: str, backend: str, device: torch.device) -> GPT | Int8GPT | KernelGPT:
     """The model of an fp32 or int8 folder, on the device."""
     if not is_quantized(folder):
-        if int8_cache or backend != "auto":
-            raise UserError(f"{'--int8-cache' if int8_cache else '--backend'}: expected an int8 folder, as quantize.py "
-                            f"makes one; {folder} is fp32")
+        if backend != "auto":
+            raise UserError(f"--backend: expected an int8 folder, as quantize.py makes one; {folder} is fp32")
         model = load_model(folder).to(device)
         if dtype == "float32" or (dtype == "auto" and not gpu_has_bf16(device)):
             return model
@@ -75,12 +73,12 @@ def load(folder: Path, dtype: str, backend: str, int8_cache: bool, device: torch
     if device.type == "mps":
         note("int8 models run on CPUs and CUDA; going on with the CPU")
         device = torch.device("cpu")
-    return load_quantized(folder, backend, device, int8_cache)
+    return load_quantized(folder, backend, device)
 
 
-def load_draft(name: str, model: GPT, folder: Path, tokenizer: Tokenizer, int8_cache: bool) -> Int8GPT | None:
+def load_draft(name: str, model: GPT, folder: Path, tokenizer: Tokenizer) -> KernelGPT | None:
     """The model that --draft names, for guesses; None, with a note, where `model` takes none."""
-    if not isinstance(model, Int8GPT) or model.device.type != "cpu" or model.decoder is None:
+    if not model.new_writer:
         note("--draft: guesses are for int8 folders by owlet's kernels on a CPU; going on without")
         return None
 
@@ -92,12 +90,12 @@ def load_draft(name: str, model: GPT, folder: Path, tokenizer: Tokenizer, int8_c
     if name != "auto":
         if not fits(Path(name)):
             raise UserError(f"--draft {name}: expected an int8 folder, smaller than {folder}, with its tokenizer")
-        return load_quantized(Path(name), "owlet", int8_cache=int8_cache)
+        return load_quantized(Path(name), "owlet")
     with contextlib.suppress(UserError):  # no folder at all
         for other in newest(Path("out"), "config.json", "python train.py"):
             with contextlib.suppress(UserError):  # one that cannot be read
                 if fits(other):
-                    return load_quantized(other, "owlet", int8_cache=int8_cache)
+                    return load_quantized(other, "owlet")
     note(f"--draft auto: found no int8 folder in out/ that is smaller than {folder}, with its tokenizer")
     return None
 
@@ -164,20 +162,19 @@ def main() -> None:
     tokenizer = read_tokenizer(folder)
     text = read_prompt(config)
     [prompt] = token_ids(tokenizer, [text], special=True)
-    model = load(folder, config.dtype, config.backend, config.int8_cache, device)
+    model = load(folder, config.dtype, config.backend, device)
     for token in prompt:
         if token >= model.config.vocab_size:
             raise UserError(f"--prompt: {tokenizer.id_to_token(token)!r} is token {token}; "
                             f"the model knows {model.config.vocab_size}")
-    draft = load_draft(config.draft, model, folder, tokenizer, config.int8_cache) if config.draft else None
+    draft = load_draft(config.draft, model, folder, tokenizer) if config.draft else None
     threads.adapt()
     seed = config.seed if config.seed is not None else torch.seed() % 2**32
-    generator = torch.Generator(model.device).manual_seed(seed)
 
     idx = torch.tensor([prompt] * config.num_samples, device=model.device).view(config.num_samples, -1)
     tokens = generate(model, idx, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
                       top_p=config.top_p, repetition_penalty=config.repetition_penalty,
-                      eos=model.config.eos, generator=generator, draft=draft)
+                      eos=model.config.eos, seed=seed, draft=draft)
     ends = model.config.ends
     detokenize, ended = Detokenizer(tokenizer, prompt), False
     print(text, end="", flush=True)
@@ -195,7 +192,7 @@ def main() -> None:
 
     first, rest = times[1] - times[0], times[-1] - times[1]
     pace = f"{(len(rows) - 1) * config.num_samples / rest:,.0f} tokens/s" if len(rows) > 1 else "-"
-    how = f"int8 by {model.backend}{', int8 cache' * config.int8_cache}" if isinstance(model, Int8GPT) else (
+    how = f"int8 by {model.backend}" if is_quantized(folder) else (
         "bf16" if model.lm_head.weight.dtype == torch.bfloat16 else "fp32")
     guessed, right = getattr(model, "guesses", (0, 0))
     guesses = f", {right} of {guessed} guesses right" if guessed else ""

@@ -3,8 +3,8 @@ scale for all of a token rounds the others away. Three remedies, all exact in fp
 
 Smoothing (Xiao et al., 2022): scales move from large channels into the weights that they meet, before these are
 rounded. What makes a channel smaller is the weight of the norm before it, or the rows of v_proj and up_proj.
-Slices: the hidden channels are put in the order of their size, and each quarter gets scales of its own (SlicedLinear).
-A fine head: its activations take two rounds of int8 (FineLinear). A tied head cannot be smoothed.
+Slices: the hidden channels are put in the order of their size, and each quarter gets scales of its own.
+A fine head: its activations take two rounds of int8 . A tied head cannot be smoothed.
 """
 
 import math
@@ -90,7 +90,7 @@ def written(model: GPT) -> Tensor:
     """Texts that the model writes: (TEXTS, up to LENGTH) int64."""
     generator, length = torch.Generator().manual_seed(0), min(LENGTH, model.config.block_size)
     first = torch.randint(0, model.config.vocab_size, (TEXTS, 1), generator=generator)
-    tokens = generate(model, first, length - 1, generator=generator)
+    tokens = generate(model, first, length - 1, seed=0)
     return torch.cat([first, *(token[:, None] for token in tqdm(
         tokens, "writing text to calibrate with", total=length - 1, delay=2, leave=False, disable=None))], dim=1)
 

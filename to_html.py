@@ -7,11 +7,9 @@ clang: of the package ziglang (requirements-html.txt), or the system's where it 
 import base64
 import html
 import importlib.util
-import itertools
 import json
 import re
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -20,35 +18,30 @@ from cli import UserError
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from files import atomic_path, write_text
-from int8 import Int8GPT, ReferenceLinear, load_quantized
+from int8 import arrays, read_quantized
 from model import GPT, GPTConfig
 from to_gguf import recognise
 
 ROOT = Path(__file__).resolve().parent
-PANEL_ROWS, LINE = 64, 64  # as in csrc/kernels/kernels.h
 FLAGS = ["-std=c++20", "-O3", "-msimd128", "-ffp-contract=off", "-fno-trapping-math", "-fno-exceptions",
          "-Wl,-z,stack-size=262144"]  # zig's own, 16 MB, would be the most of a small model's memory
-
-
-MOST = 400e6  # bytes of weights: a longer text than their base64 no browser takes
+MOST = 400  # MB of weights: a longer text than their base64 no browser takes
 
 
 def check_page(folder: Path, model: GPT) -> None:
     """Raises UserError, before any work, where no page can be made of this model, or nothing compiles it."""
     tokenizer(folder, model.config)
-    if model.num_params() > MOST:
-        raise UserError(f"--html: expected at most {MOST / 1e6:.0f}M parameters, which browsers can read, got "
-                        f"{model.num_params() / 1e6:.0f}M")
+    if (millions := model.num_params() / 1e6) > MOST:
+        raise UserError(f"--html: expected at most {MOST}M parameters, which browsers can read, got {millions:.0f}M")
     webassembly()
 
 
 def write_html(folder: Path, path: Path) -> None:
     """Write the int8 model of a folder to `path`."""
-    model = load_quantized(folder, "reference")
-    about, weights, code = tokenizer(folder, model.config), model_file(model), webassembly().read_bytes()
+    config, *state = read_quantized(folder)
+    about, weights, code = tokenizer(folder, config), model_file(config, *state), webassembly().read_bytes()
     values = {"name": html.escape(path.stem), "size": f"{4 / 3 * (len(weights) + len(code)) / 1e6:.1f} MB",
               "about": json.dumps(about, ensure_ascii=False).replace("<", "\\u003c"),
               "wasm": base64.b64encode(code).decode(), "weights": base64.b64encode(weights).decode()}
@@ -56,12 +49,10 @@ def write_html(folder: Path, path: Path) -> None:
     write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template))
 
 
-# ---------------------------------------------------------------- the decoder
-
 def webassembly() -> Path:
     """csrc/ compiled to WebAssembly, which is kept in build/."""
     out = ROOT / "build" / "owlet.wasm"
-    sources = [*(ROOT / "csrc").glob("[dpw]*.*"), *(ROOT / "csrc/kernels").iterdir()]
+    sources = [*(ROOT / "csrc").glob("[dlpw]*.*"), *(ROOT / "csrc/kernels").iterdir()]
     if not out.exists() or out.stat().st_mtime < max(path.stat().st_mtime for path in (*sources, Path(__file__))):
         print("compiling the decoder to WebAssembly ...", flush=True)
         with atomic_path(out) as temporary:
@@ -84,32 +75,18 @@ def compile_wasm(sources: list[Path], out: Path, *flags: str) -> None:
                         "requirements-html.txt names a compiler that can")
 
 
-# ---------------------------------------------------------------- the weights
-
-def model_file(model: Int8GPT) -> bytes:
-    """The arrays that csrc/page.cpp reads, in its order, each padded to whole lines."""
-    c, blocks, ends = model.config, model.model.layers, torch.tensor(model.config.ends)
-    header = struct.pack("<13if", c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_hidden, c.vocab_size, c.block_size,
-                         c.n_layer, c.qk_norm, model.slices, model.fine_head, c.tie_embeddings, len(ends), c.norm_eps)
-    arrays = [ends, model.cos, model.sin, *matrix(model.model.embed_tokens.matrix), model.model.norm.weight]
-    if not c.tie_embeddings:
-        arrays += matrix(model.lm_head.linear if model.fine_head else model.lm_head)
-    for block in blocks:
-        attention = block.self_attn
-        norms = [attention.q_norm.weight, attention.k_norm.weight] if c.qk_norm else []
-        arrays += [block.input_layernorm.weight, *matrix(block.qkv_proj), *norms, *matrix(block.o_proj),
-                   block.post_attention_layernorm.weight, *matrix(block.gate_up_proj)]
-        arrays += itertools.chain.from_iterable(map(matrix, block.down_proj.slices))
-    parts = [header, *(array.contiguous().numpy().tobytes() for array in arrays)]
-    padded = b"".join(part + bytes(-len(part) % LINE) for part in parts)
-    return padded + bytes(-len(padded) % (3 * LINE))  # in base64, three bytes are four characters
-
-
-def matrix(linear: ReferenceLinear) -> tuple[Tensor, Tensor]:
-    """Scales, and the weight (N, K) as pack_panels of csrc/ packs it: uint8 (ceil(N / 64), ceil(K / 4), 64, 4)."""
-    N, K = linear.weight.shape
-    weight = F.pad(linear.weight, (0, -K % 4, 0, -N % PANEL_ROWS)).view(torch.uint8) ^ 128  # w + 128
-    return linear.scale, weight.view(-1, PANEL_ROWS, weight.size(1) // 4, 4).transpose(1, 2)
+def model_file(*model: object) -> bytes:
+    """The arrays of a model, joined for csrc/page.cpp: whole panels of 64 rows and 4 columns, and whole lines of 64
+    bytes.
+    """
+    parts = []
+    for array in arrays(*model):
+        if array.dtype == torch.int8:
+            array = F.pad(array, (0, -array.size(1) % 4, 0, -len(array) % 64))
+        parts.append(array.contiguous().numpy().tobytes())
+        parts.append(bytes(-len(parts[-1]) % 64))
+    joined = b"".join(parts)
+    return joined + bytes(-len(joined) % 192)  # in base64, three bytes are four characters
 
 
 # ---------------------------------------------------------------- the tokenizer
@@ -127,4 +104,4 @@ def tokenizer(folder: Path, config: GPTConfig) -> dict:
     return {"vocab": vocab, "merges": [" ".join(pair) for pair in file["model"]["merges"]], "added": added,
             "special": [token["id"] for token in file["added_tokens"] if token["special"]], "words": words,
             "nfc": file["normalizer"] is not None, "ignoreMerges": file["model"]["ignore_merges"],
-            "before": [config.bos] if adds_bos else []}
+            "before": [config.bos] if adds_bos else [], "ends": config.ends}

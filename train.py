@@ -538,13 +538,12 @@ class Run:
     def sample(self) -> str:
         """What the model writes behind the first words of the validation text, on one line."""
         prompt, _ = self.data.sequences("val", np.zeros(1, dtype=np.int64))
-        generator = torch.Generator(self.ranks.device).manual_seed(self.config.seed)
         self.model.eval()
         try:
             with uncompiled():
                 # without a cache a GPU captures no graph, which 80 tokens would not pay for
                 tokens = [token.item() for token in generate(
-                    self.model, prompt[:, :32], 80, temperature=0.8, top_p=0.9, generator=generator,
+                    self.model, prompt[:, :32], 80, temperature=0.8, top_p=0.9, seed=self.config.seed,
                     use_cache=self.ranks.device.type != "cuda")]
         finally:
             self.model.train()

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
+#include <cmath>
 #include <deque>
 #include <functional>
 #include <thread>
@@ -16,6 +16,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "kernels/floats.h"
 
 namespace owlet {
 namespace {
@@ -31,22 +33,7 @@ using Worker = std::thread;
 using std::this_thread::yield;
 #endif
 
-const FloatMath& floats() { return *kernel().floats; }
-
-// Writes x (size) to row `row` of a cache.
-void write_cache(const Cache& cache, int64_t row, int64_t size, const float* x) {
-  if (cache.int8)
-    cache.scales[row] = quantize_row(x, size, cache.int8 + row * size).scale;
-  else
-    std::copy_n(x, size, cache.floats + row * size);
-}
-
-// Rows [row, row + count) of a cache as floats: the cache's own, or dequantized into scratch.
-const float* read_cache(const Cache& cache, int64_t row, int64_t count, int64_t size, float* scratch) {
-  if (!cache.int8) return cache.floats + row * size;
-  floats().dequantize(cache.int8 + row * size, cache.scales + row, count, size, scratch);
-  return scratch;
-}
+constexpr int64_t kQueries = 32;  // rows of queries that attend takes together (docs/log.md, "Blocks of attention")
 
 }  // namespace
 
@@ -122,9 +109,29 @@ class Decoder::Team {
   std::vector<Worker> workers_;
 };
 
+// ---- the cache
+
+Cache::Cache(const DecoderModel& m, int64_t batch, int64_t length)
+    : batch(batch), length(length), n_kv_head_(m.n_kv_head), head_dim_(m.head_dim),
+      padded_(ceil_div(length, kPanelRows) * kPanelRows) {
+  const int64_t heads = m.n_layer * batch * n_kv_head_;
+  keys_.resize(heads * packed_bytes(padded_, head_dim_));
+  values_.resize(heads * packed_bytes(head_dim_, padded_));
+  key_scales_.resize(heads * padded_);
+  value_scales_.resize(heads * padded_);
+}
+
+HeadCache Cache::head(int64_t layer, int64_t b, int64_t kv_head) {
+  const int64_t i = (layer * batch + b) * n_kv_head_ + kv_head;
+  return {padded_, head_dim_, &keys_[i * packed_bytes(padded_, head_dim_)],
+          &values_[i * packed_bytes(head_dim_, padded_)], &key_scales_[i * padded_], &value_scales_[i * padded_]};
+}
+
+// ---- buffers
+
 // The quantized inputs of the products.
 struct Decoder::Rows {
-  Rows(const DecoderModel& m, int64_t rows) : x(rows, m.n_embd), attn_out(rows, m.n_head * m.head_dim) {
+  Rows(const DecoderModel& m, int64_t rows) : x(rows, m.n_embd), attn_out(rows, m.width()) {
     for (const Int8Linear& slice : m.blocks[0].down) hidden.emplace_back(rows, slice.K);
   }
   QuantizedTokens x, attn_out;
@@ -132,58 +139,285 @@ struct Decoder::Rows {
 };
 
 struct Decoder::Thread {
-  explicit Thread(const DecoderModel& m) : quantized(m, 2), normed(m.n_embd) {}
+  explicit Thread(const DecoderModel& m)
+      : quantized(m, 2), normed(std::max(m.n_embd, m.head_dim)), queries(kQueries, m.head_dim), weights(kQueries, kPanelRows) {}
   Rows quantized;  // for a single token, which every thread quantizes for itself; two rows for a fine head
-  std::vector<float> normed, scratch, keys, values;
+  std::vector<float> normed;
+  // attention's
+  QuantizedTokens queries, weights;
+  std::vector<float> scores;  // (kQueries, length)
 };
 
-Decoder::Decoder(DecoderModel model) : model_(std::move(model)) {}
+Decoder::Decoder(DecoderModel model) : model(std::move(model)), with_{&owlet::kernel()} {}
 Decoder::~Decoder() = default;
 
+std::string Decoder::kernel() const {
+  const Kernel& kernel = *with_.kernel;
+  return std::string(kernel.name) + (kernel.once ? std::string(", ") + kernel.once[with_.variant].name : "");
+}
+
 void Decoder::prepare(const Step& step, int threads) {
-  variant();  // choosing the kernel may throw, which a parallel region does not allow
-  const DecoderModel& m = model_;
-  const int64_t fine = m.fine_head ? 2 * step.batch * (step.all ? step.count : 1) : 0;  // rows of the head's input
+  const int64_t fine = model.fine_head ? 2 * step.batch * (step.all ? step.count : 1) : 0;  // rows of the head's input
   const int64_t rows = std::max(step.batch * step.count, fine);
-  logits_.resize(std::max<size_t>(logits_.size(), fine * m.head.N));
+  logits_.resize(std::max<size_t>(logits_.size(), fine * model.vocab_size));
   if (rows > rows_) {
-    x_.resize(rows * m.n_embd);
-    qkv_.resize(rows * (m.n_head + 2 * m.n_kv_head) * m.head_dim);
-    attn_out_.resize(rows * m.n_head * m.head_dim);
-    hidden_.resize(rows * m.n_hidden);
-    quantized_ = std::make_unique<Rows>(m, rows);
+    x_.resize(rows * model.n_embd);
+    qkv_.resize(rows * model.qkv_width());
+    attn_out_.resize(rows * model.width());
+    hidden_.resize(rows * model.n_hidden);
+    quantized_ = std::make_unique<Rows>(model, rows);
     rows_ = rows;  // last, because the lines above may throw
   }
-  while (static_cast<int>(threads_.size()) < threads) threads_.push_back(std::make_unique<Thread>(m));
-  for (int t = 0; t < threads; ++t) {
-    threads_[t]->scratch.resize(attention_scratch(step.length, m.head_dim));
-    if (step.keys.int8) threads_[t]->keys.resize(step.length * m.head_dim);
-    if (step.values.int8) threads_[t]->values.resize(step.length * m.head_dim);
+  const int64_t length = ceil_div(step.cache->length, kPanelRows) * kPanelRows;
+  while (static_cast<int>(threads_.size()) < threads) threads_.push_back(std::make_unique<Thread>(model));
+  for (int t = 0; t < threads; ++t) threads_[t]->scores.resize(kQueries * length);
+}
+
+// ---- one thread's part of a step, in the order of model.py
+
+class Decoder::Pass {
+ public:
+  Pass(Decoder& decoder, const Step& step, Barrier& barrier, int index, int threads)
+      : d(decoder), m(decoder.model), step(step), own(*decoder.threads_[index]), barrier(barrier), index(index),
+        threads(threads), rows(step.batch * step.count) {}
+
+  void run() {
+    embed();
+    for (int64_t layer = 0; layer < m.n_layer; ++layer) {
+      const bool last = layer == m.n_layer - 1;
+      if (!attention(layer, last)) return;
+      mlp(m.blocks[layer]);
+    }
+    m.fine_head ? fine_head() : multiply(m.head, norm(m.norm), step.logits);
+  }
+
+ private:
+  void embed() {
+    share(rows, [&](int64_t i) {
+      m.embedding.read_row(step.tokens[i / step.count * step.stride + i % step.count], x(i));
+    });
+    barrier.wait();
+  }
+
+  // Returns false where nothing is left to do: the last layer of a step without logits.
+  bool attention(int64_t layer, bool last) {
+    const DecoderBlock& block = m.blocks[layer];
+    multiply(block.qkv, norm(block.input_norm), d.qkv_.data());
+    // A row of attention is a query head of a token; those of a key/value head of a sequence go in blocks. Where there
+    // is one block, the thread that computes it appends the keys and values that it needs itself.
+    const bool only_last = last && !step.all;  // the last layer needs only the last token's output
+    const int64_t begin = only_last ? (step.count - 1) * m.group() : 0, end = step.count * m.group();
+    const int64_t blocks = ceil_div(end - begin, kQueries), heads = step.batch * m.n_kv_head;
+    const bool alone = end <= kQueries;
+    const auto append_row = [&](int64_t i) { append(layer, i / m.n_kv_head, i % m.n_kv_head); };
+    if (!alone) {
+      share(rows * m.n_kv_head, append_row);
+      barrier.wait();
+    }
+    for (int64_t i = index; i < heads * blocks; i += threads) {  // interleaved, because later blocks see more keys
+      const int64_t b = i / blocks / m.n_kv_head, kv_head = i / blocks % m.n_kv_head;
+      for (int64_t t = 0; alone && t < step.count; ++t) append_row((b * step.count + t) * m.n_kv_head + kv_head);
+      if (last && !step.logits) continue;
+      const int64_t first = begin + i % blocks * kQueries;
+      attend(layer, b, kv_head, first, std::min(kQueries, end - first), only_last);
+    }
+    if (last && !step.logits) return false;
+    if (only_last) {
+      for (int64_t b = 0; index == 0 && b < step.batch; ++b) std::copy_n(x((b + 1) * step.count - 1), m.n_embd, x(b));
+      rows = step.batch;
+    }
+    barrier.wait();
+    multiply(block.o, quantize(&Rows::attn_out, [&](int64_t i) { return &d.attn_out_[i * m.width()]; }), x(0), x(0));
+    return true;
+  }
+
+  void mlp(const DecoderBlock& block) {
+    multiply(block.gate_up, norm(block.post_norm), d.hidden_.data());
+    Rows& out = rows == 1 ? own.quantized : *d.quantized_;
+    each_row([&](int64_t i) {
+      for (size_t s = 0; s < block.down.size(); ++s)
+        out.hidden[s].quantize(i, &d.hidden_[i * m.n_hidden + s * block.down[s].K]);
+    });
+    for (size_t s = 0; s < block.down.size(); ++s) multiply_own(block.down[s], out.hidden[s], x(0), x(0));
+    barrier.wait();
+  }
+
+  // Row 2 i is x; row 2 i + 1 is what the int8 values of row 2 i leave of it. The logits are the sum of both.
+  void fine_head() {
+    Rows& out = rows == 1 ? own.quantized : *d.quantized_;
+    each_row([&](int64_t i) {
+      float* const rest = normed(m.norm, i);
+      out.x.quantize(2 * i, rest);
+      const int8_t* const q = &out.x.q[2 * i * row_bytes(out.x.quads)];
+      for (int64_t k = 0; k < m.n_embd; ++k) rest[k] -= static_cast<float>(q[k]) * out.x.scale[2 * i];
+      out.x.quantize(2 * i + 1, rest);
+    });
+    rows *= 2;
+    multiply(m.head, out.x, d.logits_.data());
+    const int64_t N = m.head.N, first = N * index / threads, last = N * (index + 1) / threads;
+    for (int64_t i = 0; i < rows / 2; ++i) {
+      const float *of_x = &d.logits_[2 * i * N], *of_rest = of_x + N;
+      for (int64_t n = first; n < last; ++n) step.logits[i * N + n] = of_x[n] + of_rest[n];
+    }
+  }
+
+  // ---- products
+
+  // Runs body on this thread's share of `things` indices, which is always the same.
+  template <typename Body>
+  void share(int64_t things, Body body) {
+    for (int64_t i = things * index / threads; i < things * (index + 1) / threads; ++i) body(i);
+  }
+
+  // Every thread quantizes a single row for itself, which is faster than waiting for another. Threads share several.
+  template <typename Body>
+  void each_row(Body body) {
+    if (rows == 1) return body(0);
+    share(rows, body);
+    barrier.wait();
+  }
+
+  template <typename Row>
+  const QuantizedTokens& quantize(QuantizedTokens Rows::*which, Row row) {
+    QuantizedTokens& out = (rows == 1 ? own.quantized : *d.quantized_).*which;
+    each_row([&](int64_t i) { out.quantize(i, row(i)); });
+    return out;
+  }
+
+  const QuantizedTokens& norm(const float* weight) {
+    return quantize(&Rows::x, [&](int64_t i) { return normed(weight, i); });
+  }
+
+  float* normed(const float* weight, int64_t i) {
+    rms_norm(x(i), weight, m.n_embd, m.norm_eps, own.normed.data());
+    return own.normed.data();
+  }
+
+  void multiply_own(const Int8Linear& linear, const QuantizedTokens& x, float* y, const float* residual) {
+    const int64_t tasks = linear.tasks(rows);
+    linear.forward(d.with_, x, rows, residual, tasks * index / threads, tasks * (index + 1) / threads, y);
+  }
+
+  void multiply(const Int8Linear& linear, const QuantizedTokens& x, float* y, const float* residual = nullptr) {
+    multiply_own(linear, x, y, residual);
+    barrier.wait();
+  }
+
+  float* x(int64_t row) { return &d.x_[row * m.n_embd]; }
+  float* qkv(int64_t row, int64_t head) { return &d.qkv_[row * m.qkv_width() + head * m.head_dim]; }
+
+  // ---- attention
+
+  // For one key/value head of a token: applies QK-norm and RoPE to the key and its queries, then adds the key and the
+  // value to the cache.
+  void append(int64_t layer, int64_t row, int64_t kv_head) {
+    const DecoderBlock& block = m.blocks[layer];
+    const int64_t size = m.head_dim, half = size / 2, pos = step.pos + row % step.count;
+    float* const normed = own.normed.data();
+    const auto norm_and_rope = [&](float* x, const float* weight) {
+      weight ? rms_norm(x, weight, size, m.norm_eps, normed) : void(std::copy_n(x, size, normed));
+      rope(normed, m.cos + pos * half, m.sin + pos * half, half, x);
+    };
+    for (int64_t h = kv_head * m.group(); h < (kv_head + 1) * m.group(); ++h) norm_and_rope(qkv(row, h), block.q_norm);
+    float* const key = qkv(row, m.n_head + kv_head);  // the value lies behind the keys of all heads
+    norm_and_rope(key, block.k_norm);
+
+    const HeadCache cache = step.cache->head(layer, row / step.count, kv_head);
+    const QuantizedTokens& quantized = own.queries;
+    own.queries.quantize(0, key, 2, m.n_kv_head * size);
+    cache.key_scales[pos] = quantized.scale[0], cache.value_scales[pos] = quantized.scale[1];
+    const int8_t *const k = quantized.q.get(), *const v = k + row_bytes(quantized.quads);
+    uint8_t* to = cache.keys + packed_at(pos, 0, size);
+    for (int64_t i = 0; i < size; i += 4, to += kQuadBytes) {
+      const uint32_t quad = load_quad(k + i) ^ 0x80808080;  // + 128, four times
+      std::memcpy(to, &quad, 4);
+    }
+    for (int64_t n = 0; n < size; n += kPanelRows) {
+      to = cache.values + packed_at(n, pos, cache.length);
+      for (int64_t i = n; i < std::min(n + kPanelRows, size); ++i, to += 4) *to = static_cast<uint8_t>(v[i] + 128);
+    }
+  }
+
+  // softmax(q K^T / sqrt(head_dim)) V for rows [first, first + count) of a key/value head of sequence b: row i is query
+  // head i % group of token i / group. All is int8: queries, keys and values with a scale each, the softmax's weights
+  // with one for each 64 positions. only_last: the results go to row b of attn_out_.
+  void attend(int64_t layer, int64_t b, int64_t kv_head, int64_t first, int64_t count, bool only_last) {
+    const HeadCache cache = step.cache->head(layer, b, kv_head);
+    const int64_t size = m.head_dim, group = m.group();
+    const auto token = [&](int64_t i) { return (first + i) / group; };
+    const auto head = [&](int64_t i) { return kv_head * group + (first + i) % group; };
+    const auto visible = [&](int64_t i) { return step.pos + token(i) + 1; };
+    for (int64_t i = 0; i < count; ++i) own.queries.quantize(i, qkv(b * step.count + token(i), head(i)));
+
+    const QuantizedTokens &q = own.queries, &weights = own.weights;
+    const float factor = 1.0f / std::sqrt(static_cast<float>(size));
+    const auto scores = [&](int64_t i) { return &own.scores[i * cache.length]; };
+    for (int64_t p = 0; p < visible(count - 1); p += kPanelRows)
+      d.with_.multiply(q.q.get(), q.q_sum.get(), count, cache.keys + packed_at(p, 0, size), q.quads, kPanelRows,
+                       [&](int64_t t, int64_t tile, const int32_t* acc) {
+                         scale_sums(acc, tile, &q.scale[t], factor, cache.key_scales + p, scores(t) + p, cache.length);
+                       });
+
+    float* y[kQueries], inverse[kQueries];
+    for (int64_t i = 0; i < count; ++i) {
+      inverse[i] = softmax(scores(i), cache.value_scales, visible(i));
+      y[i] = &d.attn_out_[(only_last ? b : b * step.count + token(i)) * m.width() + head(i) * size];
+      std::fill_n(y[i], size, 0.0f);
+    }
+    for (int64_t p = 0; p < visible(count - 1); p += kPanelRows) {
+      const int64_t quads = std::min(weights.quads, ceil_div(visible(count - 1) - p, 4));  // rows stay 64 bytes apart
+      int64_t from = 0;
+      while (visible(from) <= p) ++from;  // the tokens before see nothing from here on
+      own.weights.quantize(from, scores(from) + p, count - from, cache.length);
+      for (int64_t n = 0; n < size; n += kPanelRows) {
+        const int rows = std::min<int64_t>(kPanelRows, size - n);
+        d.with_.multiply(&weights.q[from * row_bytes(weights.quads)], &weights.q_sum[from], count - from,
+                         cache.values + packed_at(n, p, cache.length), quads, rows,
+                         [&](int64_t t, int64_t tile, const int32_t* acc) {
+                           add_sums(acc, tile, &weights.scale[from + t], &inverse[from + t], n, rows, &y[from + t]);
+                         });
+      }
+    }
+  }
+
+  Decoder& d;
+  const DecoderModel& m;
+  const Step& step;
+  Thread& own;
+  Barrier& barrier;
+  const int index, threads;
+  int64_t rows;
+};
+
+// ---- steps
+
+void Decoder::forward(Step step, int threads) {
+  const int64_t end = step.pos + step.count, chunk = std::max<int64_t>(1, kMaxRows / step.batch);
+  float* const logits = step.logits;
+  for (; step.pos < end; step.pos += step.count, step.tokens += step.count) {
+    step.count = std::min(chunk, end - step.pos);
+    if (!step.all) step.logits = step.pos + step.count == end ? logits : nullptr;
+    step.batch * step.count == 1 ? choose_variant(step, threads) : run(step, threads);
+    if (step.all) step.logits += step.count * model.vocab_size;
   }
 }
 
-// Times the ways to read the weights on a model's first tokens, in turns, and uses the fastest from then on. The sums
-// are exact, so the tokens are the same in each.
+// Times the kernel's ways to read the weights on a model's first tokens, in turns, and uses the fastest from then on.
+// The sums are exact, so the tokens are the same in each.
 void Decoder::choose_variant(const Step& step, int threads) {
   constexpr size_t kTurns = 8;
-  const Variant* const variants = kernel().variants;
-  if (threads != chosen_for_ || variants != chosen_of_) {
-    const size_t count = std::getenv("OWLET_KERNEL") ? 1 : variant_names().size();
-    seconds_.clear(), chosen_for_ = threads, chosen_of_ = variants, trials_ = count > 1 ? kTurns * count : 0;
-  }
-  const size_t count = trials_ / kTurns, done = seconds_.size();
-  if (count == 0) return run_all(step, threads);
-  use_variant(variants[done < trials_ ? done % count : fastest_].name);  // another model may use another one
-  if (done == trials_) return run_all(step, threads);
+  const size_t variants = with_.kernel->variants, trials = variants * kTurns;
+  if (threads != timed_for_) seconds_.clear(), timed_for_ = threads;
+  if (seconds_.size() == trials) return run(step, threads);
+  with_.variant = seconds_.size() % variants;
   const auto start = std::chrono::steady_clock::now();
-  run_all(step, threads);
+  run(step, threads);
   seconds_.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  if (done + 1 < trials_) return;
-  fastest_ = (std::min_element(seconds_.begin(), seconds_.end()) - seconds_.begin()) % count;
-  use_variant(variants[fastest_].name);
+  if (seconds_.size() == trials)
+    with_.variant = (std::min_element(seconds_.begin(), seconds_.end()) - seconds_.begin()) % variants;
 }
 
-void Decoder::run_all(const Step& step, int threads) {
+void Decoder::run(const Step& step, int threads) {
   prepare(step, threads);
 #ifdef _OPENMP
   std::unique_ptr<Barrier> barrier;
@@ -191,183 +425,12 @@ void Decoder::run_all(const Step& step, int threads) {
   {
 #pragma omp single
     barrier = std::make_unique<Barrier>(omp_get_num_threads());  // the team may be smaller than requested
-    run(step, *threads_[omp_get_thread_num()], *barrier, omp_get_thread_num(), omp_get_num_threads());
+    Pass(*this, step, *barrier, omp_get_thread_num(), omp_get_num_threads()).run();
   }
 #else
   if (!team_ || team_->threads != threads) team_ = std::make_unique<Team>(threads);
-  team_->run([&](int index) { run(step, *threads_[index], team_->barrier, index, threads); });
+  team_->run([&](int index) { Pass(*this, step, team_->barrier, index, threads).run(); });
 #endif
-}
-
-void Decoder::forward(Step step, int threads) {
-  const int64_t end = step.pos + step.count, chunk = std::max<int64_t>(1, kMaxRows / step.batch);
-  float* const logits = step.logits;
-  for (; step.pos < end; step.pos += step.count, step.tokens += step.count) {
-    step.count = std::min(chunk, end - step.pos);
-    step.logits = step.pos + step.count == end ? logits : nullptr;
-    step.batch * step.count == 1 ? choose_variant(step, threads) : run_all(step, threads);
-  }
-}
-
-void Decoder::run(const Step& step, Thread& thread, Barrier& barrier, int index, int threads) {
-  const DecoderModel& m = model_;
-  const int64_t width = m.n_head * m.head_dim, last_layer = static_cast<int64_t>(m.blocks.size()) - 1;
-  int64_t rows = step.batch * step.count;
-  float* const x = x_.data();
-
-  // Runs body on this thread's share of `things` indices, which is always the same.
-  const auto share = [&](int64_t things, auto&& body) {
-    for (int64_t i = things * index / threads; i < things * (index + 1) / threads; ++i) body(i);
-  };
-  // Every thread quantizes a single row for itself, which is faster than waiting for another thread. Threads share
-  // several rows.
-  const auto each_row = [&](auto&& quantize_row) -> const Rows& {
-    Rows& out = rows == 1 ? thread.quantized : *quantized_;
-    if (rows == 1) {
-      quantize_row(out, 0);
-    } else {
-      share(rows, [&](int64_t i) { quantize_row(out, i); });
-      barrier.wait();
-    }
-    return out;
-  };
-  const auto quantize = [&](QuantizedTokens Rows::*which, auto&& row) -> const QuantizedTokens& {
-    return each_row([&](Rows& out, int64_t i) { (out.*which).quantize(i, row(i)); }).*which;
-  };
-  const auto normed = [&](const float* weight) {
-    return [&, weight](int64_t i) {
-      floats().rms_norm(x + i * m.n_embd, weight, m.n_embd, m.norm_eps, thread.normed.data());
-      return thread.normed.data();
-    };
-  };
-  const auto multiply_own = [&](const Int8Linear& linear, const QuantizedTokens& x, float* y,
-                                const float* residual = nullptr) {
-    const int64_t tasks = linear.tasks(rows);
-    linear.forward(x, rows, residual, tasks * index / threads, tasks * (index + 1) / threads, y);
-  };
-  const auto multiply = [&](auto&&... of) {
-    multiply_own(of...);
-    barrier.wait();
-  };
-
-  share(rows, [&](int64_t i) {
-    const int64_t token = step.tokens[i / step.count * step.stride + i % step.count];
-    m.embedding.read_row(token, x + i * m.n_embd);
-  });
-  barrier.wait();
-
-  for (int64_t layer = 0; layer <= last_layer; ++layer) {
-    const DecoderBlock& block = m.blocks[layer];
-    multiply(block.qkv, quantize(&Rows::x, normed(block.input_norm)), qkv_.data());
-    if (step.count == 1 || step.all) {
-      share(step.batch * m.n_kv_head, [&](int64_t i) {
-        for (int64_t row = i / m.n_kv_head * step.count, end = row + step.count; row < end; ++row) {
-          append(step, block, layer, row, i % m.n_kv_head);
-          attend(step, thread, layer, row, i % m.n_kv_head, row);
-        }
-      });
-      if (layer == last_layer && !step.logits) return;
-    } else {
-      share(rows * m.n_kv_head, [&](int64_t i) { append(step, block, layer, i / m.n_kv_head, i % m.n_kv_head); });
-      barrier.wait();
-      if (layer < last_layer) {
-        const int64_t blocks = ceil_div(step.count, kQueries), tasks = step.batch * m.n_head * blocks;
-        for (int64_t i = index; i < tasks; i += threads)  // interleaved, because later blocks see more keys
-          attend_block(step, thread, layer, i / blocks / m.n_head, i / blocks % m.n_head, i % blocks * kQueries);
-      } else {  // the last layer needs only the last token's output
-        if (!step.logits) return;
-        share(step.batch * m.n_kv_head, [&](int64_t i) {
-          const int64_t b = i / m.n_kv_head;
-          attend(step, thread, layer, (b + 1) * step.count - 1, i % m.n_kv_head, b);
-        });
-        for (int64_t b = 0; index == 0 && b < step.batch; ++b)
-          std::copy_n(x + ((b + 1) * step.count - 1) * m.n_embd, m.n_embd, x + b * m.n_embd);
-        rows = step.batch;
-      }
-    }
-    barrier.wait();
-
-    multiply(block.o, quantize(&Rows::attn_out, [&](int64_t i) { return &attn_out_[i * width]; }), x, x);
-    multiply(block.gate_up, quantize(&Rows::x, normed(block.post_norm)), hidden_.data());
-    const Rows& quantized = each_row([&](Rows& out, int64_t i) {
-      for (size_t s = 0; s < block.down.size(); ++s)
-        out.hidden[s].quantize(i, &hidden_[i * m.n_hidden + s * block.down[s].K]);
-    });
-    for (size_t s = 0; s < block.down.size(); ++s) multiply_own(block.down[s], quantized.hidden[s], x, x);
-    barrier.wait();
-  }
-  if (!m.fine_head) return multiply(m.head, quantize(&Rows::x, normed(m.norm)), step.logits);
-
-  // Row 2 i is x; row 2 i + 1 is what the int8 values of row 2 i leave of it. The logits are the sum of both.
-  const Rows& both = each_row([&](Rows& out, int64_t i) {
-    float* const rest = normed(m.norm)(i);
-    out.x.quantize(2 * i, rest);
-    const int8_t* const q = &out.x.q[2 * i * row_bytes(out.x.quads)];
-    for (int64_t k = 0; k < m.n_embd; ++k) rest[k] -= static_cast<float>(q[k]) * out.x.scale[2 * i];
-    out.x.quantize(2 * i + 1, rest);
-  });
-  rows *= 2;
-  multiply(m.head, both.x, logits_.data());
-  const int64_t N = m.head.N, first = N * index / threads, last = N * (index + 1) / threads;
-  for (int64_t i = 0; i < rows / 2; ++i) {
-    const float *of_x = &logits_[2 * i * N], *of_rest = of_x + N;
-    for (int64_t n = first; n < last; ++n) step.logits[i * N + n] = of_x[n] + of_rest[n];
-  }
-}
-
-// For one key/value head of a token: applies QK-norm and RoPE to the key and its queries, then adds the key and the
-// value to the caches.
-void Decoder::append(const Step& step, const DecoderBlock& block, int64_t layer, int64_t row, int64_t kv_head) {
-  const DecoderModel& m = model_;
-  const int64_t size = m.head_dim, group = m.n_head / m.n_kv_head, pos = step.pos + row % step.count;
-  float* const qkv = &qkv_[row * (m.n_head + 2 * m.n_kv_head) * size];
-  float* const key = qkv + (m.n_head + kv_head) * size;
-  const auto norm_and_rope = [&](float* x, const float* weight) {
-    if (weight) floats().rms_norm(x, weight, size, m.norm_eps, x);
-    floats().rope(x, m.cos + pos * size / 2, m.sin + pos * size / 2, size / 2);
-  };
-  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) norm_and_rope(qkv + h * size, block.q_norm);
-  norm_and_rope(key, block.k_norm);
-  const int64_t at = cache_row(step, layer, row / step.count, kv_head) + pos;
-  write_cache(step.keys, at, size, key);
-  write_cache(step.values, at, size, key + m.n_kv_head * size);
-}
-
-// Attention of one token in all heads that share a key/value head, into row `out` of attn_out_.
-void Decoder::attend(const Step& step, Thread& thread, int64_t layer, int64_t row, int64_t kv_head, int64_t out) {
-  const DecoderModel& m = model_;
-  const int64_t size = m.head_dim, group = m.n_head / m.n_kv_head, count = step.pos + row % step.count + 1;
-  const int64_t at = cache_row(step, layer, row / step.count, kv_head);
-  const int64_t next = at + step.length;  // the next head's rows
-  const Cache &keys = step.keys, &values = step.values;
-  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-    const float* q = &qkv_[(row * (m.n_head + 2 * m.n_kv_head) + h) * size];
-    float *scratch = thread.scratch.data(), *y = &attn_out_[(out * m.n_head + h) * size];
-    if (keys.int8)
-      floats().attend_int8(q, keys.int8 + at * size, keys.scales + at, values.int8 + at * size, values.scales + at,
-                           count, size, scratch, y, keys.int8 + next * size);
-    else
-      floats().attend(q, keys.floats + at * size, nullptr, values.floats + at * size, nullptr, count, size, scratch, y,
-                      keys.floats + next * size);
-  }
-}
-
-// Attention of up to kQueries tokens of sequence b, starting at `first`, in one head.
-void Decoder::attend_block(const Step& step, Thread& thread, int64_t layer, int64_t b, int64_t head, int64_t first) {
-  const DecoderModel& m = model_;
-  const int64_t size = m.head_dim, queries = std::min<int64_t>(kQueries, step.count - first);
-  const int64_t stride = (m.n_head + 2 * m.n_kv_head) * size, pos = step.pos + first;
-  const int64_t at = cache_row(step, layer, b, head / (m.n_head / m.n_kv_head));
-  const float* keys = read_cache(step.keys, at, pos + queries, size, thread.keys.data());
-  const float* values = read_cache(step.values, at, pos + queries, size, thread.values.data());
-  const int64_t row = b * step.count + first;
-  floats().attend_block(&qkv_[row * stride + head * size], stride, queries, pos, keys, values, size,
-                        thread.scratch.data(), &attn_out_[(row * m.n_head + head) * size], m.n_head * size);
-}
-
-// The first row (of head_dim) of the caches that belongs to sequence b and one head.
-int64_t Decoder::cache_row(const Step& step, int64_t layer, int64_t b, int64_t kv_head) const {
-  return ((layer * step.batch + b) * model_.n_kv_head + kv_head) * step.length;
 }
 
 }  // namespace owlet

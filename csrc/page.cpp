@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
-#include <random>
 
 #include "writer.h"
 
@@ -13,60 +12,52 @@ namespace {
 
 using namespace owlet;
 
-struct Header {
-  int32_t n_embd, n_head, n_kv_head, head_dim, n_hidden, vocab_size, block_size, n_layer, qk_norm, slices, fine_head,
-      tied, stops;
-  float norm_eps;
-};
-
-// The arrays that model_file of to_html.py has joined. Each starts at a multiple of kLine.
-struct File {
-  const char* at;
+// The arrays of int8.py, joined by to_html.py: each starts at a multiple of kLine, rows and columns of matrices are
+// padded to whole panels, which are packed where they lie.
+struct File : CpuLayout {
+  explicit File(char* bytes) : at(bytes) {}
+  char* at;
   template <typename T>
-  const T* take(int64_t count) {
-    const auto* array = reinterpret_cast<const T*>(at);
+  T* take(int64_t count) {
+    auto* array = reinterpret_cast<T*>(at);
     at += row_bytes(ceil_div(count * sizeof(T), 4));
     return array;
   }
-  Int8Linear matrix(int64_t N, int64_t K, Activation activation = Activation::none) {
-    const float* scale = take<float>(N);
-    return {{N, K, take<uint8_t>(ceil_div(N, kPanelRows) * ceil_div(K, 4) * kQuadBytes), scale, nullptr, activation}};
+  const float* floats(const char*, int64_t rows, int64_t columns) { return take<float>(rows * columns); }
+  Int8Linear matrix(const char*, int64_t N, int64_t K) {
+    const int64_t bytes = packed_bytes(N, K), panel = panel_bytes(K);
+    auto* const packed = take<uint8_t>(bytes);
+    std::vector<int8_t> rows(panel);
+    for (uint8_t* p = packed; p < packed + bytes; p += panel) {
+      std::copy_n(p, panel, reinterpret_cast<uint8_t*>(rows.data()));
+      pack_panels(rows.data(), kPanelRows, panel / kPanelRows, 0, 1, p);
+    }
+    return {{N, K, packed, take<float>(N), Activation::none}};
+  }
+  void require(bool condition, const char*, const char*, int64_t) {
+    if (!condition) std::abort();
   }
 };
 
 constexpr int64_t kLongest = 2048;  // tokens of context: the cache of a published model's 8,192 would fill a phone
 
-Header h;
 std::vector<int64_t> stops, tokens;
-std::vector<float> keys, values;
 std::optional<Decoder> decoder;
+std::optional<Cache> cache;
 std::optional<Writer> writer;
 
 }  // namespace
 
 EXPORT(allocate) char* allocate(uint32_t bytes) { return static_cast<char*>(std::aligned_alloc(kLine, bytes)); }
 
-// Reads the model from memory of `allocate`, which it keeps.
-EXPORT(load) void load(const char* bytes) {
-  File file{bytes};
-  h = *file.take<Header>(1);
-  const int64_t* const ends = file.take<int64_t>(h.stops);
-  stops.assign(ends, ends + h.stops);
-  const int64_t C = h.n_embd, width = h.n_head * h.head_dim, half = h.head_dim / 2;
-  DecoderModel model{C, h.n_head, h.n_kv_head, h.head_dim, h.n_hidden, h.norm_eps,
-                     file.take<float>(h.block_size * half), file.take<float>(h.block_size * half),
-                     file.matrix(h.vocab_size, C), {}, file.take<float>(C), {}, h.fine_head != 0};
-  model.head = h.tied ? model.embedding : file.matrix(h.vocab_size, C);
-  for (int layer = 0; layer < h.n_layer; ++layer) {
-    model.blocks.push_back({file.take<float>(C), file.matrix(width + 2 * h.n_kv_head * h.head_dim, C),
-                            h.qk_norm ? file.take<float>(h.head_dim) : nullptr,
-                            h.qk_norm ? file.take<float>(h.head_dim) : nullptr, file.matrix(C, width),
-                            file.take<float>(C), file.matrix(2 * h.n_hidden, C, Activation::swiglu), {}});
-    for (int s = 0; s < h.slices; ++s) model.blocks.back().down.push_back(file.matrix(C, h.n_hidden / h.slices));
-  }
-  keys.resize(h.n_layer * h.n_kv_head * std::min<int64_t>(h.block_size, kLongest) * h.head_dim);
-  values.resize(keys.size());
-  decoder.emplace(std::move(model));
+// Reads the model from memory of `allocate`, which it keeps. The caller fills in the `count` tokens that end a text.
+EXPORT(load) int64_t* load(char* bytes, int32_t count) {
+  File file(bytes);
+  const Sizes sizes = *file.take<Sizes>(1);
+  decoder.emplace(read_model(file, sizes));
+  cache.emplace(decoder->model, 1, std::min(sizes.block_size, kLongest));
+  stops.resize(count);
+  return stops.data();
 }
 
 // Room for a text of so many tokens. The caller fills in its beginning.
@@ -76,17 +67,13 @@ EXPORT(text) int64_t* text(int32_t count) {
   return tokens.data();
 }
 
-// The seed is sample.py's: that of a torch generator, from which generate.py draws the writer's own.
-EXPORT(start) void start(float temperature, float top_p, uint32_t seed) {
-  std::mt19937 random(seed);
-  const uint64_t high = random(), drawn = (high << 32 | random()) % INT64_MAX;
-  const Reader reader{&*decoder, {keys.data(), nullptr, nullptr}, {values.data(), nullptr, nullptr},
-                      std::min<int64_t>(h.block_size, kLongest)};
-  writer.emplace(reader, std::nullopt, Sampling{temperature, 0, top_p, 1, drawn}, h.vocab_size, stops, 8, tokens.data(),
-                 1, tokens.size());
+EXPORT(start) void start(float temperature, double top_p, uint32_t seed) {
+  writer.emplace(CachedModel{&*decoder, &*cache}, std::nullopt, Sampling{temperature, 0, top_p, 1, seed}, stops, 8,
+                 tokens.data(), 1, tokens.size());
 }
 
-// Adds tokens at `end`, at least one and no more after `seconds`; returns the new end.
+// Adds tokens at `end`, at least one and no more after `seconds`; returns the new end, or -1 where the model's numbers
+// overflow.
 EXPORT(write) int32_t write_text(int32_t end, double seconds) { return writer->write(end, tokens.size(), seconds, 1); }
 
 EXPORT(ended) bool ended() { return writer->ended(); }

@@ -10,18 +10,6 @@
 namespace owlet {
 namespace {
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-void average(double& mean, double value, double weight) { mean += weight * (value - mean); }
-
-// Follows the lower of values that noise makes larger, the first of all most.
-void measure(double& seconds, double since) {
-  const double value = now() - since;
-  average(seconds, value, !seconds ? 1 : value < seconds ? 0.5 : 0.05);
-}
-
 uint64_t mix(uint64_t z) {  // splitmix64 (Steele et al., 2014)
   z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
   z = (z ^ z >> 27) * 0x94d049bb133111eb;
@@ -42,15 +30,14 @@ std::array<uint64_t, 24> gumbel_bounds() {
   return bounds;
 }
 
-// The chance of a guess before any was checked (docs/log.md, "Guesses").
-double expected(int source) { return source ? source * source / (source * source + 40.0) : 0.7; }
+constexpr int64_t kLongest = 15, kShortest = 3;  // equal tokens that a guess from the text follows
 
 }  // namespace
 
-// The same settings in the same order as sample_next of generate.py. Of the tokens kept, that with the largest sum of
-// log probability and Gumbel number is drawn (Gumbel, 1954), which needs no normalised probabilities. The logarithms are
-// taken for the few whose random bits are large enough. They are the library's, in double precision: their last bit may
-// differ from one machine to another, but hardly ever decides.
+// sample_next of generate.py is the same function. Of the tokens kept, that with the largest sum of log probability and
+// Gumbel number is drawn (Gumbel, 1954), which needs no normalised probabilities. The logarithms are taken for the few
+// whose random bits are large enough. They are the library's, in double precision: their last bit may differ from one
+// machine to another, but hardly ever decides.
 int64_t Sampler::draw(const float* logits, const int64_t* seen, int64_t count, uint64_t row, uint64_t pos) {
   static const auto bounds = gumbel_bounds();
   const int64_t V = x_.size();
@@ -64,8 +51,9 @@ int64_t Sampler::draw(const float* logits, const int64_t* seen, int64_t count, u
     }
   }
   int64_t best = std::max_element(x_.begin(), x_.end()) - x_.begin();
-  if (settings_.temperature == 0) return best;
   const float top = x_[best];
+  if (!std::isfinite(top)) return -1;
+  if (settings_.temperature == 0) return best;
   for (float& x : x_) x = (x - top) / settings_.temperature;
   const float least = least_kept();
   const uint64_t key = mix(mix(mix(settings_.seed) + row) + pos);
@@ -104,37 +92,33 @@ float Sampler::least_kept() {
   return least;
 }
 
-Writer::Writer(Reader model, std::optional<Reader> draft, const Sampling& sampling, int64_t vocab_size,
+Writer::Writer(CachedModel model, std::optional<CachedModel> draft, const Sampling& sampling,
                std::vector<int64_t> stops, int64_t most_guesses, int64_t* tokens, int64_t batch, int64_t stride)
-    : model_(model), draft_(draft), sampler_(sampling, vocab_size), vocab_size_(vocab_size),
+    : model_(model), draft_(draft), sampler_(sampling, model.decoder->model.vocab_size),
+      vocab_size_(model.decoder->model.vocab_size),
       most_guesses_(std::max<int64_t>(0, std::min({most_guesses, kMost, Decoder::kMaxRows / batch - 1}))),
       stops_(std::move(stops)), tokens_(tokens), batch_(batch), stride_(stride),
-      logits_(batch * (1 + most_guesses_) * vocab_size), done_(batch) {
-  for (int source = 0; source <= kLongest; ++source) chance_[source] = expected(source);
-  if (draft_) readers_.push_back(&*draft_);
+      logits_(batch * (1 + most_guesses_) * vocab_size_), done_(batch) {
+  if (draft_) models_.push_back(&*draft_);
 }
 
 int64_t Writer::write(int64_t end, int64_t limit, double seconds, int threads) {
-  const double stop = now() + seconds;
+  const auto stop = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   do {
     end = step(end, limit, threads);
-  } while (end < limit && !ended() && now() < stop);
+  } while (0 < end && end < limit && !ended() && std::chrono::steady_clock::now() < stop);
   return end;
 }
 
 // One pass of the model: adds the guesses that are right, and the token after them. Returns the new end.
 int64_t Writer::step(int64_t end, int64_t limit, int threads) {
-  for (Reader* reader : readers_)  // past the context, each goes on with half of it
-    if (end - reader->start > reader->length)
-      reader->start = end - std::max<int64_t>(1, reader->length / 2), reader->known = 0;
-  const int64_t room = std::min({limit - end - 1, model_.start + model_.length - end, most_guesses_});
-  const bool first = model_.known == 0 || model_.start + model_.known < end - 1;  // of a window, which takes long
-  const bool plain = first || ++passes_ % 64 == 0;  // now and then, so that its time stays known
-  const auto [count, source] = plain ? Guess{0, 0} : guess(end, room, threads);
-
-  const double start = now();
+  for (CachedModel* model : models_)  // past the context, each goes on with half of it
+    if (const int64_t length = model->cache->length; end - model->start > length)
+      model->start = end - std::max<int64_t>(1, length / 2), model->known = 0;
+  const int64_t room = std::min({limit - end - 1, model_.start + model_.cache->length - end, most_guesses_});
+  const bool first = model_.start + model_.known < end - 1;  // of a window
+  const auto [count, source] = first ? std::pair<int64_t, Source*>{} : guess(end, room, threads);
   read(model_, end + count, count > 0, threads);
-  if (!first) measure(pass_seconds_[count], start);
 
   int64_t matched = -1;
   for (bool match = true; match && !ended();) {
@@ -142,58 +126,59 @@ int64_t Writer::step(int64_t end, int64_t limit, int threads) {
     for (int64_t b = 0; b < batch_; ++b) {
       int64_t& token = text(b)[end + matched];
       const int64_t drawn = draw(b, &logits_[(b * (count + 1) + matched) * vocab_size_], end + matched);
+      if (drawn < 0) return drawn;
       match = match && matched < count && drawn == token;
       token = drawn;
     }
   }
-  for (int64_t i = 0; i < std::min(matched + 1, count); ++i)
-    average(chance_[source], i < matched, source == kDraft ? 0.02 : 0.1);
+  if (source) source->checked(count, std::min(matched, count));
   guessed += count, right += matched;
   end += matched + 1;
-  for (Reader* reader : readers_)  // what was guessed wrong is forgotten
-    reader->known = std::min(reader->known, end - 1 - reader->start);
+  for (CachedModel* model : models_)  // what was guessed wrong is forgotten
+    model->known = std::min(model->known, end - 1 - model->start);
   return end;
 }
 
-// Writes guesses at `end`, as many and from where they promise the most tokens a second.
-Writer::Guess Writer::guess(int64_t end, int64_t room, int threads) {
-  if (room <= 0 || !pass_seconds_[0]) return {0, 0};
-  for (int source = 0; source <= kLongest; ++source)  // what failed, or seemed slow, is tried again now and then
-    average(chance_[source], expected(source), 1e-3);
-  for (int64_t n = 1; n <= most_guesses_; ++n) pass_seconds_[n] *= 0.999;
-  draft_seconds_ *= 0.99;
+// How many guesses to make now.
+int64_t Writer::Source::take() {
+  if (wait > 0) return --wait, 0;
+  return count;
+}
 
-  Guess best{0, 0};
-  double most = 1.02 / pass_seconds_[0];  // less is not worth the risk
-  const auto consider = [&](int source, int64_t room, double guess_seconds) {
-    double tokens = 1, chance = 1;
-    for (int64_t n = 1; n <= room && pass_seconds_[n - 1]; ++n) {  // one more than was tried
-      tokens += chance *= chance_[source];
-      const double speed = tokens / (std::max(pass_seconds_[n], pass_seconds_[n - 1]) + n * guess_seconds);
-      if (speed > most) most = speed, best = {n, source};
-    }
-  };
+void Writer::Source::checked(int64_t guesses, int64_t right) {
+  if (right == guesses) {
+    count = std::min(kMost, 2 * guesses), pause = 1;
+  } else if (guesses > 1) {
+    count = guesses / 2;
+  } else {
+    wait = pause, pause = std::min<int64_t>(64, 2 * pause);
+  }
+}
+
+// Writes guesses at `end`: how many, and from where.
+std::pair<int64_t, Writer::Source*> Writer::guess(int64_t end, int64_t room, int threads) {
+  if (room <= 0) return {};
   std::vector<int64_t> from(batch_);
-  int shortest = kLongest;
+  int64_t shortest = kLongest;
   for (int64_t b = 0, equal; b < batch_; ++b) {
     if (done_[b]) continue;
     std::tie(from[b], equal) = earlier(text(b), end);
-    shortest = std::min<int64_t>(shortest, equal);
+    shortest = std::min(shortest, equal);
   }
-  if (shortest) consider(shortest, room, 0);
-  if (draft_) consider(kDraft, std::min(room, draft_->start + draft_->length - end + 1), draft_seconds_);
-
-  const auto [count, source] = best;
+  const int64_t of_text = shortest >= kShortest ? std::min(room, of_text_.take()) : 0;
+  const int64_t draft_room = draft_ ? std::min(room, draft_->start + draft_->cache->length - end + 1) : 0;
+  const int64_t of_draft = draft_room > 0 ? std::min(draft_room, of_draft_.take()) : 0;
+  const bool drafts = of_draft > of_text;
+  const int64_t count = std::max(of_draft, of_text);
   for (int64_t i = end; i < end + count; ++i) {
-    const bool known = source == kDraft && draft_->start + draft_->known >= i - 2;  // but for the last tokens
-    const double start = now();
-    if (source == kDraft) read(*draft_, i, false, threads);
-    for (int64_t b = 0; b < batch_; ++b)
-      text(b)[i] = source == kDraft || done_[b] ? draw(b, &logits_[b * vocab_size_], i, true)
-                                                : text(b)[from[b] + i - end];
-    if (known) measure(draft_seconds_, start);
+    if (drafts) read(*draft_, i, false, threads);
+    for (int64_t b = 0; b < batch_; ++b) {
+      const bool drawn = drafts || done_[b];
+      text(b)[i] = drawn ? std::max<int64_t>(0, draw(b, &logits_[b * vocab_size_], i, true)) : text(b)[from[b] + i - end];
+    }
   }
-  return best;
+  if (count == 0) return {};
+  return {count, drafts ? &of_draft_ : &of_text_};
 }
 
 // The token at pos of text b; a text that has ended repeats its end. A guess ends none.
@@ -204,12 +189,12 @@ int64_t Writer::draw(int64_t b, const float* logits, int64_t pos, bool guess) {
   return token;
 }
 
-// The logits after the last token before `end`, or (all) after each that is not in the caches yet.
-void Writer::read(Reader& reader, int64_t end, bool all, int threads) {
-  const int64_t from = reader.start + reader.known;
-  reader.decoder->forward({tokens_ + from, batch_, end - from, stride_, reader.known, reader.keys, reader.values,
-                           reader.length, logits_.data(), all}, threads);
-  reader.known = end - reader.start;
+// The logits after the last token before `end`, or (all) after each that is not in the cache yet.
+void Writer::read(CachedModel& model, int64_t end, bool all, int threads) {
+  const int64_t from = model.start + model.known;
+  model.decoder->forward({tokens_ + from, batch_, end - from, stride_, model.known, model.cache, logits_.data(), all},
+                         threads);
+  model.known = end - model.start;
 }
 
 // Where the longest run of tokens before `end` stood earlier in the window: the position after it, and its length.

@@ -18,7 +18,7 @@ namespace owlet {
 struct Sampling {
   float temperature;         // 0: the likeliest token
   int64_t top_k;             // 0: all tokens
-  float top_p;               // 1: all tokens
+  double top_p;              // 1: all tokens
   float repetition_penalty;  // 1: none
   uint64_t seed;
 };
@@ -26,7 +26,8 @@ struct Sampling {
 class Sampler {
  public:
   Sampler(const Sampling& settings, int64_t vocab_size) : settings_(settings), x_(vocab_size), seen_at_(vocab_size) {}
-  // The token at `pos` of text `row`: logits (vocab_size); seen (count): tokens to penalise.
+  // The token at `pos` of text `row`: logits (vocab_size); seen (count): tokens to penalise. -1: the largest logit is
+  // not finite.
   int64_t draw(const float* logits, const int64_t* seen, int64_t count, uint64_t row, uint64_t pos);
 
  private:
@@ -37,40 +38,45 @@ class Sampler {
   int64_t call_ = 0;
 };
 
-// A model, and what its caches hold: the tokens [start, start + known) of the texts.
-struct Reader {
+// A model with a cache, which holds the tokens [start, start + known) of the texts.
+struct CachedModel {
   Decoder* decoder;
-  Cache keys, values;
-  int64_t length;  // of the caches
+  Cache* cache;
   int64_t start = 0, known = 0;
 };
 
 class Writer {
  public:
-  Writer(const Writer&) = delete;  // readers_ points into it
+  Writer(const Writer&) = delete;  // models_ points into it
   // Continues tokens (batch, stride). A text ends with one of `stops`, and repeats the first of them.
-  Writer(Reader model, std::optional<Reader> draft, const Sampling& sampling, int64_t vocab_size,
-         std::vector<int64_t> stops, int64_t most_guesses, int64_t* tokens, int64_t batch, int64_t stride);
-  // Adds tokens at [end, limit), at least one and no more after `seconds`; returns the new end.
+  Writer(CachedModel model, std::optional<CachedModel> draft, const Sampling& sampling, std::vector<int64_t> stops,
+         int64_t most_guesses, int64_t* tokens, int64_t batch, int64_t stride);
+  // Adds tokens at [end, limit), at least one and no more after `seconds`; returns the new end. -1: the logits were not
+  // finite.
   int64_t write(int64_t end, int64_t limit, double seconds, int threads);
   bool ended() const { return done_count_ == batch_; }
   int64_t guessed = 0, right = 0;
 
  private:
-  static constexpr int kDraft = 0, kLongest = 15;  // a guess's source: the draft, or how many equal tokens it follows
-  static constexpr int64_t kMost = 8;              // guesses in a pass
-  using Guess = std::pair<int64_t, int>;           // how many tokens, from which source
+  static constexpr int64_t kMost = 8;  // guesses in a pass
+  // How many guesses of a source to check in a pass: twice as many after all were right, half after one was wrong. With
+  // none left, it is asked again after a while, which doubles each time.
+  struct Source {
+    int64_t count = 1, wait = 0, pause = 8;
+    int64_t take();
+    void checked(int64_t count, int64_t right);
+  };
 
   int64_t step(int64_t end, int64_t limit, int threads);
-  Guess guess(int64_t end, int64_t room, int threads);
-  void read(Reader& reader, int64_t end, bool all, int threads);
+  std::pair<int64_t, Source*> guess(int64_t end, int64_t room, int threads);
+  void read(CachedModel& model, int64_t end, bool all, int threads);
   int64_t draw(int64_t b, const float* logits, int64_t pos, bool guess = false);
   std::pair<int64_t, int64_t> earlier(const int64_t* text, int64_t end) const;
   int64_t* text(int64_t b) const { return tokens_ + b * stride_; }
 
-  Reader model_;
-  std::optional<Reader> draft_;
-  std::vector<Reader*> readers_{&model_};  // and the draft's
+  CachedModel model_;
+  std::optional<CachedModel> draft_;
+  std::vector<CachedModel*> models_{&model_};  // and the draft
   Sampler sampler_;
   const int64_t vocab_size_, most_guesses_;
   const std::vector<int64_t> stops_;
@@ -78,11 +84,8 @@ class Writer {
   const int64_t batch_, stride_;
   std::vector<float> logits_;  // (batch, 1 + most_guesses, vocab_size)
   std::vector<bool> done_;
-  int64_t done_count_ = 0, passes_ = 0;
-  // measured as the text is written
-  std::array<double, kMost + 1> pass_seconds_{};  // of the model's pass over [n] guesses
-  double draft_seconds_ = 0;                      // of the draft's guess
-  std::array<double, kLongest + 1> chance_;       // of a guess from [source]
+  int64_t done_count_ = 0;
+  Source of_draft_, of_text_;
 };
 
 }  // namespace owlet

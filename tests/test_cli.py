@@ -243,7 +243,7 @@ def test_weights_and_arithmetic_take_the_dtype_asked_for(script, folder, dtype, 
     flags = ["--prompt", "Owl ", "--max-new-tokens", 20, "--seed", 3, "--dtype", dtype]
     code, out, err = script(sample.main, *flags)
     assert code == 0 and out.startswith("Owl ") and f", {how};" in err
-    model = sample.load(folder, dtype, "auto", False, torch.device("cpu"))
+    model = sample.load(folder, dtype, "auto", torch.device("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {kind}
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.cos.dtype == model.sin.dtype == torch.float32

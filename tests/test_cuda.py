@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import full_range, make_linear, random_int8, random_model, save_model
-from owlet_kernels import pack_tiles
 from torch import library
 
 import int8
@@ -16,25 +15,24 @@ import sample
 import train
 from dataloader import TokenData, forward_loss
 from generate import StaticKVCache, generate
-from int8 import int8_linear_reference
+from int8 import tiles
 from machine import gpu_has_bf16
 from muon import make_optimizers, update
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU to be seen; with one, set CUDA_VISIBLE_DEVICES=0", allow_module_level=True)
-if not int8.has_cuda_kernels():
+if not hasattr(int8.owlet_kernels, "CudaDecoder"):
     pytest.skip("the CUDA kernels are not built: python setup.py build_ext, with nvcc", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = [1, 3, 7, 16, 63, 64, 65, 257, 1408]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEVICE = torch.device("cuda:0")
 int8_linear = torch.ops.owlet.int8_linear
 
 
-def on_gpu(x, w, scale, bias=None, residual=None, activation="none"):
-    x, w, scale, bias, residual = (t if t is None else t.to(DEVICE) for t in (x, pack_tiles(w), scale, bias, residual))
-    return int8_linear(x, w, scale, bias, residual, activation).cpu()
+def on_gpu(x, w, scale, residual=None, swiglu=False):
+    x, w, scale, residual = (t if t is None else t.to(DEVICE) for t in (x, tiles(w), scale, residual))
+    return int8_linear(x, w, scale, residual, swiglu).cpu()
 
 
 # --- the operator -------------------------------------------------------------------------------
@@ -61,68 +59,56 @@ def test_largest_k_does_not_overflow(M, sign):
     assert torch.equal(y, torch.full((M, 2), float(sign * 127 * 127 * K)))
 
 
-@pytest.mark.parametrize("activation", ["none", "silu", "swiglu"])
+@pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("M", [1, 4, 13, 64, 200])
-def test_same_bits_as_on_the_cpu(M, activation):
-    x, w, scale, bias, residual = make_linear(M, 1408, 520, activation)
-    cpu = int8_linear(x, torch.ops.owlet.pack_int8(w), scale, bias, residual, activation)
-    assert torch.equal(on_gpu(x, w, scale, bias, residual, activation), cpu)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M", [2, 20, 200])
-def test_other_dtypes_are_rounded_once(M, dtype):
-    x, w, scale, bias, residual = make_linear(M, 131, 257)
-    x, residual = x.to(dtype), residual.to(dtype)
-    expected = int8_linear_reference(x.float(), w, scale, bias, residual.float())
-    assert torch.equal(on_gpu(x, w, scale, bias, residual), expected.to(dtype))
+def test_same_bits_as_on_the_cpu(M, swiglu):
+    x, w, scale, residual = make_linear(M, 1408, 520, swiglu)
+    cpu = int8_linear(x, torch.ops.owlet.pack_int8(w), scale, residual, swiglu)
+    assert torch.equal(on_gpu(x, w, scale, residual, swiglu), cpu)
 
 
 @pytest.mark.parametrize("M", [1, 9, 70])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_token_that_is_not_finite_yields_nan_and_no_other_does(M, bad):
-    x, w, scale, bias, _ = make_linear(M, 72, 200)
-    good = on_gpu(x, w, scale, bias)
+    x, w, scale, _ = make_linear(M, 72, 200)
+    good = on_gpu(x, w, scale)
     x[M // 2, 77] = bad
-    y = on_gpu(x, w, scale, bias)
+    y = on_gpu(x, w, scale)
     assert y[M // 2].isnan().all()
     y[M // 2] = good[M // 2]
     assert torch.equal(y, good)
 
 
 def test_strides_odd_addresses_and_empty_batches():
-    x, w, scale, bias, residual = (t.to(DEVICE) for t in make_linear(6, 70, 34))
-    packed = pack_tiles(w)
-    y = int8_linear(x, packed, scale, bias, residual)
-    assert torch.equal(int8_linear(x.t().contiguous().t(), packed, scale, bias, residual.t().contiguous().t()), y)
+    x, w, scale, residual = (t.to(DEVICE) for t in make_linear(6, 70, 34))
+    packed = tiles(w)
+    y = int8_linear(x, packed, scale, residual)
+    assert torch.equal(int8_linear(x.t().contiguous().t(), packed, scale, residual.t().contiguous().t()), y)
     for t in (x, residual):  # 4 bytes past where loads of 16 may begin
         odd = torch.empty(t.numel() + 1, device=DEVICE)[1:].view_as(t).copy_(t)
         assert odd.data_ptr() % 8
-        ours = (odd, packed, scale, bias, residual) if t is x else (x, packed, scale, bias, odd)
+        ours = (odd, packed, scale, residual) if t is x else (x, packed, scale, odd)
         assert torch.equal(int8_linear(*ours), y)
-    assert torch.equal(int8_linear(x.view(2, 3, 34), packed, scale, bias, residual.view(2, 3, 70)).view(6, 70), y)
+    assert torch.equal(int8_linear(x.view(2, 3, 34), packed, scale, residual.view(2, 3, 70)).view(6, 70), y)
     assert int8_linear(x[:0], packed, scale).shape == (0, 70)
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"x": torch.randn(2, 8).double()}, "x must be Float, Half or BFloat16, got Double"),
-    ({"packed": torch.ops.owlet.pack_int8(random_int8(6, 8))}, "packed must be Char, got Byte"),
-    ({"packed": pack_tiles(random_int8(6, 80))}, r"packed must have shape \[1, 1, 8, 64\], got \[1, 2, 8, 64\]"),
+    ({"x": torch.randn(2, 8).half()}, "x must be Float, got Half"),
+    ({"weight": torch.ops.owlet.pack_int8(random_int8(6, 8))}, "weight must be Char, got Byte"),
+    ({"weight": tiles(random_int8(6, 80))}, r"weight must have shape \[1, 1, 8, 64\], got \[1, 2, 8, 64\]"),
     ({"residual": torch.rand(2, 6).half()}, "residual must be Float, got Half")],
-    ids=["float64", "packed for the CPU", "another K", "another dtype"])
+    ids=["float16", "packed for the CPU", "another K", "another dtype"])
 def test_int8_linear_refuses(changes, message):
-    tensors = {"x": torch.randn(2, 8), "packed": pack_tiles(random_int8(6, 8)), "scale": torch.rand(6)} | changes
+    tensors = {"x": torch.randn(2, 8), "weight": tiles(random_int8(6, 8)), "scale": torch.rand(6)} | changes
     with pytest.raises(RuntimeError, match=message):
         int8_linear(**{name: t.to(DEVICE) for name, t in tensors.items()})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck_and_one_graph(dtype):
-    x, w, scale, bias, residual = (t.to(DEVICE) for t in make_linear(3, 66, 20, "swiglu"))
-    arguments = (x.to(dtype), pack_tiles(w), scale, bias, residual.to(dtype), "swiglu")
-    library.opcheck(int8_linear.default, arguments)
-    compiled = torch.compile(int8_linear, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*arguments), int8_linear(*arguments))
+def test_the_operator_has_the_right_schema():
+    x, w, scale, residual = (t.to(DEVICE) for t in make_linear(3, 66, 20, swiglu=True))
+    checks = ("test_schema", "test_autograd_registration")
+    library.opcheck(int8_linear.default, (x, tiles(w), scale, residual, True), test_utils=checks)
 
 
 # --- models -------------------------------------------------------------------------------------
@@ -168,19 +154,27 @@ SETTINGS = {"greedy": {"temperature": 0}, "everything": {"temperature": 0.9, "to
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_generating_records_and_repeats(fp32, kind, settings):
-    """Across two buckets of keys and the end of the context; the text depends on the seed alone."""
+    """Across the end of the context; the text depends on the seed alone."""
     model = fp32.to(DEVICE) if kind == "fp32" else int8_on_gpu(fp32)
     idx = torch.randint(fp32.config.vocab_size, (3, 200), device=DEVICE)
 
     def text(**more):
-        generator = torch.Generator(DEVICE).manual_seed(3)
-        return torch.stack(list(generate(model, idx, 450, generator=generator, **settings, **more)), dim=1)
+        return torch.stack(list(generate(model, idx, 450, seed=3, **settings, **more)), dim=1)
 
     first = text()
     assert torch.equal(first, text())
     if kind == "fp32" and not settings["temperature"]:
         same = (first == text(use_cache=False)).float().mean()
         assert same > 0.9  # fp32 sums in another order may turn a close choice, and all after it
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_text_is_that_of_the_cpu(fp32, settings):
+    """Until rounding makes two logits swap: the first tokens at least, in most rows."""
+    idx = torch.randint(fp32.config.vocab_size, (8, 20))
+    cpu, gpu = (torch.stack([t.cpu() for t in generate(model, idx.to(model.device), 12, seed=3, **settings)], dim=1)
+                for model in (int8.quantize(fp32, "owlet"), int8_on_gpu(fp32)))
+    assert (cpu[:, :4] == gpu[:, :4]).all(dim=1).float().mean() > 0.7
 
 
 def test_eos_ends_a_row(fp32):
@@ -239,6 +233,6 @@ def test_the_loss_is_that_of_the_cpu(data):
 def test_bf16_folder_is_close_to_fp32(tmp_path):
     save_model(random_model(), tmp_path)
     idx = torch.randint(100, (1, 20), device=DEVICE)
-    fp32, bf16 = (sample.load(tmp_path, dtype, "auto", False, DEVICE)[0](idx)[0].float()
+    fp32, bf16 = (sample.load(tmp_path, dtype, "auto", DEVICE)[0](idx)[0].float()
                   for dtype in ("float32", "auto"))
     assert (fp32 - bf16).norm() < 0.05 * fp32.norm()

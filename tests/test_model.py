@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 from checkpoint import config_from_hf, config_to_hf, load_model
-from generate import StaticKVCache, generate, sample_next
+from generate import StaticKVCache, generate, random_keys, sample_next
 from model import GPT, Block, GPTConfig, KVCache
 
 VARIANTS = {
@@ -181,8 +181,7 @@ def test_cached_equals_uncached(fields, pieces):
 
 
 @pytest.mark.parametrize("fields", [{}, {"n_kv_head": 2}, {"qk_norm": False}], ids=["mha", "gqa", "llama"])
-@pytest.mark.parametrize("visible", [16, 23, 24, 30])
-def test_a_static_cache_gives_the_logits_of_an_ordinary_one(fields, visible):
+def test_a_static_cache_gives_the_logits_of_an_ordinary_one(fields):
     model, caches = random_model(**fields), []
     for _ in range(2):
         cache = KVCache(model.config, batch_size=3, length=30)
@@ -192,12 +191,12 @@ def test_a_static_cache_gives_the_logits_of_an_ordinary_one(fields, visible):
         caches.append(cache)
     ours, theirs = StaticKVCache(caches[0]), caches[1]
     assert ours.keys is caches[0].keys and ours.values is caches[0].values
-    ours.visible, pos = visible, ours.pos
-    for i in range(11, min(visible, 24)):
+    pos = ours.pos
+    for i in range(11, 24):
         token = TOKENS[:, i:i + 1]
         torch.testing.assert_close(model(token, cache=ours)[0], model(token, cache=theirs)[0], atol=1e-5, rtol=1e-5)
         assert ours.pos is pos and pos.tolist() == [theirs.pos]  # where a recording finds it
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):  # one token at a time
         model(TOKENS[:, :2], cache=ours)
 
 
@@ -206,8 +205,7 @@ def test_a_static_cache_gives_the_logits_of_an_ordinary_one(fields, visible):
 ], ids=["greedy", "sampled"])
 def test_generation_is_the_same_with_and_without_cache_past_the_context(tiny, settings):
     def text(use_cache: bool) -> torch.Tensor:
-        return torch.stack(list(generate(tiny, TOKENS[:, :5], 90, use_cache=use_cache,
-                                         generator=torch.Generator().manual_seed(5), **settings)))
+        return torch.stack(list(generate(tiny, TOKENS[:, :5], 90, use_cache=use_cache, seed=5, **settings)))
 
     assert torch.equal(text(True), text(False))
 
@@ -257,10 +255,11 @@ def test_prompts_that_do_not_fit_are_refused(tiny, length):
 
 
 def draw(logits: list[float], seen: list[int] = (), count: int = 300, **settings) -> list[int]:
-    settings = {"temperature": 1.0, "top_k": None, "top_p": None, "repetition_penalty": 1.0} | settings
+    settings = {"temperature": 1.0, "top_k": len(logits), "top_p": 1.0, "repetition_penalty": 1.0} | settings
     rows = torch.tensor([logits]).repeat(count, 1)
     past = torch.tensor([list(seen)], dtype=torch.long).repeat(count, 1)
-    return sample_next(rows, past, generator=torch.Generator().manual_seed(0), **settings).tolist()
+    keys = random_keys(0, count, range(1), rows.device)[:, 0]
+    return sample_next(rows, past, keys, **settings).tolist()
 
 
 def test_sampling():

@@ -23,25 +23,51 @@ struct Attention {
   float eps;
   const float *cos, *sin;
   const int64_t* pos;
-  float *keys, *values;  // of this layer
+  int8_t *keys, *values;  // of this layer
+  float *key_scales, *value_scales;
   int64_t length;
   float* y;  // (batch, n_head * head_dim)
 };
 
-// A warp writes RoPE(RMSNorm(x)) * factor of one head's x (head_dim). Without a weight, there is no norm.
-__device__ void norm_and_rope(const float* x, const float* weight, float eps, const float* cos, const float* sin,
-                              int head_dim, float factor, float* to) {
-  const int lane = threadIdx.x % kWarp, half = head_dim / 2;
-  float square = 0;
+template <typename T, typename Join>
+__device__ T over_warp(T value, Join join) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = join(value, __shfl_xor_sync(kAllLanes, value, mask));
+  return value;
+}
+__device__ float add(float a, float b) { return a + b; }
+__device__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ int larger_int(int a, int b) { return max(a, b); }
+
+// A head's vector in int8: its values are q * scale.
+template <int size>
+struct alignas(16) Quantized {
+  int8_t q[size];
+  float scale;
+};
+
+// A warp quantizes x (head_dim): RoPE(RMSNorm(x)), or without cos, x itself. Without a weight, there is no norm.
+template <int head_dim>
+__device__ void prepare(const float* x, const float* weight, float eps, const float* cos, const float* sin,
+                        Quantized<head_dim>* to) {
+  constexpr int half = head_dim / 2, kPairs = (half + kWarp - 1) / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  float square = 0, first[kPairs] = {}, second[kPairs] = {};
   for (int i = lane; i < head_dim; i += kWarp) square += x[i] * x[i];
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) square += __shfl_xor_sync(kAllLanes, square, mask);
-  const float scale = weight ? 1.0f / sqrtf(square / static_cast<float>(head_dim) + eps) : 1.0f;
-  for (int i = lane; i < half; i += kWarp) {
-    const float a = x[i] * scale * (weight ? weight[i] : 1.0f);
-    const float b = x[i + half] * scale * (weight ? weight[i + half] : 1.0f);
-    to[i] = (a * cos[i] - b * sin[i]) * factor;
-    to[i + half] = (b * cos[i] + a * sin[i]) * factor;
+  const float norm = weight ? 1.0f / sqrtf(over_warp(square, add) / static_cast<float>(head_dim) + eps) : 1.0f;
+  int amax = 0;
+  for (int n = 0, i = lane; i < half; i += kWarp, ++n) {
+    const float a = x[i] * norm * (weight ? weight[i] : 1.0f);
+    const float b = x[i + half] * norm * (weight ? weight[i + half] : 1.0f);
+    first[n] = cos ? a * cos[i] - b * sin[i] : a;
+    second[n] = cos ? b * cos[i] + a * sin[i] : b;
+    amax = max(amax, max(abs_bits(first[n]), abs_bits(second[n])));
   }
+  const Scale s = scale_for(over_warp(amax, larger_int));
+  for (int n = 0, i = lane; i < half; i += kWarp, ++n) {
+    to->q[i] = s.inverse > 0 ? round_to_int(first[n] * s.inverse) : 0;
+    to->q[i + half] = s.inverse > 0 ? round_to_int(second[n] * s.inverse) : 0;
+  }
+  if (lane == 0) to->scale = s.scale;
 }
 
 struct Softmax {  // over part of the keys (Milakov and Gimelshein, 2018)
@@ -55,14 +81,16 @@ struct Softmax {  // over part of the keys (Milakov and Gimelshein, 2018)
 };
 
 constexpr float kNone = -1e30f;  // is below every score, and unlike -inf, kNone - kNone is 0
+constexpr int kBlock = 64;       // positions whose weights have one scale, as on a CPU
 
-// Attention of one token, for head blockIdx.x of sequence blockIdx.y. 4 lanes share a key, and each takes kPieces times
-// 4 numbers of it. So a warp reads 8 keys at a time. Each 4 lanes have a softmax of their own, joined at the end.
+// Attention of one token, for head blockIdx.x of sequence blockIdx.y. A warp takes 64 positions at a time: a lane has
+// the scores of two of them, and then sums of some of the dimensions. Each warp has a softmax of its own, joined last.
 template <int kPieces>
 __global__ void __launch_bounds__(kThreads) attention_kernel(Attention in) {
-  constexpr int head_dim = kPieces * 16;
-  __shared__ __align__(16) float q[head_dim], key[head_dim], value[head_dim];
-  __shared__ __align__(16) float parts[kWarps][head_dim];
+  constexpr int head_dim = kPieces * 16, kDims = (head_dim + kWarp - 1) / kWarp;
+  __shared__ Quantized<head_dim> q, key, value;
+  __shared__ __align__(16) int8_t weights[kWarps][kBlock];
+  __shared__ float parts[kWarps][head_dim];
   __shared__ Softmax of[kWarps];
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -73,60 +101,64 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(Attention in) {
   const float* row = in.qkv + b * (in.n_head + 2 * in.n_kv_head) * head_dim;
   const float *cos = in.cos + pos * int64_t{head_dim / 2}, *sin = in.sin + pos * int64_t{head_dim / 2};
 
-  if (warp == 0) norm_and_rope(row + head * head_dim, in.q_norm, in.eps, cos, sin, head_dim, 1.0f / sqrtf(head_dim), q);
-  if (warp == 1)
-    norm_and_rope(row + (in.n_head + kv_head) * head_dim, in.k_norm, in.eps, cos, sin, head_dim, 1.0f, key);
+  if (warp == 0) prepare(row + head * head_dim, in.q_norm, in.eps, cos, sin, &q);
+  if (warp == 1) prepare(row + (in.n_head + kv_head) * head_dim, in.k_norm, in.eps, cos, sin, &key);
   if (warp == 2)
-    for (int i = lane; i < head_dim; i += kWarp) value[i] = row[(in.n_head + in.n_kv_head + kv_head) * head_dim + i];
+    prepare<head_dim>(row + (in.n_head + in.n_kv_head + kv_head) * head_dim, nullptr, 0, nullptr, nullptr, &value);
   __syncthreads();
-  if (head % group == 0)  // for later tokens; every block of this token has computed it for itself
+  if (head % group == 0) {  // for later tokens; every block of this token has computed it for itself
     for (int i = threadIdx.x; i < head_dim; i += kThreads) {
-      in.keys[(at + pos) * head_dim + i] = key[i];
-      in.values[(at + pos) * head_dim + i] = value[i];
+      in.keys[(at + pos) * head_dim + i] = key.q[i];
+      in.values[(at + pos) * head_dim + i] = value.q[i];
     }
-  const int part = lane % 4;
-  const auto piece = [&](const float* x, int i) { return reinterpret_cast<const float4*>(x)[i * 4 + part]; };
-  float4 query[kPieces], sum[kPieces] = {};
-  for (int i = 0; i < kPieces; ++i) query[i] = piece(q, i);
-  Softmax softmax{kNone, 0};
-  for (int first = warp * 8; first <= pos; first += kWarps * 8) {  // the same for all lanes of a warp
-    const int j = first + lane / 4;
-    const float* k = j < pos ? in.keys + (at + j) * head_dim : key;
-    const float* v = j < pos ? in.values + (at + j) * head_dim : value;
-    float score = 0;
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const float4 a = query[i], b = piece(k, i);
-      score += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
-    }
-    score += __shfl_xor_sync(kAllLanes, score, 1);
-    score += __shfl_xor_sync(kAllLanes, score, 2);
-    if (j > pos) continue;
-    const float top = fmaxf(softmax.max, score), before = expf(softmax.max - top), weight = expf(score - top);
-    softmax = {top, softmax.sum * before + weight};
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const float4 b = piece(v, i);
-      sum[i] = {sum[i].x * before + weight * b.x, sum[i].y * before + weight * b.y, sum[i].z * before + weight * b.z,
-                sum[i].w * before + weight * b.w};
-    }
+    if (threadIdx.x == 0) in.key_scales[at + pos] = key.scale, in.value_scales[at + pos] = value.scale;
   }
 
-  for (int mask = 4; mask < kWarp; mask *= 2) {
-    const float mine = softmax.join(
-        {__shfl_xor_sync(kAllLanes, softmax.max, mask), __shfl_xor_sync(kAllLanes, softmax.sum, mask)});
+  const float factor = q.scale * (1.0f / sqrtf(static_cast<float>(head_dim)));
+  Softmax softmax{kNone, 0};
+  float sums[kDims] = {};
+  for (int first = warp * kBlock; first <= pos; first += kWarps * kBlock) {
+    float score[2], weight[2];
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      float* x[] = {&sum[i].x, &sum[i].y, &sum[i].z, &sum[i].w};
+    for (int i = 0; i < 2; ++i) {
+      const int p = first + i * kWarp + lane;
+      const auto* k = reinterpret_cast<const int4*>(p < pos ? in.keys + (at + p) * head_dim : key.q);
+      const auto* query = reinterpret_cast<const int4*>(q.q);
+      int dot = 0;
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        *x[c] *= mine;
-        *x[c] += __shfl_xor_sync(kAllLanes, *x[c], mask);
+      for (int n = 0; n < kPieces; ++n) {
+        dot = __dp4a(query[n].x, k[n].x, __dp4a(query[n].y, k[n].y, dot));
+        dot = __dp4a(query[n].z, k[n].z, __dp4a(query[n].w, k[n].w, dot));
       }
+      score[i] = static_cast<float>(dot) * factor * (p < pos ? in.key_scales[at + p] : key.scale);
+      if (p > pos) score[i] = kNone;
     }
+    const float top = over_warp(fmaxf(score[0], score[1]), larger);
+    float exponentials = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int p = first + i * kWarp + lane;
+      const float e = p > pos ? 0.0f : exp_approx(exp_range(score[i] - top));
+      exponentials += e;
+      weight[i] = p > pos ? 0.0f : e * (p < pos ? in.value_scales[at + p] : value.scale);
+    }
+    const Scale s = scale_for(over_warp(max(abs_bits(weight[0]), abs_bits(weight[1])), larger_int));
+    for (int i = 0; i < 2; ++i)
+      weights[warp][i * kWarp + lane] = s.inverse > 0 ? round_to_int(weight[i] * s.inverse) : 0;
+    __syncwarp();
+    const Softmax block{top, over_warp(exponentials, add)};
+    const float mine = softmax.join(block), theirs = s.scale * expf(top - softmax.max);
+    for (int n = 0, d = lane; d < head_dim; d += kWarp, ++n) {
+      int total = 0;
+      for (int p = 0; p < min(kBlock, pos - first); ++p)
+        total += weights[warp][p] * in.values[(at + first + p) * head_dim + d];
+      if (pos - first < kBlock) total += weights[warp][pos - first] * value.q[d];
+      sums[n] = sums[n] * mine + static_cast<float>(total) * theirs;
+    }
+    __syncwarp();  // before the weights are overwritten
   }
-  if (lane < 4)
-    for (int i = 0; i < kPieces; ++i) reinterpret_cast<float4*>(parts[warp])[i * 4 + part] = sum[i];
+
+  for (int n = 0, d = lane; d < head_dim; d += kWarp, ++n) parts[warp][d] = sums[n];
   if (lane == 0) of[warp] = softmax;
   __syncthreads();
   Softmax all{kNone, 0};
@@ -154,15 +186,16 @@ cudaError_t decode(const DecoderModel& m, const Step& step, const Workspace& w, 
   cudaError_t error = launch(embed_kernel, dim3(step.batch), kThreads, stream, m.embedding, step.tokens, w.x);
   const auto multiply = [&](const float* x, const float* norm, const Linear& linear, const float* residual, float* y) {
     if (error != cudaSuccess) return;
-    error = int8_linear<float>({x, step.batch, norm, m.norm_eps}, linear, residual, y, w.scratch, stream);
+    error = int8_linear({x, step.batch, norm, m.norm_eps}, linear, residual, y, w.scratch, stream);
   };
-  const int64_t cache = step.batch * m.n_kv_head * step.length * m.head_dim;  // numbers per layer
+  const int64_t rows = step.batch * m.n_kv_head * step.length, cache = rows * m.head_dim;  // of the caches, per layer
   for (size_t layer = 0; layer < m.blocks.size(); ++layer) {
     const DecoderBlock& block = m.blocks[layer];
     multiply(w.x, block.input_norm, block.qkv, nullptr, w.qkv);
     if (error == cudaSuccess)
       error = attend({m.n_head, m.n_kv_head, m.head_dim, w.qkv, block.q_norm, block.k_norm, m.norm_eps, m.cos, m.sin,
-                      step.pos, step.keys + layer * cache, step.values + layer * cache, step.length, w.attn_out},
+                      step.pos, step.keys + layer * cache, step.values + layer * cache, step.key_scales + layer * rows,
+                      step.value_scales + layer * rows, step.length, w.attn_out},
                      step.batch, stream);
     multiply(w.attn_out, nullptr, block.o, w.x, w.x);
     multiply(w.x, block.post_norm, block.gate_up, nullptr, w.hidden);

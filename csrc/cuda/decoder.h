@@ -5,7 +5,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../decoder.h"
+#include "../layout.h"
 #include "int8_linear.h"
 
 namespace owlet::cuda {
@@ -20,7 +20,8 @@ struct Step {
   const int64_t* tokens;  // (batch)
   const int64_t* pos;     // (1), for all tokens: the caches hold the positions before it, and this one is added
   int64_t batch;
-  float *keys, *values;  // (n_layer, batch, n_kv_head, length, head_dim)
+  int8_t *keys, *values;             // (n_layer, batch, n_kv_head, length, head_dim)
+  float *key_scales, *value_scales;  // (n_layer, batch, n_kv_head, length)
   int64_t length;
   float* logits;  // (batch, vocab_size)
 };

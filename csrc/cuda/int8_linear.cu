@@ -10,15 +10,6 @@
 namespace owlet::cuda {
 namespace {
 
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-// The second argument gives the type.
-__device__ float from_float(float x, float) { return x; }
-__device__ __half from_float(float x, __half) { return __float2half_rn(x); }
-__device__ __nv_bfloat16 from_float(float x, __nv_bfloat16) { return __float2bfloat16_rn(x); }
-
 // ---- activations to int8
 
 constexpr int kThreads = 256;
@@ -27,17 +18,17 @@ constexpr int kWarps = kThreads / kWarp;
 // A block quantizes a token. It calls store(k, q) with four values at a time, up to the end of the last tile. RMSNorm's
 // factor is the same for the whole token, so it cancels out of q and is multiplied into the scale. So one pass over x
 // finds both the maximum and the factor.
-template <typename T, typename Store>
-__device__ void quantize_token(const Tokens<T>& tokens, int64_t token, int64_t K, Store store, float* scale) {
+template <typename Store>
+__device__ void quantize_token(const Tokens& tokens, int64_t token, int64_t K, Store store, float* scale) {
   __shared__ int amaxes[kWarps];
   __shared__ float squares[kWarps];
-  const T* x = tokens.x + token * K;
-  const auto value = [&](int64_t k) { return tokens.norm ? to_float(x[k]) * tokens.norm[k] : to_float(x[k]); };
+  const float* x = tokens.x + token * K;
+  const auto value = [&](int64_t k) { return tokens.norm ? x[k] * tokens.norm[k] : x[k]; };
   int amax = 0;
   float square = 0;
   for (int64_t k = threadIdx.x; k < K; k += kThreads) {
     amax = max(amax, abs_bits(value(k)));
-    square += to_float(x[k]) * to_float(x[k]);
+    square += x[k] * x[k];
   }
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
     amax = max(amax, __shfl_xor_sync(kAllLanes, amax, mask));
@@ -50,7 +41,7 @@ __device__ void quantize_token(const Tokens<T>& tokens, int64_t token, int64_t K
   for (int i = 0; i < kWarps; ++i) amax = max(amax, amaxes[i]);
   square = 0;
   for (int i = 0; i < kWarps; ++i) square += squares[i];
-  const TokenScale s = token_scale(amax);
+  const Scale s = scale_for(amax);
   const float factor = tokens.norm ? 1.0f / sqrtf(square / static_cast<float>(K) + tokens.eps) : 1.0f;
   if (threadIdx.x == 0) *scale = s.scale * factor;
   for (int64_t k = 4 * threadIdx.x; k < k_tiles(K) * kTileK; k += 4 * kThreads) {
@@ -69,8 +60,7 @@ __device__ int64_t fragment(int64_t token, int64_t k, int64_t tiles_k) {
   return ((tile * 2 + product) * kWarp + lane) * 4 + k % 8 / 4 * 2 + token % 16 / 8;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) quantize_kernel(Tokens<T> tokens, int64_t K, Scratch to) {
+__global__ void __launch_bounds__(kThreads) quantize_kernel(Tokens tokens, int64_t K, Scratch to) {
   const int64_t token = blockIdx.x, tiles_k = k_tiles(K);
   auto* q = reinterpret_cast<int*>(to.q);
   quantize_token(tokens, token, K, [&](int64_t k, int four) { q[fragment(token, k, tiles_k)] = four; },
@@ -79,49 +69,36 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(Tokens<T> tokens, in
 
 // ---- sums to y
 
-template <typename T>
-struct alignas(2 * sizeof(T)) Pair {
-  T first, second;
-};
-
-template <typename T>
 struct Output {
   Linear linear;
-  const T* residual;
-  T* y;
+  const float* residual;
+  float* y;
   struct Channels {  // n and n + 1; n is even
     int64_t n;
-    float scale[2], bias[2];
+    float scale[2];
   };
   __device__ Channels channels(int64_t n) const {
-    const auto of = [&](const float* x, int64_t n) { return x && n < linear.N ? x[n] : 0.0f; };
-    return {n, {of(linear.scale, n), of(linear.scale, n + 1)}, {of(linear.bias, n), of(linear.bias, n + 1)}};
+    const auto scale = [&](int64_t n) { return n < linear.N ? linear.scale[n] : 0.0f; };
+    return {n, {scale(n), scale(n + 1)}};
   }
-  __device__ void put(int64_t at, float v) const { y[at] = from_float(residual ? v + to_float(residual[at]) : v, T{}); }
+  __device__ void put(int64_t at, float v) const { y[at] = residual ? v + residual[at] : v; }
   // Here int8 sums become floats: stores two channels of a token, whose scale is x_scale.
   __device__ void store(int64_t token, float x_scale, const Channels& of, int sum0, int sum1) const {
-    const int64_t n = of.n;
+    const int64_t n = of.n, at = token * linear.N + n;
     if (n >= linear.N) return;
-    const bool both = n + 1 < linear.N;
-    const auto value = [&](int i, int sum) {
-      const float v = static_cast<float>(sum) * x_scale * of.scale[i];
-      return linear.bias ? v + of.bias[i] : v;
-    };
-    float v0 = value(0, sum0), v1 = value(1, sum1);
-    if (linear.activation != Activation::none) v0 = silu(v0, exp_range(-v0));
-    if (linear.activation == Activation::swiglu) return put(token * (linear.N / 2) + n / 2, v0 * v1);
-    if (linear.activation == Activation::silu) v1 = silu(v1, exp_range(-v1));
-    const int64_t at = token * linear.N + n;
+    float v0 = static_cast<float>(sum0) * x_scale * of.scale[0], v1 = static_cast<float>(sum1) * x_scale * of.scale[1];
+    if (linear.activation == Activation::swiglu)
+      return put(token * (linear.N / 2) + n / 2, silu(v0, exp_range(-v0)) * v1);
     if (linear.N % 2 == 0) {  // then pairs are aligned
       if (residual) {
-        const Pair<T> r = *reinterpret_cast<const Pair<T>*>(residual + at);
-        v0 += to_float(r.first);
-        v1 += to_float(r.second);
+        const float2 r = *reinterpret_cast<const float2*>(residual + at);
+        v0 += r.x;
+        v1 += r.y;
       }
-      *reinterpret_cast<Pair<T>*>(y + at) = {from_float(v0, T{}), from_float(v1, T{})};
+      *reinterpret_cast<float2*>(y + at) = float2{v0, v1};
     } else {
       put(at, v0);
-      if (both) put(at + 1, v1);
+      if (n + 1 < linear.N) put(at + 1, v1);
     }
   }
 };
@@ -140,9 +117,9 @@ inline __host__ __device__ bool quantizes_itself(int64_t tokens, int64_t K) {
 }
 
 // For at most 16 * kGroups tokens.
-template <typename T, int kGroups>
+template <int kGroups>
 __global__ void __launch_bounds__(kThreads, kGroups == 1 ? 3 : 1)
-    gemv_kernel(Tokens<T> x, Scratch quantized, Output<T> output) {
+    gemv_kernel(Tokens x, Scratch quantized, Output output) {
   constexpr bool may_own = kGroups == 1;
   __shared__ __align__(16) int8_t own_q[may_own ? kOwnBytes : 1];
   __shared__ float own_scale;
@@ -233,8 +210,7 @@ constexpr int kStored = 8;                      // tokens whose scales are loade
 constexpr int kSumsStride = kWarpRows / 2 + 4;  // in pairs, so that rows 4 apart use different banks
 static_assert(kBlockThreads / kWarp * 16 * kSumsStride * sizeof(int2) <= kStages * kStageBytes);
 
-template <typename T>
-__global__ void __launch_bounds__(kBlockThreads) gemm_kernel(Scratch x, int64_t tokens, Output<T> output) {
+__global__ void __launch_bounds__(kBlockThreads) gemm_kernel(Scratch x, int64_t tokens, Output output) {
   __shared__ __align__(128) int8_t stages[kStages][kStageBytes];
   const Linear& linear = output.linear;
   const int tiles_k = k_tiles(linear.K);
@@ -314,40 +290,32 @@ __global__ void __launch_bounds__(kBlockThreads) gemm_kernel(Scratch x, int64_t 
 }
 
 // Launches as many blocks as run at once: more would only quantize x again.
-template <typename T, int kGroups>
-cudaError_t launch_gemv(const Tokens<T>& x, const Scratch& scratch, const Output<T>& output, cudaStream_t stream) {
+template <int kGroups>
+cudaError_t launch_gemv(const Tokens& x, const Scratch& scratch, const Output& output, cudaStream_t stream) {
   int device, processors, blocks;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, gemv_kernel<T, kGroups>, kThreads, 0);
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, gemv_kernel<kGroups>, kThreads, 0);
   if (error != cudaSuccess) return error;
   const dim3 grid(min(ceil_div(output.linear.N, kTileRows), int64_t{blocks} * processors));
-  return launch(gemv_kernel<T, kGroups>, grid, kThreads, stream, x, scratch, output);
+  return launch(gemv_kernel<kGroups>, grid, kThreads, stream, x, scratch, output);
 }
 
 }  // namespace
 
-template <typename T>
-cudaError_t int8_linear(const Tokens<T>& x, const Linear& linear, const T* residual, T* y, const Scratch& scratch,
+cudaError_t int8_linear(const Tokens& x, const Linear& linear, const float* residual, float* y, const Scratch& scratch,
                         cudaStream_t stream) {
-  const Output<T> output{linear, residual, y};
+  const Output output{linear, residual, y};
   if (!quantizes_itself(x.count, linear.K)) {
-    const cudaError_t error = launch(quantize_kernel<T>, x.count, kThreads, stream, x, linear.K, scratch);
+    const cudaError_t error = launch(quantize_kernel, x.count, kThreads, stream, x, linear.K, scratch);
     if (error != cudaSuccess) return error;
   }
-  if (x.count <= 16) return launch_gemv<T, 1>(x, scratch, output, stream);
-  if (x.count <= 32) return launch_gemv<T, 2>(x, scratch, output, stream);
-  if (x.count <= 64) return launch_gemv<T, 4>(x, scratch, output, stream);
+  if (x.count <= 16) return launch_gemv<1>(x, scratch, output, stream);
+  if (x.count <= 32) return launch_gemv<2>(x, scratch, output, stream);
+  if (x.count <= 64) return launch_gemv<4>(x, scratch, output, stream);
   const dim3 grid(ceil_div(x.count, kBlock), ceil_div(linear.N, kBlock));
-  return launch(gemm_kernel<T>, grid, kBlockThreads, stream, scratch, x.count, output);
+  return launch(gemm_kernel, grid, kBlockThreads, stream, scratch, x.count, output);
 }
-
-template cudaError_t int8_linear(const Tokens<float>&, const Linear&, const float*, float*, const Scratch&,
-                                 cudaStream_t);
-template cudaError_t int8_linear(const Tokens<__half>&, const Linear&, const __half*, __half*, const Scratch&,
-                                 cudaStream_t);
-template cudaError_t int8_linear(const Tokens<__nv_bfloat16>&, const Linear&, const __nv_bfloat16*, __nv_bfloat16*,
-                                 const Scratch&, cudaStream_t);
 
 }  // namespace owlet::cuda

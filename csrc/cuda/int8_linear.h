@@ -1,9 +1,7 @@
-// The int8 linear layer on CUDA, without torch: plain device pointers and a stream. In fp32 it gives the same bits as
-// the CPU (kernels/kernels.h): exact int32 sums, then the same floating-point steps.
+// The int8 linear layer on CUDA, without torch: plain device pointers and a stream. It gives the same bits as the
+// CPU (kernels/kernels.h): exact int32 sums, then the same floating-point steps.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "../kernels/kernels.h"
@@ -14,10 +12,8 @@ inline __host__ __device__ int64_t k_tiles(int64_t K) { return ceil_div(K, kTile
 
 using Linear = LinearOf<int8_t>;
 
-// T: float, __half or __nv_bfloat16.
-template <typename T>
 struct Tokens {
-  const T* x;  // (count, K)
+  const float* x;  // (count, K)
   int64_t count;
   const float* norm = nullptr;  // (K) to multiply RMSNorm(x) instead of x, or null
   float eps = 0;
@@ -31,10 +27,9 @@ struct Scratch {
 
 inline int64_t scratch_bytes(int64_t tokens, int64_t K) { return ceil_div(tokens, 16) * 16 * k_tiles(K) * kTileK; }
 
-// y (tokens, columns), of type T, = activation(x w.T + bias) + residual. residual has y's shape, may be y itself, and
-// may be null. 1 <= K <= kMaxK.
-template <typename T>
-cudaError_t int8_linear(const Tokens<T>& x, const Linear& linear, const T* residual, T* y, const Scratch& scratch,
+// y (tokens, columns) = activation(x w.T) + residual. residual has y's shape, may be y itself, and may be null.
+// 1 <= K <= kMaxK.
+cudaError_t int8_linear(const Tokens& x, const Linear& linear, const float* residual, float* y, const Scratch& scratch,
                         cudaStream_t stream);
 
 }  // namespace owlet::cuda

@@ -22,68 +22,84 @@ Tensor aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(same.const_data_ptr()) % 16 ? same.clone() : same;
 }
 
-Tensor aligned(const std::optional<Tensor>& t) { return t ? aligned(*t) : Tensor(); }
+at::DimVector tile_shape(int64_t N, int64_t K) {
+  return {ceil_div(N, kTileRows), ceil_div(K, kTileK), kTileRows, kTileK};
+}
 
-Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
-              const std::optional<Tensor>& residual, std::string_view activation) {
-  const Tensor y = new_output(x, packed, scale, bias, residual, activation);
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& residual,
+              bool swiglu) {
+  const int64_t K = x.size(-1), N = scale.numel();
+  const Tensor y = new_output(x, weight, at::kChar, tile_shape(N, K), scale, residual, swiglu);
   if (y.numel() == 0) return y;
   const c10::cuda::CUDAGuard guard(x.device());
-  const int64_t K = x.size(-1), tokens = x.numel() / K;
-  const Tensor x_ = aligned(x), packed_ = aligned(packed), scale_ = scale.contiguous();
-  const Tensor bias_ = contiguous(bias), residual_ = aligned(residual);
+  const int64_t tokens = x.numel() / K;
+  const Tensor x_ = aligned(x), weight_ = aligned(weight), scale_ = scale.contiguous();
+  const Tensor residual_ = residual ? aligned(*residual) : Tensor();
   const Tensor q = at::empty({scratch_bytes(tokens, K)}, x.options().dtype(at::kChar));
-  const Tensor x_scale = at::empty({tokens}, x.options().dtype(at::kFloat));
-  const Linear weights{scale.numel(), K, packed_.const_data_ptr<int8_t>(), scale_.const_data_ptr<float>(),
-                       data_or_null(bias_), parse_activation(activation)};
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    const void* added = residual_.defined() ? residual_.const_data_ptr() : nullptr;
-    C10_CUDA_CHECK(int8_linear<T>({static_cast<const T*>(x_.const_data_ptr()), tokens}, weights,
-                                  static_cast<const T*>(added), static_cast<T*>(y.mutable_data_ptr()),
-                                  {q.mutable_data_ptr<int8_t>(), x_scale.mutable_data_ptr<float>()},
-                                  c10::cuda::getCurrentCUDAStream()));
-  };
-  if (x.scalar_type() == at::kFloat) run(float{});
-  if (x.scalar_type() == at::kHalf) run(__half{});
-  if (x.scalar_type() == at::kBFloat16) run(__nv_bfloat16{});
+  const Tensor x_scale = at::empty({tokens}, x.options());
+  C10_CUDA_CHECK(int8_linear({x_.const_data_ptr<float>(), tokens},
+                             {N, K, weight_.const_data_ptr<int8_t>(), scale_.const_data_ptr<float>(),
+                              swiglu ? Activation::swiglu : Activation::none},
+                             data_or_null(residual_), y.mutable_data_ptr<float>(),
+                             {q.mutable_data_ptr<int8_t>(), x_scale.mutable_data_ptr<float>()},
+                             c10::cuda::getCurrentCUDAStream()));
   return y;
 }
 
-struct CudaBackend {
+struct CudaSource : TensorSource {
+  using TensorSource::TensorSource;
   using Linear = cuda::Linear;
-  using Packed = int8_t;
-  static constexpr auto kDevice = at::kCUDA;
-  static constexpr int64_t kAlignment = 16, kHeadDimStep = cuda::kHeadDimStep, kMaxHeadDim = cuda::kMaxHeadDim;
-  static at::DimVector packed_shape(int64_t N, int64_t K) { return tile_shape(N, K); }
-  static Tensor readable(const Tensor& t) { return aligned(t); }
+  static constexpr int64_t kHeadDimStep = cuda::kHeadDimStep, kMaxHeadDim = cuda::kMaxHeadDim;
+  static constexpr const char* kHeadDims = "16, 32, ... 128";
+  const Tensor& hold(const char* name, at::ScalarType dtype, at::IntArrayRef shape) {
+    held.push_back(aligned(next(name, dtype)));
+    TORCH_CHECK(held.back().is_cuda() && held.back().numel() == c10::multiply_integers(shape), name, " must be ", shape,
+                " on a GPU, got ", held.back().sizes(), " on ", held.back().device());
+    return held.back();
+  }
+  const float* floats(const char* name, int64_t rows, int64_t columns) {
+    if (rows * columns == 1) return one = next(name, at::kFloat).item<float>(), &one;  // for the host
+    return hold(name, at::kFloat, {rows, columns}).const_data_ptr<float>();
+  }
+  Linear matrix(const char* name, int64_t N, int64_t K) {
+    const auto* packed = hold(name, at::kChar, tile_shape(N, K)).const_data_ptr<int8_t>();
+    return {N, K, packed, floats(name, 1, N), Activation::none};
+  }
+  float one = 0;
 };
 
-class CudaDecoder : public CheckedModel<CudaBackend> {
+class CudaDecoder {
  public:
-  using CheckedModel::CheckedModel;
-  // tokens (B, 1), pos (1) int64; keys, values (n_layer, B, n_kv_head, length, head_dim) -> logits (B, 1, vocab_size).
-  // The values of tokens and pos are not checked, because reading them would wait for the GPU.
-  Tensor forward(const Tensor& tokens, const Tensor& pos, const Tensor& keys, const Tensor& values) const {
+  explicit CudaDecoder(const pybind11::iterable& arrays) : source_(pybind11::iter(arrays)), model_(read()) {}
+  // tokens (B, 1), pos (1) int64; keys, values (n_layer, B, n_kv_head, length, head_dim) int8 with scales (..., length,
+  // 1) -> logits (B, 1, vocab_size). The values of tokens and pos are not checked: reading them would wait for the GPU.
+  Tensor forward(const Tensor& tokens, const Tensor& pos, const Tensor& keys, const Tensor& values,
+                 const Tensor& key_scales, const Tensor& value_scales) const {
     const Tensor tokens_ = aligned(tokens);
-    const int64_t B = tokens_.size(0), layers = model_.blocks.size();
+    const int64_t B = tokens_.size(0), length = keys.dim() == 5 ? keys.size(3) : 0;
+    const auto expect = [&](const char* name, const Tensor& t, at::ScalarType dtype, at::IntArrayRef shape) {
+      TORCH_CHECK(t.scalar_type() == dtype && t.device() == device() && t.is_contiguous() && t.sizes() == shape, name,
+                  " must be contiguous ", dtype, " ", shape, " on ", device(), ", got ", t.scalar_type(), " ", t.sizes(),
+                  " on ", t.device());
+    };
     expect("tokens", tokens_, at::kLong, {B, 1});
     expect("pos", pos, at::kLong, {1});
-    const int64_t length = keys.dim() == 5 ? keys.size(3) : 0;
-    expect("keys", keys, at::kFloat, {layers, B, model_.n_kv_head, length, model_.head_dim});
-    expect("values", values, at::kFloat, keys.sizes());
-    const c10::cuda::CUDAGuard guard(device_);
-    const auto floats = at::TensorOptions().device(device_).dtype(at::kFloat);
-    const int64_t width = model_.n_head * model_.head_dim, qkv_width = width + 2 * model_.n_kv_head * model_.head_dim;
-    const int64_t widest = std::max({model_.n_embd, width, model_.n_hidden});
+    expect("keys", keys, at::kChar, {model_.n_layer, B, model_.n_kv_head, length, model_.head_dim});
+    expect("values", values, at::kChar, keys.sizes());
+    expect("key_scales", key_scales, at::kFloat, {model_.n_layer, B, model_.n_kv_head, length, 1});
+    expect("value_scales", value_scales, at::kFloat, key_scales.sizes());
+    const c10::cuda::CUDAGuard guard(device());
+    const auto floats = at::TensorOptions().device(device()).dtype(at::kFloat);
+    const int64_t widest = std::max({model_.n_embd, model_.width(), model_.n_hidden});
     // allocated in every call: the allocator keeps the memory of a captured graph apart from all other
-    const Tensor logits = at::empty({B, 1, vocab_size_}, floats), x = at::empty({B, model_.n_embd}, floats);
-    const Tensor qkv = at::empty({B, qkv_width}, floats), attn_out = at::empty({B, width}, floats);
+    const Tensor logits = at::empty({B, 1, model_.vocab_size}, floats), x = at::empty({B, model_.n_embd}, floats);
+    const Tensor qkv = at::empty({B, model_.qkv_width()}, floats), attn_out = at::empty({B, model_.width()}, floats);
     const Tensor hidden = at::empty({B, model_.n_hidden}, floats), scale = at::empty({B}, floats);
     const Tensor q = at::empty({scratch_bytes(B, widest)}, floats.dtype(at::kChar));
     C10_CUDA_CHECK(decode(model_,
                           {tokens_.const_data_ptr<int64_t>(), pos.const_data_ptr<int64_t>(), B,
-                           keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>(), length,
+                           keys.mutable_data_ptr<int8_t>(), values.mutable_data_ptr<int8_t>(),
+                           key_scales.mutable_data_ptr<float>(), value_scales.mutable_data_ptr<float>(), length,
                            logits.mutable_data_ptr<float>()},
                           {x.mutable_data_ptr<float>(), qkv.mutable_data_ptr<float>(),
                            attn_out.mutable_data_ptr<float>(), hidden.mutable_data_ptr<float>(),
@@ -91,22 +107,30 @@ class CudaDecoder : public CheckedModel<CudaBackend> {
                           c10::cuda::getCurrentCUDAStream()));
     return logits;
   }
+
+ private:
+  DecoderModel read() {
+    const Sizes sizes = source_.sizes();
+    TORCH_CHECK(sizes.slices == 1 && !sizes.fine_head, "takes no products in parts");
+    return read_model(source_, sizes);
+  }
+  at::Device device() const { return source_.held[0].device(); }
+  CudaSource source_;  // holds the arrays
+  const DecoderModel model_;
 };
 
 }  // namespace
 
 void define(pybind11::module_& m) {
   namespace py = pybind11;
-  define_decoder<CudaDecoder>(m, "CudaDecoder", "A whole int8 model for one token per sequence, without the host.")
-      .def("forward", &CudaDecoder::forward, py::arg("tokens"), py::arg("pos"), py::arg("keys"), py::arg("values"),
-           py::call_guard<py::gil_scoped_release>(),
+  using py::arg;
+  py::class_<CudaDecoder>(m, "CudaDecoder", "A whole int8 model for one token per sequence, without the host.")
+      .def(py::init<const py::iterable&>(), arg("arrays"))
+      .def("forward", &CudaDecoder::forward, arg("tokens"), arg("pos"), arg("keys"), arg("values"), arg("key_scales"),
+           arg("value_scales"), py::call_guard<py::gil_scoped_release>(),
            "Logits (B, 1, vocab_size) after tokens (B, 1) int64 at pos (1,) int64; adds them to the caches.");
 }
 
 }  // namespace owlet::cuda
 
-TORCH_LIBRARY_IMPL(owlet, CUDA, m) {
-  m.impl("int8_linear", owlet::cuda::linear);
-  m.impl("pack_int8", owlet::pack_tiles);
-  m.impl("int8_rows", owlet::int8_rows);
-}
+TORCH_LIBRARY_IMPL(owlet, CUDA, m) { m.impl("int8_linear", owlet::cuda::linear); }

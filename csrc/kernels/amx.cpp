@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <iterator>
 #include <utility>
 
 #include "amx.h"
@@ -18,9 +19,10 @@ namespace {
 constexpr int kVnniTokens = 6;  // up to this many tokens are faster without tiles (docs/log.md, "AMX tiles")
 
 template <int Tokens>
-TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int32_t* acc) {
+TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int rows,
+                      int32_t* acc) {
   if constexpr (Tokens <= kVnniTokens) {
-    avx512_vnni.dot_panel[Tokens - 1](q, q_sum, panel, quads, acc);
+    avx512_vnni.dot_panel[Tokens - 1](q, q_sum, panel, quads, rows, acc);
   } else {
     static constexpr TileConfig config = tile_config(Tokens);
     constexpr bool past = Tokens > kTile;
@@ -37,7 +39,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
 
     asm volatile("" : : : "memory");  // store the sums above: GCC does not know that tile loads read memory
     _tile_loadconfig(&config);
-    for (int strip = 0; strip < kPanelRows; strip += 2 * kTile) {
+    for (int strip = 0; strip < rows; strip += 2 * kTile) {
       int32_t* sums = acc + strip;
       _tile_loadd(0, sums, sum_stride);
       _tile_loadd(1, sums + kTile, sum_stride);
@@ -80,7 +82,7 @@ bool supported() {
 
 template <int... Tokens>
 constexpr Kernel make_kernel(std::integer_sequence<int, Tokens...>) {
-  return {"amx", supported, &avx512_math, kMaxTileTokens, {dot_panel<Tokens + 1>...}, avx512_variants};
+  return {"amx", supported, kMaxTileTokens, {dot_panel<Tokens + 1>...}, avx512_once, std::size(avx512_once)};
 }
 
 }  // namespace

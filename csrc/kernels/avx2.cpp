@@ -10,22 +10,32 @@
 namespace owlet {
 namespace {
 
-TARGET inline __m256i add_products(__m256i sum, __m256i w, __m256i a) {
-  const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), a_odd = _mm256_srai_epi16(a, 8);
-  const __m256i w_even = _mm256_and_si256(w, _mm256_set1_epi16(0xff)), w_odd = _mm256_srli_epi16(w, 8);
-  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w_even, a_even));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(w_odd, a_odd));
+using Register = __m256i;
+constexpr int kRegisters = 8, kAlone = 8, kTogether = 2;
+struct Weights {
+  __m256i even, odd;
+};
+using Inputs = Weights;
+TARGET inline __m256i splat(int32_t x) { return _mm256_set1_epi32(x); }
+TARGET inline Weights read(const uint8_t* p) {
+  const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_and_si256(w, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(w, 8)};
 }
-
-#include "ymm.inl"
-
-const Variant variants[] = {{"1x0", dot_panel<1>}, {}};
+TARGET inline Inputs spread(int32_t quad) {
+  const __m256i a = _mm256_set1_epi32(quad);
+  return {_mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), _mm256_srai_epi16(a, 8)};
+}
+TARGET inline __m256i add(__m256i sum, const Weights& w, const Inputs& x) {
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.even, x.even));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(w.odd, x.odd));
+}
+#include "dot_panel.inl"
 
 }  // namespace
 
 const Kernel avx2 = {
-    "avx2", [] { return bool(__builtin_cpu_supports("avx2")) && __builtin_cpu_supports("fma"); }, &fma_math, 6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}, variants};
+    "avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, 6,
+    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 
 }  // namespace owlet
 #endif

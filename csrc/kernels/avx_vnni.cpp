@@ -10,9 +10,15 @@
 namespace owlet {
 namespace {
 
-TARGET inline __m256i add_products(__m256i sum, __m256i w, __m256i a) { return _mm256_dpbusd_avx_epi32(sum, w, a); }
-
-#include "ymm.inl"
+using Register = __m256i;
+using Weights = __m256i;
+using Inputs = __m256i;
+constexpr int kRegisters = 8, kAlone = 8, kTogether = 2;
+TARGET inline __m256i splat(int32_t x) { return _mm256_set1_epi32(x); }
+TARGET inline __m256i read(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+TARGET inline __m256i spread(int32_t quad) { return splat(quad); }
+TARGET inline __m256i add(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+#include "dot_panel.inl"
 
 bool supported() {
   constexpr unsigned kAvxVnni = 1u << 4;  // of leaf 7, 1's eax: older compilers have no name for it
@@ -20,13 +26,11 @@ bool supported() {
   return avx2.supported() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnni);
 }
 
-const Variant variants[] = {{"1x0", dot_panel<1>}, {}};
-
 }  // namespace
 
 const Kernel avx_vnni = {
-    "avx_vnni", supported, &fma_math, 6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}, variants};
+    "avx_vnni", supported, 6,
+    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 
 }  // namespace owlet
 #endif

@@ -1,32 +1,34 @@
-// Plain loops for any CPU, and the reference for the other instruction sets.
-#include <algorithm>
-
+// Plain C++ for any CPU, and the reference for the other instruction sets.
 #include "kernels.h"
 
 namespace owlet {
 namespace {
 
-template <int Tokens>
-void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int64_t quads, int32_t* acc) {
-  std::fill_n(acc, Tokens * kPanelRows, 0);
-  for (int64_t i = 0; i < quads; ++i, panel += kQuadBytes) {
-    for (int t = 0; t < Tokens; ++t) {
-      const int8_t* a = q + t * row_bytes(quads) + 4 * i;
-      for (int n = 0; n < kPanelRows; ++n) {
-        const uint8_t* w = panel + 4 * n;
-        acc[t * kPanelRows + n] +=
-            a[0] * (w[0] - 128) + a[1] * (w[1] - 128) + a[2] * (w[2] - 128) + a[3] * (w[3] - 128);
-      }
-    }
-  }
+#define TARGET
+using Register = int32_t;
+constexpr int kRegisters = 64, kAlone = 64, kTogether = 64;
+struct Weights {
+  uint8_t w[4];
+};
+struct Inputs {
+  int8_t a[4];
+};
+inline int32_t splat(int32_t x) { return x; }
+inline Weights read(const uint8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline Inputs spread(int32_t quad) {
+  Inputs inputs;
+  std::memcpy(&inputs, &quad, 4);
+  return inputs;
 }
-
-const Variant variants[] = {{"1x0", dot_panel<1>}, {}};
+inline int32_t add(int32_t sum, const Weights& w, const Inputs& x) {
+  return sum + x.a[0] * w.w[0] + x.a[1] * w.w[1] + x.a[2] * w.w[2] + x.a[3] * w.w[3];
+}
+#include "dot_panel.inl"
 
 }  // namespace
 
 const Kernel generic = {
-    "generic", [] { return true; }, &generic_math, 6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}, variants};
+    "generic", [] { return true; }, 6,
+    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 
 }  // namespace owlet

@@ -1,19 +1,13 @@
-// Chooses the instruction set once, at run time.
-#include <cstdlib>
-#include <stdexcept>
-
+// Finds the best instruction set at run time.
 #include "kernels.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <iterator>
+#include <stdexcept>
 
 namespace owlet {
 namespace {
-
-[[noreturn]] void refuse(const std::string& what) {
-#ifdef __wasm__  // where there are no exceptions, and no environment that could name what is unknown
-  std::abort();
-#else
-  throw std::invalid_argument(what);
-#endif
-}
 
 // Best first.
 const Kernel* const kKernels[] = {
@@ -30,64 +24,38 @@ const Kernel* const kKernels[] = {
     &generic,
 };
 
-const Kernel* find(const std::string& name) {
-  std::string names;
-  for (const Kernel* k : kKernels) {
-    if (!k->supported()) continue;
-    if (name == k->name) return k;
-    names += (names.empty() ? "" : ", ") + std::string(k->name);
-  }
-  refuse("instruction set '" + name + "' (OWLET_ISA) is unknown or not supported by this CPU, which has: " + names);
-}
-
-const Kernel*& current() {
-  static const Kernel* chosen = [] {
-    const char* name = std::getenv("OWLET_ISA");
-    return find(name && *name ? name : kernel_names().front());
+// Those that this CPU supports. To ask it can take microseconds.
+const std::vector<const Kernel*>& supported() {
+  static const auto kernels = [] {
+    std::vector<const Kernel*> kernels;
+    std::copy_if(std::begin(kKernels), std::end(kKernels), std::back_inserter(kernels),
+                 [](const Kernel* k) { return k->supported(); });
+    return kernels;
   }();
-  return chosen;
-}
-
-const Variant& find_variant(const std::string& name) {
-  for (const Variant* v = kernel().variants; v->dot_panel; ++v)
-    if (name == v->name) return *v;
-  std::string names;
-  for (const std::string& known : variant_names()) names += (names.empty() ? "" : ", ") + known;
-  refuse("kernel '" + name + "' (OWLET_KERNEL) is unknown to " + kernel().name + ", which has: " + names);
-}
-
-const Variant*& current_variant() {
-  static const Variant* chosen = [] {
-    const char* name = std::getenv("OWLET_KERNEL");
-    return name && *name ? &find_variant(name) : kernel().variants;
-  }();
-  return chosen;
+  return kernels;
 }
 
 }  // namespace
 
-const Kernel& kernel() { return *current(); }
-
 std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
-  for (const Kernel* k : kKernels)
-    if (k->supported()) names.push_back(k->name);
+  for (const Kernel* k : supported()) names.push_back(k->name);
   return names;
 }
 
-void use_kernel(const std::string& name) {
-  current() = find(name);
-  current_variant() = kernel().variants;
+const Kernel& kernel() {
+#ifndef __wasm__  // has no environment
+  if (const char* set = std::getenv("OWLET_ISA"); set && *set) {  // for tests
+    std::string names;
+    for (const Kernel* k : supported()) {
+      if (std::string(set) == k->name) return *k;
+      names += (names.empty() ? "" : ", ") + std::string(k->name);
+    }
+    throw std::invalid_argument("instruction set '" + std::string(set) + "' (OWLET_ISA) is unknown or not supported " +
+                                "by this CPU, which has: " + names);
+  }
+#endif
+  return *supported()[0];
 }
-
-const Variant& variant() { return *current_variant(); }
-
-std::vector<std::string> variant_names() {
-  std::vector<std::string> names;
-  for (const Variant* v = kernel().variants; v->dot_panel; ++v) names.push_back(v->name);
-  return names;
-}
-
-void use_variant(const std::string& name) { current_variant() = &find_variant(name); }
 
 }  // namespace owlet

@@ -1,8 +1,8 @@
-// The int8 kernels, without torch:  y = activation(x @ w.T + bias) + residual
+// The int8 kernels, without torch:  y = activation(x @ w.T) + residual
 //
 // x is quantized to int8 with one scale per token (row of x); w is int8 with one scale per output channel. Every
-// instruction set computes the same exact int32 sums. The floating-point code (int8_linear.cpp, FloatMath) takes the
-// same steps in the same order on all of them. So results are bit-identical everywhere.
+// instruction set computes the same exact int32 sums. All floating-point code (linear.cpp, floats.h) is plain C++
+// that takes the same steps in the same order everywhere. So results are bit-identical.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,16 @@
 
 #include "numerics.h"
 
+// Compiles a function for wider vectors too; the loader chooses one. (Its choice comes before ThreadSanitizer is ready.)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_THREAD__)
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define CLONES
+#endif
+
 namespace owlet {
+
+// ---- layouts
 
 // Packed weights on a CPU are uint8 (ceil(N/64), ceil(K/4), 64, 4): panels of 64 rows, in which 4 consecutive k of a
 // row (a quad) are adjacent. That is the operand shape of vpdpbusd, tdpbsud, sdot and dp4a, and a panel is read from
@@ -22,6 +31,12 @@ namespace owlet {
 // See docs/log.md, "Panels".
 constexpr int kPanelRows = 64;
 constexpr int kQuadBytes = 4 * kPanelRows;  // one quad of every row of a panel
+constexpr int64_t panel_bytes(int64_t K) { return ceil_div(K, 4) * kQuadBytes; }
+constexpr int64_t packed_bytes(int64_t N, int64_t K) { return ceil_div(N, kPanelRows) * panel_bytes(K); }
+// Where w[n, k] lies.
+constexpr int64_t packed_at(int64_t n, int64_t k, int64_t K) {
+  return n / kPanelRows * panel_bytes(K) + k / 4 * kQuadBytes + n % kPanelRows * 4 + k % 4;
+}
 
 // Packed weights on a GPU are int8 (ceil(N/8), ceil(K/64), 8, 64), zero past N and K. A tile of 8 rows x 64 k is 512
 // contiguous bytes: one load of a warp takes a tile and gives each lane its operands of the tensor cores.
@@ -40,46 +55,11 @@ inline int32_t load_quad(const int8_t* q) {
 // Kernels sum q * (w + 128), starting from -128 * sum(q), so no partial sum exceeds 128 * 127 * K.
 constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
 
-// acc[t * 64 + n] = sum over k of q[t, k] * w[n, k]. q is (tokens, row_bytes(quads)); q_sum[t] is the sum of q[t, k]
-// over k.
-using DotPanel = void(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int32_t* acc);
-
-// ---- fp32 operations between the products
-// Sums use sixteen lanes on every CPU, whatever the width of its registers, and each step is one fused multiply-add. So
-// every instruction set gives the same bits.
-
-constexpr int kQueries = 32;  // the most that one attend_block takes (docs/log.md, "Blocks of attention")
-
-struct FloatMath {
-  // y = x / rms(x) * weight, each (size); y may be x.
-  void (*rms_norm)(const float* x, const float* weight, int64_t size, float eps, float* y);
-  // Rotates the pairs (x[i], x[i + half]) by one position's angles: cos, sin (half).
-  void (*rope)(float* x, const float* cos, const float* sin, int64_t half);
-  // y (count, size) = q * scales, with one scale per row.
-  void (*dequantize)(const int8_t* q, const float* scales, int64_t count, int64_t size, float* y);
-  // softmax(q K^T / sqrt(size)) V of one head: q (size), keys and values (count, size) -> y (size). Scales: one per row
-  // of int8, null for floats. next: the address that will be read after the values, for prefetching.
-  template <typename T>
-  using Attend = void(const float* q, const T* keys, const float* key_scales, const T* values,
-                      const float* value_scales, int64_t count, int64_t size, float* scratch, float* y,
-                      const void* next);
-  Attend<float>* attend;
-  Attend<int8_t>* attend_int8;
-  // attend for up to kQueries queries, q_stride apart, at positions pos, pos + 1, ...: each sees the keys up to its own
-  // position. The results are y_stride apart.
-  void (*attend_block)(const float* q, int64_t q_stride, int64_t queries, int64_t pos, const float* keys,
-                       const float* values, int64_t size, float* scratch, float* y, int64_t y_stride);
-};
-
-// The size of scratch, in floats, for attend and attend_block.
-inline int64_t attention_scratch(int64_t keys, int64_t size) { return kQueries * (keys + 2 * size); }
-
-extern const FloatMath avx512_math, fma_math;  // x86-64
-extern const FloatMath neon_math;              // 64-bit Arm
-extern const FloatMath wasm_math;              // WebAssembly
-extern const FloatMath generic_math;
-
 // ---- instruction sets
+
+// acc[t * 64 + n] = sum over k of q[t, k] * w[n, k], for the first `rows` n at least. q is (tokens, row_bytes(quads));
+// q_sum[t] is the sum of q[t, k] over k.
+using DotPanel = void(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int rows, int32_t* acc);
 
 constexpr int kMaxTileTokens = 32;  // docs/log.md, "Tokens per kernel call"
 
@@ -91,62 +71,70 @@ struct Variant {
 
 struct Kernel {
   const char* name;
-  bool (*supported)();  // by this CPU and its operating system
-  const FloatMath* floats;
+  bool (*supported)();                  // by this CPU and its operating system
   int tile_tokens;                      // the most tokens of a call: one load of the weights serves all of them
-  DotPanel* dot_panel[kMaxTileTokens];  // [tokens - 1]; [0] is the first of the variants
-  const Variant* variants;              // for one token, up to one that is null
+  DotPanel* dot_panel[kMaxTileTokens];  // [tokens - 1]
+  const Variant* once = nullptr;        // for one token; null: dot_panel[0]
+  size_t variants = 0;                  // how many of them
 };
 
 extern const Kernel amx, avx512_vnni, avx_vnni, avx2;  // x86-64
 extern const Kernel neon;                              // 64-bit Arm
 extern const Kernel wasm;                              // WebAssembly
 extern const Kernel generic;
-extern const Variant avx512_variants[];
+extern const Variant avx512_once[3];
 
-const Kernel& kernel();                    // the one in use: $OWLET_ISA, or else the best this CPU supports
-std::vector<std::string> kernel_names();   // the kernels this CPU supports, best first
-void use_kernel(const std::string& name);  // switches, for tests; not while another thread computes
+const Kernel& kernel();                   // the best that this CPU supports, or $OWLET_ISA
+std::vector<std::string> kernel_names();  // those that this CPU supports, best first
 
-const Variant& variant();                   // of kernel(), in use: $OWLET_KERNEL, or what use_variant set, or the first
-std::vector<std::string> variant_names();   // of kernel()
-void use_variant(const std::string& name);  // not while another thread computes
+// A kernel and one of its variants.
+struct Choice {
+  const Kernel* kernel;
+  size_t variant = 0;
+
+  // The sums of `tokens` rows of q and one panel, in tiles of about equal size: then(first token, tokens, acc).
+  template <typename Then>
+  void multiply(const int8_t* q, const int32_t* q_sum, int64_t tokens, const uint8_t* panel, int64_t quads, int rows,
+                Then then) const {
+    for (int64_t t = 0, tile; t < tokens; t += tile) {
+      tile = ceil_div(tokens - t, ceil_div(tokens - t, kernel->tile_tokens));
+      alignas(kLine) int32_t acc[kMaxTileTokens * kPanelRows];
+      (tile == 1 && kernel->once ? kernel->once[variant].dot_panel : kernel->dot_panel[tile - 1])(
+          q + t * row_bytes(quads), q_sum + t, panel, quads, rows, acc);
+      then(t, tile, acc);
+    }
+  }
+};
+
+// ---- products
 
 // Packs panels [panel_begin, panel_end) of w, int8 (N, K) row-major. Returns false if w holds a -128, which the
 // symmetric format does not have.
 bool pack_panels(const int8_t* w, int64_t N, int64_t K, int64_t panel_begin, int64_t panel_end, uint8_t* packed);
 
-struct QuantizedRow {
-  float scale;  // x = q * scale; NaN if x is not finite
-  int32_t sum;  // of q
-};
-
-QuantizedRow quantize_row(const float* x, int64_t K, int8_t* q);
-
 // Activations in int8. Only the constructor allocates.
 class QuantizedTokens {
  public:
   QuantizedTokens(int64_t tokens, int64_t K);
-  // Quantizes x, float (K), as token t.
-  void quantize(int64_t t, const float* x);
+  // Quantizes rows of x, float (K), `stride` apart, as tokens t, t + 1, ... Where one is not finite, its scale is NaN.
+  void quantize(int64_t t, const float* x, int64_t count = 1, int64_t stride = 0);
   struct Free {
     void operator()(int8_t* p) const { operator delete[](p, std::align_val_t(kLine)); }
   };
 
   const int64_t K, quads;
   const std::unique_ptr<int8_t[], Free> q;  // (tokens, row_bytes(quads)), zero past K
-  const std::unique_ptr<float[]> scale;     // (tokens)
+  const std::unique_ptr<float[]> scale;     // (tokens): x = q * scale
   const std::unique_ptr<int32_t[]> q_sum;   // (tokens)
 };
 
-enum class Activation { none, silu, swiglu };
+enum class Activation { none, swiglu };
 
 template <typename Packed>
 struct LinearOf {
   int64_t N, K;
   const Packed* packed;
   const float* scale;  // (N)
-  const float* bias;   // (N) or null
   // swiglu: rows of w alternate gate and up, and y has N / 2 columns: silu(gate) * up.
   Activation activation;
   OWLET_HOST_DEVICE int64_t columns() const { return activation == Activation::swiglu ? N / 2 : N; }
@@ -157,8 +145,8 @@ struct Int8Linear : LinearOf<uint8_t> {
   int64_t tasks(int64_t tokens) const;
   // Computes tasks [begin, end) of y, float (tokens, columns), for the first `tokens` of x. residual has y's shape, may
   // be y itself, and may be null.
-  void forward(const QuantizedTokens& x, int64_t tokens, const float* residual, int64_t begin, int64_t end,
-               float* y) const;
+  void forward(const Choice& with, const QuantizedTokens& x, int64_t tokens, const float* residual, int64_t begin,
+               int64_t end, float* y) const;
   // y (K) = row n of the matrix, times its scale.
   void read_row(int64_t n, float* y) const;
 };

@@ -13,28 +13,15 @@
 namespace owlet {
 namespace {
 
-template <int Tokens>
-TARGET void dot_panel(const int8_t* q, const int32_t*, const uint8_t* panel, int64_t quads, int32_t* acc) {
-  // A panel is 16 vectors wide. Several tokens take it in strips, to keep the sums in registers.
-  constexpr int Vecs = Tokens == 1 ? 16 : 4;
-  const uint8x16_t offset = vdupq_n_u8(0x80);
-  for (int strip = 0; strip < 16; strip += Vecs) {
-    int32x4_t sum[Tokens][Vecs];
-    for (int t = 0; t < Tokens; ++t)
-      for (int v = 0; v < Vecs; ++v) sum[t][v] = vdupq_n_s32(0);
-    for (int64_t i = 0; i < quads; ++i) {
-      const uint8_t* panel_quad = panel + i * kQuadBytes + 16 * strip;
-      int8x16_t w[Vecs];
-      for (int v = 0; v < Vecs; ++v) w[v] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(panel_quad + 16 * v), offset));
-      for (int t = 0; t < Tokens; ++t) {
-        const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(load_quad(q + t * row_bytes(quads) + 4 * i)));
-        for (int v = 0; v < Vecs; ++v) sum[t][v] = vdotq_s32(sum[t][v], w[v], a);
-      }
-    }
-    for (int t = 0; t < Tokens; ++t)
-      for (int v = 0; v < Vecs; ++v) vst1q_s32(acc + t * kPanelRows + 4 * (strip + v), sum[t][v]);
-  }
-}
+using Register = int32x4_t;
+using Weights = int8x16_t;
+using Inputs = int8x16_t;
+constexpr int kRegisters = 16, kAlone = 16, kTogether = 4;
+inline int32x4_t splat(int32_t) { return vdupq_n_s32(0); }  // the weights have no offset
+inline int8x16_t read(const uint8_t* p) { return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(0x80))); }
+inline int8x16_t spread(int32_t quad) { return vreinterpretq_s8_s32(vdupq_n_s32(quad)); }
+TARGET inline int32x4_t add(int32x4_t sum, int8x16_t w, int8x16_t x) { return vdotq_s32(sum, w, x); }
+#include "dot_panel.inl"
 
 bool supported() {
 #if defined(__linux__)
@@ -44,13 +31,11 @@ bool supported() {
 #endif
 }
 
-const Variant variants[] = {{"1x0", dot_panel<1>}, {}};
-
 }  // namespace
 
 const Kernel neon = {
-    "neon", supported, &neon_math, 6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}, variants};
+    "neon", supported, 6,
+    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
 
 }  // namespace owlet
 #endif

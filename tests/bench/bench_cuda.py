@@ -47,8 +47,8 @@ Linear = Callable[[Tensor], Tensor]  # x (M, K) -> (M, N)
 
 def owlet(w: Tensor) -> Linear:
     q, scale = quantize_rows(w)
-    tiles = torch.ops.owlet.pack_int8(q)
-    return lambda x: torch.ops.owlet.int8_linear(x, tiles, scale)
+    weight = int8.tiles(q)
+    return lambda x: torch.ops.owlet.int8_linear(x.float(), weight, scale).to(x.dtype)
 
 
 def bf16(w: Tensor) -> Linear:
@@ -198,7 +198,7 @@ def main() -> None:
     config = parse(CudaBenchConfig, "int8 on a GPU beside what else there is, and beside what the hardware allows.")
     if not torch.cuda.is_available():
         raise UserError("needs a CUDA GPU, which torch does not see here")
-    if not int8.has_cuda_kernels():
+    if int8.why_no_owlet(DEVICE):
         raise UserError("the CUDA kernels are not built: python setup.py build_ext, where nvcc and a CUDA torch are")
     engines = [name for name in ENGINES if name != "torchao int8" or importlib.util.find_spec("torchao")]
     if len(engines) < len(ENGINES):

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from checkpoint import newest_model, read_tokenizer, token_ids
 from generate import generate
-from int8 import Int8GPT, load_quantized
+from int8 import KernelGPT, load_quantized
 
 
-def write(model: Int8GPT, prompt: Tensor, new: int, seed: int, **settings: object) -> tuple[float, Tensor, int, int]:
+def write(model: KernelGPT, prompt: Tensor, new: int, seed: int, **settings: object) -> tuple[float, Tensor, int, int]:
     """Seconds after the first token, the tokens, and how many were guessed and how many of these were right."""
-    stream = generate(model, prompt, new, generator=torch.Generator().manual_seed(seed), **settings)
+    stream = generate(model, prompt, new, seed=seed, **settings)
     first = next(stream)
     start = time.perf_counter()
     tokens = torch.stack([first, *stream])

@@ -19,6 +19,7 @@ from probe import Limits, int8_machine
 from torch import Tensor
 
 import int8
+from checkpoint import empty_model
 from generate import generate
 from model import GPT, GPTConfig
 
@@ -35,7 +36,7 @@ class Phase:
     guesses: bool = False  # owlet guesses, in a text of random tokens, so that hardly any is right
 
     def fit(self, config: GPTConfig) -> "Phase":
-        prompt = min(self.prompt, config.block_size)
+        prompt = min(self.prompt, config.block_size - (self.new if self.prompt > config.block_size else 0))
         return replace(self, prompt=prompt, new=min(self.new, config.block_size - prompt))
 
     def start(self, model: GPT) -> Iterator[Tensor]:
@@ -47,8 +48,16 @@ class Phase:
         return stream
 
 
-PHASES = {"prompt": Phase(1, 512, 0), "decode": Phase(1, 32, 200), "batch 16": Phase(16, 32, 16),
+PHASES = {"prompt": Phase(1, 512, 0), "decode": Phase(1, 32, 200), "decode, full context": Phase(1, 10**6, 128),
+          "batch 16": Phase(16, 32, 16),
           "decode, guessing in vain": Phase(1, 32, 200, guesses=True)}
+
+
+def matrix_sizes(config: GPTConfig) -> tuple[int, int]:
+    """The weights of all layers, and of the head."""
+    layers, head = (sum(t.numel() for name, t in empty_model(config).named_parameters()
+                        if t.dim() == 2 and ("layers" in name) == inside) for inside in (True, False))
+    return layers, head if config.tie_embeddings else head // 2
 
 
 @pytest.fixture(scope="module", params=sizes("tiny,small,base,medium"))
@@ -75,8 +84,8 @@ def bench_inference(benchmark, request, models, threads, phase):
         return (work.start(models["owlet"]),), {}
 
     # bytes of int8; the embedding is the head
-    *layers, head = (N * K for N, K in int8.matrix_shapes(config))
-    limits = Limits(sum(layers) + head, threads)
+    layers, head = matrix_sizes(config)
+    limits = Limits(layers + head, threads)
     for model in models.values():
         list(itertools.islice(work.start(model), 3))  # warm-up
     benchmark.pedantic(list, setup=others, rounds=ROUNDS[size])
@@ -86,7 +95,7 @@ def bench_inference(benchmark, request, models, threads, phase):
     limits.probe()
 
     tokens = work.batch * work.new or work.prompt
-    operations = 2 * (tokens * sum(layers) + (tokens if work.new else 1) * head)  # a prompt needs its last logits only
+    operations = 2 * (tokens * layers + (tokens if work.new else 1) * head)  # a prompt needs its last logits only
     speed = {name: summary([tokens / value for value in values]) for name, values in seconds.items()}
     figures = limits.figures(tokens / speed["owlet"]["median"], max(work.new, 1), operations)
     benchmark.extra_info |= {

@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from probe import Limits, int8_machine
-from torch import Tensor
+from torch import Tensor, nn
 
-from int8 import LINEARS, activate, matrix_shapes, quantize_rows
+from int8 import quantize_rows, torch_ao
 from model import SIZES, GPTConfig
 
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 512]
@@ -30,17 +30,29 @@ rows: list[dict] = []
 
 def shapes(size: str) -> tuple[dict[str, tuple[int, int]], int]:
     """(N, K) of a model's matrices, and the number of weights in all layers together."""
-    *layers, head = matrix_shapes(GPTConfig(GPT2_VOCAB, **SIZES[size]))
-    return dict(zip(MATRICES, [*layers[:4], head], strict=True)), sum(N * K for N, K in [*layers, head])
+    c = GPTConfig(GPT2_VOCAB, **SIZES[size])
+    matrices = {"qkv": (3 * c.n_embd, c.n_embd), "o": (c.n_embd, c.n_embd), "gate_up": (2 * c.n_hidden, c.n_embd),
+                "down": (c.n_embd, c.n_hidden), "head": (c.vocab_size, c.n_embd)}
+    *layer, head = (N * K for N, K in matrices.values())
+    return matrices, c.n_layer * sum(layer) + head
 
 
-def fp32_linear(weight: Tensor, activation: str) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """What an Int8Linear computes, in fp32."""
-    def linear(x: Tensor, residual: Tensor | None) -> Tensor:
-        y = activate(F.linear(x, weight), activation)
+def product(engine: str, weight: Tensor, swiglu: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """(x, residual) -> y as the engine computes it."""
+    if engine == "owlet":
+        q, scale = quantize_rows(weight)
+        panels = torch.ops.owlet.pack_int8(q)
+        return lambda x, residual: torch.ops.owlet.int8_linear(x, panels, scale, residual, swiglu)
+    linear = nn.Linear(weight.size(1), weight.size(0), bias=False)
+    linear.weight.data = weight.clone()
+    linear = torch_ao(nn.Sequential(linear)) if engine == "torch.ao" else linear
+
+    def multiply(x: Tensor, residual: Tensor | None) -> Tensor:
+        y = linear(x)
+        y = F.silu(y[..., 0::2]) * y[..., 1::2] if swiglu else y
         return y if residual is None else y + residual
 
-    return linear
+    return multiply
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -48,13 +60,9 @@ def linears(request: pytest.FixtureRequest) -> list[Callable[[Tensor, Tensor | N
     size, matrix, engine = request.param
     matrices, total = shapes(size)
     N, K = matrices[matrix]
-    activation = "swiglu" if matrix == "gate_up" else "none"
     torch.manual_seed(0)
     weight = torch.randn(N, K)
-    copies = range(-(-total // (N * K)))
-    if engine == "fp32":
-        return [fp32_linear(weight.clone(), activation) for _ in copies]
-    return [LINEARS[engine](*quantize_rows(weight), activation) for _ in copies]
+    return [product(engine, weight, matrix == "gate_up") for _ in range(-(-total // (N * K)))]
 
 
 @pytest.mark.parametrize("threads", THREADS)

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import int8
-from checkpoint import load_model, weights_size
+from checkpoint import load_model, stored_size, weights_size
 from files import atomic_path, beside
 from generate import generate
-from model import GPT, KVCache, RMSNorm
+from model import GPT, KVCache, RMSNorm, attention
 
 
 class Engine:
@@ -51,6 +51,8 @@ class Engine:
 # ---------------------------------------------------------------- PyTorch
 
 class Owlet(Engine):
+    """Keys and values are int8. llama.cpp's are fp16, those of the others fp32."""
+
     def __init__(self, folder: Path, threads: int) -> None:
         small = beside(folder, "-int8")
         if not small.exists():
@@ -66,20 +68,12 @@ class Owlet(Engine):
             return self.model(torch.tensor([ids]), cache=self.model.new_cache(1, len(ids)))[0][0, -1].numpy()
 
 
-class OwletInt8Cache(Owlet):
-    """With keys and values in int8 too. llama.cpp's are fp16, those of the others fp32."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        super().__init__(folder, threads)
-        self.model.int8_cache = True
-
-
 class TorchAO(Owlet):
     """torch.ao.quantization.quantize_dynamic, PyTorch's old int8, on model.py."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         self.model = int8.torch_ao(load_model(folder))
-        self.size = int8.stored_size(self.model)
+        self.size = stored_size(self.model.state_dict())
 
 
 class TorchAOCompiled(Owlet):
@@ -94,7 +88,7 @@ class TorchAOCompiled(Owlet):
         self.model = load_model(folder).requires_grad_(False)
         quantize_(self.model, Int8DynamicActivationInt8WeightConfig(),  # the head takes 3 ms in oneDNN's reference
                   lambda module, name: isinstance(module, nn.Linear) and name != "lm_head")
-        self.size = int8.stored_size(self.model)
+        self.size = stored_size(self.model.state_dict())
         compiled = torch.compile(self.model.forward)
 
         def forward(idx: Tensor, targets: None = None, cache: KVCache | None = None) -> tuple[Tensor, None]:
@@ -283,10 +277,10 @@ class PastCache(KVCache):
     def __init__(self, past: tuple[Tensor, ...]) -> None:
         self.past, self.keys, self.pos = list(past), past[0], past[0].size(2)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> list[Tensor]:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         here = slice(2 * layer, 2 * layer + 2)
         self.past[here] = [torch.cat((old, new), dim=2) for old, new in zip(self.past[here], (k, v), strict=True)]
-        return self.past[here]
+        return attention(q, *self.past[here], mask)
 
 
 class Traceable(nn.Module):
@@ -312,7 +306,7 @@ class Traceable(nn.Module):
 
 
 ENGINES = {
-    "owlet": Owlet, "owlet-int8-cache": OwletInt8Cache, "torch.ao": TorchAO, "torchao-compiled": TorchAOCompiled,
+    "owlet": Owlet, "torch.ao": TorchAO, "torchao-compiled": TorchAOCompiled,
     "transformers-fp32": Transformers, "llama.cpp-Q8_0": LlamaCpp, "llama.cpp-Q4_0": LlamaCppQ4,
     "CTranslate2": CTranslate2, "OpenVINO": OpenVINO, "ONNX-Runtime": OnnxRuntime,
 }

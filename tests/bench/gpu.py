@@ -39,7 +39,6 @@ DECODE = INT8_MODEL + """
 from generate import StaticKVCache
 token, cache = torch.zeros(1, 1, dtype=torch.long, device=device), model.new_cache(1, 1024)
 with torch.inference_mode():
-    cache.keys.zero_(), cache.values.zero_()
     cache.pos = 1000
     static = StaticKVCache(cache)
     for _ in range(4):

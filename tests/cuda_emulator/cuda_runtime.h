@@ -36,9 +36,14 @@ struct int2 {
 struct alignas(16) int4 {
   int x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
+struct alignas(8) float2 {
+  float x, y;
 };
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 4; ++i)
+    c += static_cast<int8_t>(static_cast<unsigned>(a) >> (8 * i)) * static_cast<int8_t>(static_cast<unsigned>(b) >> (8 * i));
+  return c;
+}
 inline int2 make_int2(int x, int y) { return {x, y}; }
 
 using std::max;
