@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <iterator>
 #include <utility>
 
@@ -16,26 +17,23 @@
 namespace owlet {
 namespace {
 
-constexpr int kVnniTokens = 6;  // up to this many tokens are faster without tiles (docs/log.md, "AMX tiles")
+// Up to this many tokens are faster without tiles (docs/log.md, "AMX tiles"), and so are rows that do not fill them.
+constexpr int kVnniTokens = 6;
 
 template <int Tokens>
 TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int rows,
                       int32_t* acc) {
-  if constexpr (Tokens <= kVnniTokens) {
-    avx512_vnni.dot_panel[Tokens - 1](q, q_sum, panel, quads, rows, acc);
+  if (Tokens <= kVnniTokens || quads % kTile) {
+    for (int t = 0; t < Tokens; t += kVnniTokens)
+      avx512_vnni.dot_panel[std::min(kVnniTokens, Tokens - t) - 1](q + t * row_bytes(quads), q_sum + t, panel, quads,
+                                                                   rows, acc + t * kPanelRows);
   } else {
     static constexpr TileConfig config = tile_config(Tokens);
     constexpr bool past = Tokens > kTile;
     constexpr int sum_stride = 4 * kPanelRows;
-    const int64_t q_stride = row_bytes(quads), whole = quads / kTile * kTile;
-    // Correct for the weights' offset, and add the quads that do not fill a tile.
+    const int64_t q_stride = row_bytes(quads);
     for (int t = 0; t < Tokens; ++t)
-      for (int n = 0; n < kPanelRows; ++n) acc[t * kPanelRows + n] = -128 * q_sum[t];
-    for (int64_t i = whole; i < quads; ++i)
-      for (int t = 0; t < Tokens; ++t)
-        for (int n = 0; n < kPanelRows; ++n)
-          for (int j = 0; j < 4; ++j)
-            acc[t * kPanelRows + n] += q[t * q_stride + 4 * i + j] * panel[i * kQuadBytes + 4 * n + j];
+      for (int n = 0; n < kPanelRows; ++n) acc[t * kPanelRows + n] = -128 * q_sum[t];  // the weights' offset
 
     asm volatile("" : : : "memory");  // store the sums above: GCC does not know that tile loads read memory
     _tile_loadconfig(&config);
@@ -47,7 +45,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
         _tile_loadd(2, sums + kTile * kPanelRows, sum_stride);
         _tile_loadd(3, sums + kTile * kPanelRows + kTile, sum_stride);
       }
-      for (int64_t i = 0; i < whole; i += kTile) {
+      for (int64_t i = 0; i < quads; i += kTile) {
         const uint8_t* w = panel + i * kQuadBytes + 4 * strip;
         _tile_loadd(6, w, kQuadBytes);
         _tile_loadd(4, q + 4 * i, q_stride);
@@ -81,13 +79,13 @@ bool supported() {
 }
 
 template <int... Tokens>
-constexpr Kernel make_kernel(std::integer_sequence<int, Tokens...>) {
+constexpr Kernel with_tiles(std::integer_sequence<int, Tokens...>) {
   return {"amx", supported, kMaxTileTokens, {dot_panel<Tokens + 1>...}, avx512_once, std::size(avx512_once)};
 }
 
 }  // namespace
 
-const Kernel amx = make_kernel(std::make_integer_sequence<int, kMaxTileTokens>());
+const Kernel amx = with_tiles(std::make_integer_sequence<int, kMaxTileTokens>());
 
 }  // namespace owlet
 #endif

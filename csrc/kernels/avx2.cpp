@@ -33,9 +33,7 @@ TARGET inline __m256i add(__m256i sum, const Weights& w, const Inputs& x) {
 
 }  // namespace
 
-const Kernel avx2 = {
-    "avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, 6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
+const Kernel avx2 = make_kernel("avx2", [] { return bool(__builtin_cpu_supports("avx2")); });
 
 }  // namespace owlet
 #endif

@@ -30,10 +30,9 @@ constexpr int kToL1 = 3, kToL2 = 2;  // where __builtin_prefetch brings the weig
 
 template <int64_t Ahead, int Locality>
 TARGET inline void add_quad(__m512i sum[4], const uint8_t* w, const int8_t* q, int64_t further = 0) {
-  const __m512i a = _mm512_set1_epi32(load_quad(q));
   for (int v = 0; v < 4; ++v) {
     if constexpr (Ahead > 0) __builtin_prefetch(w + Ahead + further + 64 * v, 0, Locality);
-    sum[v] = _mm512_dpbusd_epi32(sum[v], _mm512_loadu_si512(w + 64 * v), a);
+    sum[v] = add(sum[v], _mm512_loadu_si512(w + 64 * v), spread(load_quad(q)));
   }
 }
 
@@ -70,10 +69,9 @@ const Variant avx512_once[] = {{"4x2048 L1", dot_panel_once<4, 2048, kToL1>},
                                {"1x4096 L2", dot_panel_once<1, 4096, kToL2>},
                                {"1x0", dot_panel_once<1, 0, kToL1>}};
 
-const Kernel avx512_vnni = {
-    "avx512_vnni", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); }, 6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}, avx512_once,
-    std::size(avx512_once)};
+const Kernel avx512_vnni = make_kernel(
+    "avx512_vnni", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); }, avx512_once,
+    std::size(avx512_once));
 
 }  // namespace owlet
 #endif

@@ -28,9 +28,7 @@ bool supported() {
 
 }  // namespace
 
-const Kernel avx_vnni = {
-    "avx_vnni", supported, 6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
+const Kernel avx_vnni = make_kernel("avx_vnni", supported);
 
 }  // namespace owlet
 #endif

@@ -31,3 +31,8 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
         std::memcpy(acc + t * kPanelRows + (strip + v) * (sizeof(Register) / 4), &sum[t][v], sizeof(Register));
   }
 }
+
+constexpr Kernel make_kernel(const char* name, bool (*supported)(), const Variant* once = nullptr, size_t variants = 0) {
+  return {name, supported, 6,
+          {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}, once, variants};
+}

@@ -27,8 +27,6 @@ inline int32_t add(int32_t sum, const Weights& w, const Inputs& x) {
 
 }  // namespace
 
-const Kernel generic = {
-    "generic", [] { return true; }, 6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
+const Kernel generic = make_kernel("generic", [] { return true; });
 
 }  // namespace owlet

@@ -33,9 +33,7 @@ bool supported() {
 
 }  // namespace
 
-const Kernel neon = {
-    "neon", supported, 6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
+const Kernel neon = make_kernel("neon", supported);
 
 }  // namespace owlet
 #endif

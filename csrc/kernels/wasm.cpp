@@ -32,9 +32,7 @@ inline v128_t add(v128_t sum, const Weights& w, const Inputs& x) {
 
 }  // namespace
 
-const Kernel wasm = {
-    "wasm", [] { return true; }, 6,
-    {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}};
+const Kernel wasm = make_kernel("wasm", [] { return true; });
 
 }  // namespace owlet
 #endif
