@@ -174,7 +174,7 @@ def arrays(config: GPTConfig, state: dict[str, Tensor] | StoredTensors, slices: 
     c = config
     yield torch.tensor([c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_hidden, c.vocab_size, c.block_size, c.n_layer,
                         c.qk_norm, slices, fine_head, c.tie_embeddings])
-    yield torch.tensor([c.norm_eps])
+    yield torch.tensor([float(c.norm_eps)])
     yield from rope_table(c)
     for i in range(c.n_layer):
         def matrix(*names: str, layer: str = f"model.layers.{i}.") -> tuple[list[Tensor], list[Tensor]]:
@@ -295,12 +295,9 @@ class KernelGPT(nn.Module):
         """As GPT.forward."""
         self.config.check_fits(idx.size(1) + (cache.pos if cache else 0))
         if cache is not None:
-            return self.decoder.forward(idx, cache), None
-        cache, logits = self.new_cache(1, idx.size(1)), []
-        for row in idx:
-            cache.pos = 0
-            logits.append(self.decoder.forward(row[None], cache, all=True))
-        logits = torch.cat(logits)
+            logits = self.decoder.forward(idx, cache, all=targets is not None)
+        else:
+            logits = torch.cat([self.decoder.forward(row[None], self.new_cache(1, len(row)), all=True) for row in idx])
         return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def new_writer(self, prompts: Tensor, new_tokens: int, draft: "KernelGPT | None", settings: dict) -> object:

@@ -37,7 +37,7 @@ constexpr int64_t kQueries = 32;  // rows of queries that attend takes together 
 
 }  // namespace
 
-// Threads meet here some forty times per token, so they spin. A thread that has waited long yields, in case there are
+// Threads meet here five times per layer, so they spin. A thread that has waited long yields, in case there are
 // more threads than free cores, and then sleeps. The last thread to arrive has acquired the writes of all others with
 // arrived_ and releases them with phase_ to every thread that leaves. It resets arrived_ first, so the next phase starts
 // at 0.
@@ -115,16 +115,16 @@ Cache::Cache(const DecoderModel& m, int64_t batch, int64_t length)
     : batch(batch), length(length), n_kv_head_(m.n_kv_head), head_dim_(m.head_dim),
       padded_(ceil_div(length, kPanelRows) * kPanelRows) {
   const int64_t heads = m.n_layer * batch * n_kv_head_;
-  keys_.resize(heads * packed_bytes(padded_, head_dim_));
-  values_.resize(heads * packed_bytes(head_dim_, padded_));
+  keys_.resize(heads * packed_bytes(padded_, head_dim_) / kLine);
+  values_.resize(heads * packed_bytes(head_dim_, padded_) / kLine);
   key_scales_.resize(heads * padded_);
   value_scales_.resize(heads * padded_);
 }
 
 HeadCache Cache::head(int64_t layer, int64_t b, int64_t kv_head) {
   const int64_t i = (layer * batch + b) * n_kv_head_ + kv_head;
-  return {padded_, head_dim_, &keys_[i * packed_bytes(padded_, head_dim_)],
-          &values_[i * packed_bytes(head_dim_, padded_)], &key_scales_[i * padded_], &value_scales_[i * padded_]};
+  return {padded_, head_dim_, keys_[0].bytes + i * packed_bytes(padded_, head_dim_),
+          values_[0].bytes + i * packed_bytes(head_dim_, padded_), &key_scales_[i * padded_], &value_scales_[i * padded_]};
 }
 
 // ---- buffers
@@ -214,11 +214,11 @@ class Decoder::Pass {
       share(rows * m.n_kv_head, append_row);
       barrier.wait();
     }
-    for (int64_t i = index; i < heads * blocks; i += threads) {  // interleaved, because later blocks see more keys
+    for (int64_t i = index; i < heads * blocks; i += threads) {
       const int64_t b = i / blocks / m.n_kv_head, kv_head = i / blocks % m.n_kv_head;
       for (int64_t t = 0; alone && t < step.count; ++t) append_row((b * step.count + t) * m.n_kv_head + kv_head);
       if (last && !step.logits) continue;
-      const int64_t first = begin + i % blocks * kQueries;
+      const int64_t first = begin + (i + i / blocks) % blocks * kQueries;  // later blocks see more keys: all threads in turn
       attend(layer, b, kv_head, first, std::min(kQueries, end - first), only_last);
     }
     if (last && !step.logits) return false;

@@ -36,7 +36,10 @@ class Cache {
 
  private:
   const int64_t n_kv_head_, head_dim_, padded_;
-  std::vector<uint8_t> keys_, values_;
+  struct alignas(kLine) Line {  // for loads of whole lines, as of the weights
+    uint8_t bytes[kLine];
+  };
+  std::vector<Line> keys_, values_;
   std::vector<float> key_scales_, value_scales_;
 };
 

@@ -10,17 +10,14 @@
 
 namespace owlet {
 
-constexpr int64_t kHugePage = 2 << 20;
-
-// `bytes`, rounded up to whole huge pages.
-constexpr int64_t huge_size(int64_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
-
-// huge_size(bytes) of memory on pages of 2 MB, where the system has them: address look-ups for pages of 4 KB cost up
-// to half of the bandwidth. Null if there is no memory. Free it with std::free.
+// `bytes`, rounded up to whole pages of 2 MB, where the system has such: address look-ups for pages of 4 KB cost up to
+// half of the bandwidth. Null if there is no memory. Free it with std::free.
 inline void* huge_alloc(int64_t bytes) {
-  void* memory = std::aligned_alloc(kHugePage, huge_size(bytes));
+  constexpr int64_t kPage = 2 << 20;
+  const int64_t size = (bytes + kPage - 1) / kPage * kPage;
+  void* memory = std::aligned_alloc(kPage, size);
 #if defined(__linux__)
-  if (memory) madvise(memory, huge_size(bytes), MADV_HUGEPAGE);
+  if (memory) madvise(memory, size, MADV_HUGEPAGE);
 #endif
   return memory;
 }

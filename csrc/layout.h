@@ -41,8 +41,8 @@ struct DecoderModelOf : Sizes {
   int64_t qkv_width() const { return (n_head + 2 * n_kv_head) * head_dim; }
 };
 
-// Source has Linear; floats(name, rows, columns) and matrix(name, N, K), the next array or the next two (the packed
-// matrix, its scales); and require(condition, name, what was expected, what came), which refuses a size.
+// Source has Linear; number(name), floats(name, rows, columns) and matrix(name, N, K), the next array or the next two (the
+// packed matrix, its scales); and require(condition, name, what was expected, what came), which refuses a size.
 template <typename Source>
 DecoderModelOf<typename Source::Linear> read_model(Source& source, const Sizes& sizes) {
   DecoderModelOf<typename Source::Linear> m{};
@@ -60,7 +60,7 @@ DecoderModelOf<typename Source::Linear> read_model(Source& source, const Sizes& 
                  Source::kHeadDims, m.head_dim);
   source.require(m.slices >= 1 && m.n_hidden % m.slices == 0, "slices", "a divisor of n_hidden", m.slices);
 
-  m.norm_eps = *source.floats("norm_eps", 1, 1);
+  m.norm_eps = source.number("norm_eps");
   m.cos = source.floats("cos", m.block_size, m.head_dim / 2);
   m.sin = source.floats("sin", m.block_size, m.head_dim / 2);
   for (int64_t layer = 0; layer < m.n_layer; ++layer) {

@@ -101,10 +101,10 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, c
 // Adds up the bytes of a model's packed matrices.
 struct Measure : CpuLayout {
   static constexpr auto require = TensorSource::require;
-  const float* floats(const char*, int64_t, int64_t) { return &zero; }
+  float number(const char*) { return 0; }
+  const float* floats(const char*, int64_t, int64_t) { return nullptr; }
   Int8Linear matrix(const char*, int64_t N, int64_t K) { return bytes += packed_bytes(N, K), Int8Linear{}; }
   int64_t bytes = 0;
-  const float zero = 0;
 };
 
 // Packs the matrices, int8 (N, K) row-major, into one block in the order of use: the hardware prefetcher runs from one
@@ -118,7 +118,9 @@ struct CpuSource : TensorSource, CpuLayout {
     read_model(measure, sizes);
     held.push_back(huge_tensor(measure.bytes));
     next_panel = held[0].mutable_data_ptr<uint8_t>();
-    return read_model(*this, sizes);
+    DecoderModel model = read_model(*this, sizes);
+    end();
+    return model;
   }
   const float* floats(const char* name, int64_t rows, int64_t columns) {
     held.push_back(next(name, at::kFloat).clone(at::MemoryFormat::Contiguous));
@@ -139,7 +141,8 @@ struct CpuSource : TensorSource, CpuLayout {
 };
 
 struct PyCache : Cache {
-  using Cache::Cache;
+  PyCache(const DecoderModel& model, int64_t batch, int64_t length) : Cache(model, batch, length), of(&model) {}
+  const DecoderModel* const of;
   int64_t pos = 0;  // tokens held
 };
 
@@ -152,6 +155,7 @@ class PyDecoder {
   Tensor forward(const Tensor& tokens, PyCache& cache, bool all) {
     const Tensor tokens_ = checked(tokens);
     const int64_t B = tokens.size(0), T = tokens.size(1), room = cache.length - T;
+    TORCH_CHECK(cache.of == &decoder_.model, "the cache must be one of this decoder's");
     TORCH_CHECK(B == cache.batch && (B == 1 || !all), "tokens must be ", cache.batch, " rows (one for all), got ", B);
     TORCH_CHECK(0 <= cache.pos && cache.pos <= room, "pos must be 0 to ", room, ", got ", cache.pos);
     const Tensor logits = at::empty({B, all ? T : 1, vocab_size()}, tokens.options().dtype(at::kFloat));
@@ -190,14 +194,13 @@ class PyDecoder {
 class PyWriter {
  public:
   using Model = std::shared_ptr<PyDecoder>;
-  PyWriter(const Tensor& prompts, int64_t new_tokens, const Model& model, const Model& draft, double temperature,
-           int64_t top_k, double top_p, double repetition_penalty, int64_t seed, const std::vector<int64_t>& stops,
-           int64_t most_guesses)
-      : tokens_(start(prompts, new_tokens, model, draft, stops)), end_(prompts.size(1)), model_(model), draft_(draft),
+  PyWriter(const Tensor& prompts, int64_t new_tokens, const Model& model, const Model& draft, const py::kwargs& how)
+      : tokens_(start(prompts, new_tokens, model, draft, how)), end_(prompts.size(1)), model_(model), draft_(draft),
         writer_(cached(model, cache_), draft ? std::optional(cached(draft, draft_cache_)) : std::nullopt,
-                {static_cast<float>(temperature), top_k, top_p,
-                 static_cast<float>(repetition_penalty), static_cast<uint64_t>(seed)},
-                stops, most_guesses, tokens_.mutable_data_ptr<int64_t>(), tokens_.size(0), tokens_.size(1)) {}
+                {how["temperature"].cast<float>(), how["top_k"].cast<int64_t>(), how["top_p"].cast<double>(),
+                 how["repetition_penalty"].cast<float>(), static_cast<uint64_t>(how["seed"].cast<int64_t>())},
+                how["stops"].cast<std::vector<int64_t>>(), how["most_guesses"].cast<int64_t>(),
+                tokens_.mutable_data_ptr<int64_t>(), tokens_.size(0), tokens_.size(1)) {}
   // New tokens (B, n), n >= 1 and no more after `seconds`; none where the model's logits are not finite.
   std::optional<Tensor> write(double seconds) {
     std::mutex alone;
@@ -212,11 +215,11 @@ class PyWriter {
 
  private:
   static Tensor start(const Tensor& prompts, int64_t new_tokens, const Model& model, const Model& draft,
-                      const std::vector<int64_t>& stops) {
+                      const py::kwargs& how) {
     TORCH_CHECK(model && new_tokens >= 0, "a decoder is needed, and 0 or more new tokens");
     TORCH_CHECK(!draft || (draft != model && draft->vocab_size() == model->vocab_size()),
                 "the draft must be another decoder with as many tokens");
-    model->check_tokens(stops);
+    model->check_tokens(how["stops"].cast<std::vector<int64_t>>());
     return at::constant_pad_nd(model->checked(prompts), {0, new_tokens});
   }
   CachedModel cached(const Model& model, std::optional<Cache>& cache) const {
@@ -261,10 +264,9 @@ PYBIND11_MODULE(owlet_kernels, m) {
            py::call_guard<py::gil_scoped_release>(),
            "Logits (B, 1, vocab_size) after the last of tokens (B, T) int64, or after all; adds them to the cache.");
   py::class_<PyWriter>(m, "Writer", "Text from a Decoder, with guesses of a draft or of the text itself.")
-      .def(py::init<const Tensor&, int64_t, const PyWriter::Model&, const PyWriter::Model&, double, int64_t, double,
-                    double, int64_t, const std::vector<int64_t>&, int64_t>(),
-           py::kw_only(), arg("prompts"), arg("new_tokens"), arg("model"), arg("draft"), arg("temperature"),
-           arg("top_k"), arg("top_p"), arg("repetition_penalty"), arg("seed"), arg("stops"), arg("most_guesses"))
+      .def(py::init<const Tensor&, int64_t, const PyWriter::Model&, const PyWriter::Model&, const py::kwargs&>(),
+           arg("prompts"), arg("new_tokens"), arg("model"), arg("draft"), "The rest: the fields of Sampling, stops, "
+           "most_guesses.")
       .def("write", &PyWriter::write, arg("seconds"), py::call_guard<py::gil_scoped_release>(),
            "New tokens (B, n), one or more; none where the model's logits are not finite.")
       .def_property_readonly("done", &PyWriter::done)

@@ -30,10 +30,12 @@ struct __attribute__((visibility("hidden"))) TensorSource {
     return t;
   }
   Sizes sizes() {
-    const at::Tensor t = next("sizes", at::kLong).contiguous();
-    TORCH_CHECK(t.is_cpu() && t.numel() == sizeof(Sizes) / 8, "sizes must be ", sizeof(Sizes) / 8, " numbers");
+    const at::Tensor t = next("sizes", at::kLong).cpu().contiguous();
+    TORCH_CHECK(t.numel() == sizeof(Sizes) / 8, "sizes must be ", sizeof(Sizes) / 8, " numbers");
     return *static_cast<const Sizes*>(t.const_data_ptr());
   }
+  float number(const char* name) { return next(name, at::kFloat).item<float>(); }
+  void end() const { TORCH_CHECK(arrays == pybind11::iterator::sentinel(), "there are more arrays than the sizes say"); }
   static void require(bool condition, const char* name, const char* expected, int64_t got) {
     TORCH_CHECK(condition, name, " must be ", expected, ", got ", got);
   }

@@ -23,6 +23,7 @@ struct File : CpuLayout {
     at += row_bytes(ceil_div(count * sizeof(T), 4));
     return array;
   }
+  float number(const char*) { return *take<float>(1); }
   const float* floats(const char*, int64_t rows, int64_t columns) { return take<float>(rows * columns); }
   Int8Linear matrix(const char*, int64_t N, int64_t K) {
     const int64_t bytes = packed_bytes(N, K), panel = panel_bytes(K);

@@ -50,7 +50,8 @@ int64_t Sampler::draw(const float* logits, const int64_t* seen, int64_t count, u
       x = x > 0 ? x / settings_.repetition_penalty : x * settings_.repetition_penalty;
     }
   }
-  int64_t best = std::max_element(x_.begin(), x_.end()) - x_.begin();
+  const auto less = [](float a, float b) { return a < b || (std::isnan(b) && !std::isnan(a)); };  // a NaN is the most
+  int64_t best = std::max_element(x_.begin(), x_.end(), less) - x_.begin();
   const float top = x_[best];
   if (!std::isfinite(top)) return -1;
   if (settings_.temperature == 0) return best;

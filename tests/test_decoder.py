@@ -86,6 +86,7 @@ def test_all_logits_and_the_loss_are_those_of_single_tokens(T):
     assert torch.equal(logits[1], step_by_step(fast, tokens[1:]))
     assert torch.equal(logits, fast(tokens)[0]) and fast(tokens)[1] is None
     torch.testing.assert_close(loss, slow(tokens, targets)[1], rtol=1e-3, atol=0)
+    assert torch.equal(fast(tokens[:1], targets[:1], fast.new_cache(1, T))[0], logits[:1])
     with pytest.raises(ValueError, match="do not fit"):
         fast(torch.zeros(1, 301, dtype=torch.long))
 
@@ -164,6 +165,17 @@ def test_logits_that_are_not_finite_are_said(scale):
                 list(generate(broken, torch.zeros(2, 3, dtype=torch.long), 5, **settings))
 
 
+@pytest.mark.parametrize("row", [0, 5, 255])
+def test_one_logit_that_is_a_number_no_more_is_said(row):
+    state = int8.quantize_state(model := random_model(tie_embeddings=False))
+    state["lm_head.weight_scale"][row] = math.nan
+    for backend in ("owlet", "reference"):
+        for settings in ({"temperature": 0}, {"top_k": 5}):
+            with pytest.raises(UserError, match="the model's logits are not finite"):
+                list(generate(int8.build(model.config, state, backend, model.device),
+                              torch.zeros(1, 3, dtype=torch.long), 5, **settings))
+
+
 @pytest.mark.parametrize("new", [1, 9])
 def test_a_nan_in_one_layer_comes_out_as_nan(new):
     model = random_model(n_kv_head=2)
@@ -213,6 +225,9 @@ def test_misuse_is_refused(models):
     for batch, length in ((1, 0), (0, 1), (1, fast.config.block_size + 1), (-1, 1)):
         with pytest.raises(RuntimeError, match="the cache must hold 1 to"):
             fast.new_cache(batch, length)
+    other, _ = both(n_layer=5, n_embd=64)
+    with pytest.raises(RuntimeError, match="one of this decoder's"):
+        other.decoder.forward(token, fast.new_cache(1, 8))
     with pytest.raises(RuntimeError, match="one for all"):
         fast.decoder.forward(token.expand(2, 1), fast.new_cache(2, 8), all=True)
     with pytest.raises(TypeError):

@@ -277,6 +277,8 @@ def test_the_decoder_refuses_arrays(at, array, message):
         owlet_kernels.Decoder(flat)
     with pytest.raises(RuntimeError, match="is missing"):
         owlet_kernels.Decoder(flat_list()[:-1])
+    with pytest.raises(RuntimeError, match="more arrays"):
+        owlet_kernels.Decoder([*flat_list(), torch.zeros(1)])
 
 
 @pytest.mark.parametrize("w, message", [

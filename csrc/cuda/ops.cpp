@@ -58,14 +58,12 @@ struct CudaSource : TensorSource {
     return held.back();
   }
   const float* floats(const char* name, int64_t rows, int64_t columns) {
-    if (rows * columns == 1) return one = next(name, at::kFloat).item<float>(), &one;  // for the host
     return hold(name, at::kFloat, {rows, columns}).const_data_ptr<float>();
   }
   Linear matrix(const char* name, int64_t N, int64_t K) {
     const auto* packed = hold(name, at::kChar, tile_shape(N, K)).const_data_ptr<int8_t>();
     return {N, K, packed, floats(name, 1, N), Activation::none};
   }
-  float one = 0;
 };
 
 class CudaDecoder {
@@ -112,7 +110,9 @@ class CudaDecoder {
   DecoderModel read() {
     const Sizes sizes = source_.sizes();
     TORCH_CHECK(sizes.slices == 1 && !sizes.fine_head, "takes no products in parts");
-    return read_model(source_, sizes);
+    DecoderModel model = read_model(source_, sizes);
+    source_.end();
+    return model;
   }
   at::Device device() const { return source_.held[0].device(); }
   CudaSource source_;  // holds the arrays

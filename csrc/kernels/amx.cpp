@@ -17,7 +17,7 @@
 namespace owlet {
 namespace {
 
-// Up to this many tokens are faster without tiles (docs/log.md, "AMX tiles"), and so are rows that do not fill them.
+// Up to this many tokens are faster without tiles (docs/log.md, "AMX tiles"), as are K that do not fill them.
 constexpr int kVnniTokens = 6;
 
 template <int Tokens>

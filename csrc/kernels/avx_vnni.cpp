@@ -1,4 +1,4 @@
-// AVX-VNNI: the 256-bit vpdpbusd of CPUs without AVX512 (Alder Lake and later, Zen 5).
+// AVX-VNNI: the 256-bit vpdpbusd, for CPUs without AVX512 (Intel's clients from Alder Lake on).
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>

@@ -26,8 +26,8 @@ namespace owlet {
 // ---- layouts
 
 // Packed weights on a CPU are uint8 (ceil(N/64), ceil(K/4), 64, 4): panels of 64 rows, in which 4 consecutive k of a
-// row (a quad) are adjacent. That is the operand shape of vpdpbusd, tdpbsud, sdot and dp4a, and a panel is read from
-// front to back. A value is stored as w + 128, because vpdpbusd needs one unsigned operand. Padding is 128, a zero.
+// row (a quad) are adjacent. That is the operand shape of vpdpbusd, tdpbsud and sdot, and a panel is read from front to
+// back. A value is stored as w + 128, because vpdpbusd needs one unsigned operand. Padding is 128, a zero.
 // See docs/log.md, "Panels".
 constexpr int kPanelRows = 64;
 constexpr int kQuadBytes = 4 * kPanelRows;  // one quad of every row of a panel

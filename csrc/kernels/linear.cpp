@@ -15,17 +15,18 @@ CLONES
 void quantize_rows(const float* x, int64_t stride, int64_t count, int64_t K, int64_t bytes, int8_t* q, float* scale,
                    int32_t* q_sum) {
   for (int64_t t = 0; t < count; ++t, x += stride, q += bytes) {
-    int32_t amax = 0, sum = 0;
+    int32_t amax = 0;
+    uint32_t sum = 0;  // of a row that is not finite it overflows
     for (int64_t k = 0; k < K; ++k) amax = std::max(amax, abs_bits(x[k]));
     const Scale s = scale_for(amax);
     for (int64_t k = 0; k < K; ++k) {
       const int32_t rounded = round_to_int(x[k] * s.inverse);
       q[k] = static_cast<int8_t>(rounded);
-      sum += rounded;
+      sum += static_cast<uint32_t>(rounded);
     }
     const bool zero = s.inverse == 0;  // round_to_int cannot take a NaN or an inf
     std::fill(q + (zero ? 0 : K), q + bytes, 0);
-    scale[t] = s.scale, q_sum[t] = zero ? 0 : sum;
+    scale[t] = s.scale, q_sum[t] = zero ? 0 : static_cast<int32_t>(sum);
   }
 }
 

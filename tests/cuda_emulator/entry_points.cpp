@@ -12,6 +12,7 @@ struct Arrays {
   static constexpr int64_t kHeadDimStep = cuda::kHeadDimStep, kMaxHeadDim = cuda::kMaxHeadDim;
   static constexpr const char* kHeadDims = "";
   const void* const* next;
+  float number(const char*) { return *static_cast<const float*>(*next++); }
   const float* floats(const char*, int64_t, int64_t) { return static_cast<const float*>(*next++); }
   Linear matrix(const char* name, int64_t N, int64_t K) {
     const auto* packed = static_cast<const int8_t*>(*next++);
