@@ -133,9 +133,9 @@ class Decoder:
 
     def forward(self, tokens, pos, *caches):
         """tokens (B, 1) int64 at pos (1,) -> logits (B, 1, V)."""
-        logits = torch.full((len(tokens), 1, self.vocab_size), torch.nan)
+        logits, tokens = torch.full((len(tokens), 1, self.vocab_size), torch.nan), tokens.contiguous()
         pointers = (ctypes.c_void_p * len(self.held))(*[t.data_ptr() for t in self.held])
-        self.decode(pointers, address(tokens.contiguous()), address(pos), ctypes.c_int64(len(tokens)),
+        self.decode(pointers, address(tokens), address(pos), ctypes.c_int64(len(tokens)),
                     *map(address, caches), ctypes.c_int64(caches[0].size(3)), address(logits))
         return logits
 
