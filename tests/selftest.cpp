@@ -131,6 +131,14 @@ bool floats_are_right(int64_t size, std::mt19937& random) {
     const double a = x[d], b = x[d + half], c = weight[d], s = sin[d];
     good &= near(y[d], a * c - b * s) && near(y[d + half], b * c + a * s);
   }
+  int32_t acc[kPanelRows];
+  float scaled[kPanelRows], sums[kPanelRows] = {};
+  float* const to[] = {sums};
+  const std::vector<float> key_scales(kPanelRows, 2.0f);
+  for (int n = 0; n < kPanelRows; ++n) acc[n] = n - 30;
+  scale_sums(acc, 1, x.data(), 0.5f, key_scales.data(), scaled, kPanelRows);
+  add_sums(acc, 1, x.data(), weight.data(), 0, kPanelRows, to);
+  for (int n = 0; n < kPanelRows; ++n) good &= near(scaled[n], (n - 30) * x[0]) && near(sums[n], (n - 30) * x[0] * weight[0]);
   std::vector<float> scores(ceil_div(size, kPanelRows) * kPanelRows, NAN);  // of the padding, nothing is read
   std::vector<float> scales = scores;
   double most = -1e9, sum = 0;

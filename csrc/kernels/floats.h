@@ -25,7 +25,7 @@ inline float add(float a, float b) { return a + b; }
 inline float larger(float a, float b) { return a > b ? a : b; }
 
 // y = x / rms(x) * weight, each (size).
-CLONES [[maybe_unused]]
+CLONES
 static void rms_norm(const float* __restrict x, const float* __restrict weight, int64_t size, float eps,
                      float* __restrict y) {
   float lanes[16] = {};
@@ -38,7 +38,7 @@ static void rms_norm(const float* __restrict x, const float* __restrict weight, 
 }
 
 // y = x, with the pairs (x[i], x[i + half]) rotated by one position's angles: cos, sin (half).
-CLONES [[maybe_unused]]
+CLONES
 static void rope(const float* __restrict x, const float* __restrict cos, const float* __restrict sin, int64_t half,
                  float* __restrict y) {
   for (int64_t i = 0; i < half; ++i) {
@@ -49,7 +49,7 @@ static void rope(const float* __restrict x, const float* __restrict cos, const f
 }
 
 // scores[t][n] = acc[t][n] * q_scale[t] * factor * key_scales[n], for the keys of a panel; scores are `stride` apart.
-CLONES [[maybe_unused]]
+CLONES
 static void scale_sums(const int32_t* acc, int64_t tokens, const float* q_scale, float factor, const float* key_scales,
                        float* scores, int64_t stride) {
   for (int64_t t = 0; t < tokens; ++t, acc += kPanelRows, scores += stride) {
@@ -59,7 +59,7 @@ static void scale_sums(const int32_t* acc, int64_t tokens, const float* q_scale,
 }
 
 // y[t][n] += acc[t][n] * scale[t] * inverse[t], for `count` dimensions of a panel of values, from `first` on.
-CLONES [[maybe_unused]]
+CLONES
 static void add_sums(const int32_t* acc, int64_t tokens, const float* scale, const float* inverse, int64_t first,
                      int64_t count, float* const* y) {
   for (int64_t t = 0; t < tokens; ++t, acc += kPanelRows) {
@@ -71,7 +71,7 @@ static void add_sums(const int32_t* acc, int64_t tokens, const float* scale, con
 
 // scores (count) := e^(score - the largest) * value_scales, and zeros up to a multiple of 64, for which both have room.
 // Returns what is left of softmax: 1 / the sum of the exponentials.
-CLONES [[maybe_unused]]
+CLONES
 static float softmax(float* __restrict scores, const float* __restrict value_scales, int64_t count) {
   constexpr int kBlock = kPanelRows;  // loops of fixed length
   const int64_t padded = ceil_div(count, kBlock) * kBlock;
