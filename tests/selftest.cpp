@@ -10,6 +10,8 @@
 #include <thread>
 
 #include "../csrc/decoder.h"
+#undef CLONES  // clang gives the clones of static functions global names, which csrc/decoder.cpp has too
+#define CLONES
 #include "../csrc/kernels/floats.h"
 #include "../csrc/writer.h"
 
