@@ -4,7 +4,7 @@ scale for all of a token rounds the others away. Three remedies, all exact in fp
 Smoothing (Xiao et al., 2022): scales move from large channels into the weights that they meet, before these are
 rounded. What makes a channel smaller is the weight of the norm before it, or the rows of v_proj and up_proj.
 Slices: the hidden channels are put in the order of their size, and each quarter gets scales of its own.
-A fine head: its activations take two rounds of int8 . A tied head cannot be smoothed.
+A fine head: its activations take two rounds of int8. A tied head cannot be smoothed.
 """
 
 import math

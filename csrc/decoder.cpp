@@ -112,19 +112,19 @@ class Decoder::Team {
 // ---- the cache
 
 Cache::Cache(const DecoderModel& m, int64_t batch, int64_t length)
-    : batch(batch), length(length), n_kv_head_(m.n_kv_head), head_dim_(m.head_dim),
-      padded_(ceil_div(length, kPanelRows) * kPanelRows) {
+    : batch(batch), length(length), padded(ceil_div(length, kPanelRows) * kPanelRows), n_kv_head_(m.n_kv_head),
+      head_dim_(m.head_dim) {
   const int64_t heads = m.n_layer * batch * n_kv_head_;
-  keys_.resize(heads * packed_bytes(padded_, head_dim_) / kLine);
-  values_.resize(heads * packed_bytes(head_dim_, padded_) / kLine);
-  key_scales_.resize(heads * padded_);
-  value_scales_.resize(heads * padded_);
+  keys_.resize(heads * packed_bytes(padded, head_dim_) / kLine);
+  values_.resize(heads * packed_bytes(head_dim_, padded) / kLine);
+  key_scales_.resize(heads * padded);
+  value_scales_.resize(heads * padded);
 }
 
 HeadCache Cache::head(int64_t layer, int64_t b, int64_t kv_head) {
   const int64_t i = (layer * batch + b) * n_kv_head_ + kv_head;
-  return {padded_, head_dim_, keys_[0].bytes + i * packed_bytes(padded_, head_dim_),
-          values_[0].bytes + i * packed_bytes(head_dim_, padded_), &key_scales_[i * padded_], &value_scales_[i * padded_]};
+  return {padded, keys_[0].bytes + i * packed_bytes(padded, head_dim_),
+          values_[0].bytes + i * packed_bytes(head_dim_, padded), &key_scales_[i * padded], &value_scales_[i * padded]};
 }
 
 // ---- buffers
@@ -168,9 +168,8 @@ void Decoder::prepare(const Step& step, int threads) {
     quantized_ = std::make_unique<Rows>(model, rows);
     rows_ = rows;  // last, because the lines above may throw
   }
-  const int64_t length = ceil_div(step.cache->length, kPanelRows) * kPanelRows;
   while (static_cast<int>(threads_.size()) < threads) threads_.push_back(std::make_unique<Thread>(model));
-  for (int t = 0; t < threads; ++t) threads_[t]->scores.resize(kQueries * length);
+  for (int t = 0; t < threads; ++t) threads_[t]->scores.resize(kQueries * step.cache->padded);
 }
 
 // ---- one thread's part of a step, in the order of model.py
@@ -233,7 +232,7 @@ class Decoder::Pass {
 
   void mlp(const DecoderBlock& block) {
     multiply(block.gate_up, norm(block.post_norm), d.hidden_.data());
-    Rows& out = rows == 1 ? own.quantized : *d.quantized_;
+    Rows& out = inputs();
     each_row([&](int64_t i) {
       for (size_t s = 0; s < block.down.size(); ++s)
         out.hidden[s].quantize(i, &d.hidden_[i * m.n_hidden + s * block.down[s].K]);
@@ -244,7 +243,7 @@ class Decoder::Pass {
 
   // Row 2 i is x; row 2 i + 1 is what the int8 values of row 2 i leave of it. The logits are the sum of both.
   void fine_head() {
-    Rows& out = rows == 1 ? own.quantized : *d.quantized_;
+    Rows& out = inputs();
     each_row([&](int64_t i) {
       float* const rest = normed(m.norm, i);
       out.x.quantize(2 * i, rest);
@@ -270,6 +269,7 @@ class Decoder::Pass {
   }
 
   // Every thread quantizes a single row for itself, which is faster than waiting for another. Threads share several.
+  Rows& inputs() { return rows == 1 ? own.quantized : *d.quantized_; }
   template <typename Body>
   void each_row(Body body) {
     if (rows == 1) return body(0);
@@ -279,7 +279,7 @@ class Decoder::Pass {
 
   template <typename Row>
   const QuantizedTokens& quantize(QuantizedTokens Rows::*which, Row row) {
-    QuantizedTokens& out = (rows == 1 ? own.quantized : *d.quantized_).*which;
+    QuantizedTokens& out = inputs().*which;
     each_row([&](int64_t i) { out.quantize(i, row(i)); });
     return out;
   }

@@ -23,8 +23,8 @@ struct CpuLayout {  // the base of a Source of read_model
 // Keys and values of one head of one sequence, in int8 with one scale per position. Both lie in panels, as the weights
 // of a product do. So attention's scores are a product by the keys, and its results one by the values.
 struct HeadCache {
-  int64_t length, head_dim;  // length is a multiple of kPanelRows
-  uint8_t *keys, *values;    // (length, head_dim) and (head_dim, length), packed
+  int64_t length;                    // a multiple of kPanelRows
+  uint8_t *keys, *values;            // (length, head_dim) and (head_dim, length), packed
   float *key_scales, *value_scales;  // (length)
 };
 
@@ -32,10 +32,10 @@ class Cache {
  public:
   Cache(const DecoderModel& model, int64_t batch, int64_t length);
   HeadCache head(int64_t layer, int64_t b, int64_t kv_head);
-  const int64_t batch, length;
+  const int64_t batch, length, padded;  // padded: to whole panels
 
  private:
-  const int64_t n_kv_head_, head_dim_, padded_;
+  const int64_t n_kv_head_, head_dim_;
   struct alignas(kLine) Line {  // for loads of whole lines, as of the weights
     uint8_t bytes[kLine];
   };

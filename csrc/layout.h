@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -50,11 +51,13 @@ DecoderModelOf<typename Source::Linear> read_model(Source& source, const Sizes& 
   const std::pair<const char*, int64_t> widths[] = {{"n_embd", m.n_embd}, {"n_head", m.n_head},
                                                     {"n_kv_head", m.n_kv_head}, {"head_dim", m.head_dim},
                                                     {"n_hidden", m.n_hidden}};
-  for (const auto& [name, size] : widths) source.require(1 <= size && size <= kMaxK, name, "1 to 132104", size);
+  const std::string most = std::to_string(kMaxK);
+  for (const auto& [name, size] : widths)
+    source.require(1 <= size && size <= kMaxK, name, ("1 to " + most).c_str(), size);
   const std::pair<const char*, int64_t> counts[] = {
       {"vocab_size", m.vocab_size}, {"block_size", m.block_size}, {"n_layer", m.n_layer}};
   for (const auto& [name, size] : counts) source.require(1 <= size && size <= 1 << 20, name, "1 to 1048576", size);
-  source.require(m.width() <= kMaxK, "n_head * head_dim", "at most 132104", m.width());
+  source.require(m.width() <= kMaxK, "n_head * head_dim", ("at most " + most).c_str(), m.width());
   source.require(m.n_head % m.n_kv_head == 0, "n_kv_head", "a divisor of n_head", m.n_kv_head);
   source.require(m.head_dim % Source::kHeadDimStep == 0 && m.head_dim <= Source::kMaxHeadDim, "head_dim",
                  Source::kHeadDims, m.head_dim);

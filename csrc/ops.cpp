@@ -84,7 +84,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, c
 
   QuantizedTokens q(tokens, K);
   at::parallel_for(0, tokens, 1 + kGrain / K, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) q.quantize(t, x_.const_data_ptr<float>() + t * K);
+    q.quantize(begin, x_.const_data_ptr<float>() + begin * K, end - begin, K);
   });
   const Int8Linear linear{{N, K, weight_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(),
                            swiglu ? Activation::swiglu : Activation::none}};

@@ -1,6 +1,7 @@
 #include "writer.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <functional>

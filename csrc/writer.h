@@ -6,7 +6,6 @@
 // and check. A guess is right if it is the very token that the model draws.
 #pragma once
 
-#include <array>
 #include <optional>
 #include <utility>
 #include <vector>

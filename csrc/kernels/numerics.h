@@ -45,11 +45,11 @@ struct Scale {
   float inverse;  // round(x * inverse) = q; 0 if q must be 0
 };
 
-// For values of which the largest has these abs_bits, as integers up to `levels`.
-OWLET_HOST_DEVICE inline Scale scale_for(int32_t amax_bits, float levels = 127.0f) {
+// For values of which the largest has these abs_bits.
+OWLET_HOST_DEVICE inline Scale scale_for(int32_t amax_bits) {
   if (amax_bits >= kInfBits) return {float_of(0x7fc00000), 0.0f};  // NaN marks the row
   const float amax = float_of(amax_bits);
-  return {amax / levels, amax >= 1e-30f ? levels / amax : 0.0f};
+  return {amax / 127.0f, amax >= 1e-30f ? 127.0f / amax : 0.0f};
 }
 
 // Clamps x to the range of exp_approx. Call it in a loop of its own before exp_approx's: in one loop with it, GCC
