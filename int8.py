@@ -297,7 +297,11 @@ class KernelGPT(nn.Module):
         if cache is not None:
             logits = self.decoder.forward(idx, cache, all=targets is not None)
         else:
-            logits = torch.cat([self.decoder.forward(row[None], self.new_cache(1, len(row)), all=True) for row in idx])
+            cache, logits = self.new_cache(1, idx.size(1)), []
+            for row in idx:
+                cache.pos = 0
+                logits.append(self.decoder.forward(row[None], cache, all=True))
+            logits = torch.cat(logits)
         return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def new_writer(self, prompts: Tensor, new_tokens: int, draft: "KernelGPT | None", settings: dict) -> object:
@@ -359,9 +363,8 @@ def dequantized(config: GPTConfig, state: dict[str, Tensor] | StoredTensors) -> 
 
 
 def quantize(model: GPT, backend: str = "auto") -> GPT | Int8GPT | KernelGPT:
-    """The int8 copy of an fp32 model, on the CPU."""
-    cpu = torch.device("cpu")
-    return build(model.config, quantize_state(model), pick_backend(backend, cpu), cpu)
+    """The int8 copy of an fp32 model, on its device."""
+    return build(model.config, quantize_state(model), pick_backend(backend, model.device), model.device)
 
 
 # ---------------------------------------------------------------- the int8 folder
