@@ -53,8 +53,8 @@ PHASES = {  # phase -> functions as readable() writes them; no function calls an
     "generation": ["generate.py:_decode"],
     "memory, in a fresh process": ["multiprocessing/pool.py:Pool.apply"],
     "tokenizer": ["checkpoint.py:read_tokenizer", "checkpoint.py:token_ids", "sample.py:Detokenizer.__init__",
-                  "sample.py:Detokenizer.__call__", "prepare.py:train_tokenizer"],
-    "text": ["prepare.py:read_text", "prepare.py:clean_plain", "prepare.py:plain_markdown"],
+                  "sample.py:Detokenizer.__call__", "corpus.py:train_tokenizer"],
+    "text": ["corpus.py:read_text", "corpus.py:clean_plain", "corpus.py:plain_markdown"],
     IMPORT: ["<frozen importlib._bootstrap>:_find_and_load"],
 }
 PHASE_OF = {function: phase for phase, functions in PHASES.items() for function in functions}

@@ -19,10 +19,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU is what these tests
 
 import cli
 
-import prepare
 import pytest
 import torch
 
+import corpus
 import train
 from checkpoint import save_weights
 from int8 import int8_linear_reference
@@ -80,7 +80,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder (bytes)."""
     out = tmp_path_factory.mktemp("data") / "wood"
-    return prepare.prepare(prepare.PrepareConfig(input=(text_file,), out=out))
+    return corpus.prepare(corpus.PrepareConfig(input=(text_file,), out=out))
 
 
 # ---------------------------------------------------------------- processes of their own

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, damage, refused
 
 import checkpoint
+import corpus
 import quantize
 import sample
 import train
@@ -103,7 +104,7 @@ def test_resuming_a_finished_run_does_nothing(script, folder):
 
 
 def test_train_refuses_other_data_on_resume(script, data, folder, text_file, tmp_path):
-    other = prepare.prepare(prepare.PrepareConfig(input=(text_file,), out=tmp_path / "other", val=0.3))
+    other = corpus.prepare(corpus.PrepareConfig(input=(text_file,), out=tmp_path / "other", val=0.3))
     before = tree(folder)
     refused(script(train.main, "--resume", "--out", folder, "--data", other, "--max-steps", 4), "other data")
     refused(script(train.main, "small", "--resume", "--out", folder, "--max-steps", 4), "size", "tiny", "small")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from cli import UserError
 
-import prepare
 import pytest
 from conftest import ROOT, free_port, make_text, random_model, save_model
 
+import corpus
 import fetch
 import from_gguf
 import sample
@@ -30,7 +30,7 @@ def model(tmp_path):
     """A folder with all that sample.py needs, and a pickle."""
     folder = tmp_path / "served"
     folder.mkdir()
-    tokenizer = prepare.train_tokenizer([make_text(100)], 256)
+    tokenizer = corpus.train_tokenizer([make_text(100)], 256)
     save_model(random_model(vocab_size=256), folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")

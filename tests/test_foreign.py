@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_fuzz import TOKENIZERS
 from tokenizers import Tokenizer, models
 
+import corpus
 import profile_run
 import quantize
 import sample
@@ -43,14 +44,14 @@ def model(tmp_path, monkeypatch) -> Path:
     """A folder with a small model and a tokenizer of bytes, free to be damaged."""
     monkeypatch.chdir(tmp_path)
     save_model(random_model(vocab_size=256, block_size=16, n_layer=1), Path("model"))
-    prepare.train_tokenizer([], 256).save("model/tokenizer.json")
+    corpus.train_tokenizer([], 256).save("model/tokenizer.json")
     return Path("model")
 
 
 # ---------------------------------------------------------------- the tokenizer
 
 def test_truncation_and_padding_are_switched_off(script, data, text_file, tmp_path):
-    tokenizer = prepare.train_tokenizer([text_file.read_text()[:5000]], 300)
+    tokenizer = corpus.train_tokenizer([text_file.read_text()[:5000]], 300)
     tokenizer.enable_truncation(512)
     tokenizer.enable_padding(length=600)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -111,8 +112,8 @@ def test_a_prompt_with_tokens_that_the_model_lacks_is_refused(model, script, bac
 @pytest.mark.parametrize("name", ["bytes", "bpe", *TOKENIZERS])
 def test_any_tokens_become_the_text_that_decode_makes_of_all(name, text_file):
     """Llama's decoder takes a run of single bytes as text or none of it, so that a later byte changes earlier ones."""
-    tokenizer = {"bytes": prepare.train_tokenizer([], 256, end=True),
-                 "bpe": prepare.train_tokenizer([text_file.read_text()[:3000]], 290)}.get(name) or TOKENIZERS[name]
+    tokenizer = {"bytes": corpus.train_tokenizer([], 256, end=True),
+                 "bpe": corpus.train_tokenizer([text_file.read_text()[:3000]], 290)}.get(name) or TOKENIZERS[name]
     rng, ids = random.Random(0), [*tokenizer.get_vocab().values(), 299]  # one more than there are
     prompt = tokenizer.encode("a b").ids if name != "unigram" else []
     for length in [1, 2, 3, 5, 9] * 60 + [1000] * 9:

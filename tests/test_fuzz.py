@@ -24,13 +24,14 @@ import torch
 from conftest import forks, make_text
 from tokenizers import Tokenizer, decoders, models
 
+import corpus
 import quantize
 import sample
 import train
 
 SECONDS = 20  # after which a script is interrupted, as a user would
 MAINS = {"prepare": prepare.main, "train": train.main, "sample": sample.main, "quantize": quantize.main}
-CONFIGS = {"prepare": prepare.PrepareConfig, "train": train.TrainConfig, "sample": sample.SampleConfig,
+CONFIGS = {"prepare": corpus.PrepareConfig, "train": train.TrainConfig, "sample": sample.SampleConfig,
            "quantize": quantize.QuantizeConfig}
 QUICK = ["--max-steps", "3", "--batch-size", "2", "--eval-tokens", "100", "--eval-every", "2", "--threads", "1",
          "--device", "cpu", "--compile", "off"]

@@ -7,12 +7,12 @@ from cli import UserError
 
 import gguf
 import numpy as np
-import prepare
 import pytest
 import torch
 from conftest import make_text, random_model, save_model
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
+import corpus
 import from_gguf
 import quantize
 from checkpoint import load_model, read_tokenizer
@@ -23,7 +23,7 @@ TEXT = "Owl sees Fox at ten.\n\n  ä, naïve — 日本 12345, don't!\r\n\t \x0b
 
 def save(folder, vocab_size=256, **fields):
     """A folder as train.py leaves it; its vocabulary is three larger than the tokenizer's."""
-    tokenizer = prepare.train_tokenizer([make_text(2000)], vocab_size)
+    tokenizer = corpus.train_tokenizer([make_text(2000)], vocab_size)
     model = random_model(vocab_size=tokenizer.get_vocab_size() + 3, block_size=128, **{"n_embd": 64} | fields)
     save_model(model, folder)
     tokenizer.save(str(folder / "tokenizer.json"))

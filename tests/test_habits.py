@@ -23,6 +23,7 @@ from conftest import ROOT, end_well, fork_train, make_text, random_model, refuse
 from test_fuzz import run_script
 
 import checkpoint
+import corpus
 import machine
 import picture
 import quantize
@@ -81,7 +82,7 @@ def test_a_name_that_cannot_be_written_down_is_refused(script, tmp_path, monkeyp
 
 def test_home_is_found_behind_an_equals_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cli.parse(prepare.PrepareConfig, "", ["--out=~/x"]).out == tmp_path / "x"
+    assert cli.parse(corpus.PrepareConfig, "", ["--out=~/x"]).out == tmp_path / "x"
 
 
 def test_a_value_that_begins_with_a_dash_has_its_cure(script):
@@ -423,7 +424,7 @@ def test_a_book_may_say_where_its_texts_end(script, tmp_path, monkeypatch):
 
 def test_a_fine_tuned_model_ends_where_the_texts_do(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tokenizer = prepare.train_tokenizer([], 256)
+    tokenizer = corpus.train_tokenizer([], 256)
     tokenizer.add_special_tokens(["<|done|>"])
     base = Path("out/base")
     save_model(random_model(vocab_size=257, eos=[256]), base)

@@ -10,12 +10,12 @@ import subprocess
 
 from cli import UserError
 
-import prepare
 import pytest
 import torch
 from conftest import ROOT, make_text, random_model, refused, save_model
 from tokenizers import AddedToken, processors
 
+import corpus
 import quantize
 import to_html
 from checkpoint import read_tokenizer
@@ -75,7 +75,7 @@ PIECES = ["a", "B", "owl", "Fox", " sees", "'s", "'LL", "'ſ", "n't", " ", "  ",
 
 def published_tokenizer(words):
     """One that cuts words as a published model's does, and with what that has besides."""
-    made = prepare.train_tokenizer([make_text(2000), "".join(PIECES) * 50], 400, end=True)
+    made = corpus.train_tokenizer([make_text(2000), "".join(PIECES) * 50], 400, end=True)
     made.pre_tokenizer = WORDS[words].pre_tokenizer()
     if WORDS[words].nfc:
         made.normalizer = WORDS[words].normalizer()
@@ -88,9 +88,9 @@ def published_tokenizer(words):
     return made
 
 
-TOKENIZERS = {"bytes": lambda: prepare.train_tokenizer([], 256),
-              "bytes, end": lambda: prepare.train_tokenizer([], 256, end=True),
-              "learned": lambda: prepare.train_tokenizer([make_text(2000)], 320)}
+TOKENIZERS = {"bytes": lambda: corpus.train_tokenizer([], 256),
+              "bytes, end": lambda: corpus.train_tokenizer([], 256, end=True),
+              "learned": lambda: corpus.train_tokenizer([make_text(2000)], 320)}
 TOKENIZERS |= {words: lambda words=words: published_tokenizer(words) for words in WORDS}
 
 
@@ -155,7 +155,7 @@ def page(request, tmp_path_factory):
     parts = {"fine_head": True, "slices": 4} if "fine" in request.param else {}
     save_quantized(model, folder / "int8", **parts)
     ends = "eos" in fields
-    made = prepare.train_tokenizer([make_text(2000)], min(320, model.config.vocab_size - ends), end=ends)
+    made = corpus.train_tokenizer([make_text(2000)], min(320, model.config.vocab_size - ends), end=ends)
     made.save(str(folder / "int8" / "tokenizer.json"))
     write_html(folder / "int8", folder / "an owl's & {{size}} fox.html")
     return folder / "an owl's & {{size}} fox.html", folder / "int8"
@@ -184,7 +184,7 @@ def test_what_a_page_cannot_express_is_refused(script, folder, monkeypatch, tmp_
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     monkeypatch.setenv("PATH", str(tmp_path))
     refused(script(quantize.main, "--html", "--no-compare"), "--html", "requirements-html.txt")
-    made = prepare.train_tokenizer([], 256)
+    made = corpus.train_tokenizer([], 256)
     made.add_tokens([AddedToken("<x>", lstrip=True)])
     for size, said in (257, "without conditions, got '<x>'"), (256, "tokens up to 256, the model knows 256"):
         made.save(str(folder / "tokenizer.json"))
@@ -192,7 +192,7 @@ def test_what_a_page_cannot_express_is_refused(script, folder, monkeypatch, tmp_
             tokenizer(folder, random_model(vocab_size=size).config)
         refused(script(quantize.main, "--checkpoint", folder, "--html", "--no-compare"), "tokenizer.json")
         assert not folder.with_name(f"{folder.name}-int8").exists()  # before any work
-        made = prepare.train_tokenizer([], 256, end=True)
+        made = corpus.train_tokenizer([], 256, end=True)
 
 
 # ---------------------------------------------------------------- a browser

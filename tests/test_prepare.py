@@ -7,13 +7,13 @@ from pathlib import Path
 from cli import UserError
 
 import numpy as np
-import prepare
 import pytest
 from conftest import make_text
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from prepare import PrepareConfig, clean_plain, encode, pieces, plain_markdown, train_tokenizer
 
+import corpus
+from corpus import PrepareConfig, clean_plain, encode, pieces, plain_markdown, train_tokenizer
 from dataloader import TokenData
 
 BYTES = train_tokenizer([], 256)
@@ -38,10 +38,10 @@ def test_plain_cleaning(text, cleaned):
 def test_cleaning_and_encoding_in_pieces_is_that_of_the_whole(text, size):
     chunks = [text[i:i + 7] for i in range(0, len(text), 7)]
     try:
-        prepare.PIECE, whole_piece = size, prepare.PIECE
+        corpus.PIECE, whole_piece = size, corpus.PIECE
         parts = list(pieces(chunks))
     finally:
-        prepare.PIECE = whole_piece
+        corpus.PIECE = whole_piece
     assert "".join(parts) == text
     # a run without white space may be cut anywhere, so rules are compared where there is some
     if all(part[-1:].isalnum() and parts[i + 1][:1].isspace() for i, part in enumerate(parts[:-1])):
@@ -81,10 +81,10 @@ def test_markdown_becomes_plain():
 @pytest.mark.parametrize("vocab_size", [256, 300])
 def test_prepared_folder(text_file, tmp_path, vocab_size):
     twice = (text_file, text_file)
-    out = prepare.prepare(PrepareConfig(input=twice, out=tmp_path / "d", vocab_size=vocab_size, val=0.2))
+    out = corpus.prepare(PrepareConfig(input=twice, out=tmp_path / "d", vocab_size=vocab_size, val=0.2))
     meta = json.loads((out / "meta.json").read_text())
     text = f"{text_file.read_text()}\n{text_file.read_text()}"
-    tokenizer = prepare.read_tokenizer(out)
+    tokenizer = corpus.read_tokenizer(out)
     joined = ""
     for split in ("train", "val"):
         raw = (out / f"{split}.bin").read_bytes()
@@ -103,10 +103,10 @@ def test_prepared_folder(text_file, tmp_path, vocab_size):
 
 
 def test_large_vocabularies_take_four_bytes(text_file, tmp_path, monkeypatch):
-    wide = prepare.train_tokenizer([], 256)
+    wide = corpus.train_tokenizer([], 256)
     wide.add_tokens([f"<{i}>" for i in range(1 << 16)])
     wide.save(str(tmp_path / "tokenizer.json"))
-    out = prepare.prepare(PrepareConfig(input=(text_file,), out=tmp_path / "d", tokenizer=tmp_path))
+    out = corpus.prepare(PrepareConfig(input=(text_file,), out=tmp_path / "d", tokenizer=tmp_path))
     meta = json.loads((out / "meta.json").read_text())
     assert meta["dtype"] == "<u4"
     assert np.fromfile(out / "train.bin", "<u4")[:9].tolist() == list(text_file.read_bytes()[:9])
@@ -116,7 +116,7 @@ def test_the_split_does_not_cut_a_character(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("日本語" * 50, encoding="utf-8")
     for val in (0.1, 0.11, 0.12, 0.13):
-        out = prepare.prepare(PrepareConfig(input=(path,), out=tmp_path / "d", val=val))
+        out = corpus.prepare(PrepareConfig(input=(path,), out=tmp_path / "d", val=val))
         for split in ("train", "val"):
             np.fromfile(out / f"{split}.bin", "<u2").astype(np.uint8).tobytes().decode("utf-8")
 
@@ -125,8 +125,8 @@ def test_newlines_and_marks_at_any_piece_boundary(tmp_path, monkeypatch):
     path = tmp_path / "t.txt"
     path.write_bytes("\ufeffé\r\nb\rc\n\r\n".encode())
     for size in range(1, 12):
-        monkeypatch.setattr(prepare, "PIECE", size)
-        assert "".join(prepare.read_text(path)) == "é\nb\nc\n\n"
+        monkeypatch.setattr(corpus, "PIECE", size)
+        assert "".join(corpus.read_text(path)) == "é\nb\nc\n\n"
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -138,17 +138,17 @@ def test_bad_text_is_refused_and_nothing_stays_behind(tmp_path, content, message
     path = tmp_path / "bad.txt"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
-        prepare.prepare(PrepareConfig(input=(path,), out=tmp_path / "d"))
+        corpus.prepare(PrepareConfig(input=(path,), out=tmp_path / "d"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "d").exists()
 
 
 def test_a_refused_text_leaves_earlier_data_alone(data, tmp_path, text_file):
-    out = prepare.prepare(PrepareConfig(input=(text_file,), out=tmp_path / "d"))
+    out = corpus.prepare(PrepareConfig(input=(text_file,), out=tmp_path / "d"))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     (tmp_path / "bad").write_bytes(b"\0")
     with pytest.raises(UserError):
-        prepare.prepare(PrepareConfig(input=(text_file, tmp_path / "bad"), out=out))
+        corpus.prepare(PrepareConfig(input=(text_file, tmp_path / "bad"), out=out))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -157,7 +157,7 @@ def test_killed_while_it_replaces_a_folder_no_files_of_two_texts_are_taken(tmp_p
     """The new folder becomes valid in one moment. Preparing once more makes all valid."""
     (tmp_path / "a.txt").write_text(make_text(2000, seed=1))
     config = PrepareConfig(input=(tmp_path / "a.txt",), out=tmp_path / "data")
-    prepare.prepare(config)
+    corpus.prepare(config)
     before = (tmp_path / "data" / "train.bin").read_bytes()
     (tmp_path / "a.txt").write_text(make_text(2000, seed=1).replace("Owl", "Elk"))  # as many bytes
     replace, left = Path.replace, iter(range(moved))
@@ -169,10 +169,10 @@ def test_killed_while_it_replaces_a_folder_no_files_of_two_texts_are_taken(tmp_p
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "replace", die)
-        prepare.prepare(config)
+        corpus.prepare(config)
     with pytest.raises(UserError, match=r"found no meta\.json"):
         TokenData(tmp_path / "data", 32)
-    prepare.prepare(config)
+    corpus.prepare(config)
     TokenData(tmp_path / "data", 32)
     assert (tmp_path / "data" / "train.bin").read_bytes() != before
     assert not list((tmp_path / "data").glob(".*"))

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 from cli import UserError
 
 import numpy as np
-import prepare
 import pytest
 import torch
 from conftest import ROOT, assert_same, end_well, fork_train, make_text, refused, save_model
 
+import corpus
 import muon
 import train
 from checkpoint import load_model, read_run, read_safetensors, read_state
@@ -339,7 +339,7 @@ def test_a_fine_tuned_model_has_the_name_of_its_source(script, tiny, data, tmp_p
 def test_fine_tuning_goes_twice_through_a_text_of_its_own(script, tiny, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(tiny, tmp_path / "out" / "owl")
-    prepare.train_tokenizer([], 256).save(str(tmp_path / "out" / "owl" / "tokenizer.json"))
+    corpus.train_tokenizer([], 256).save(str(tmp_path / "out" / "owl" / "tokenizer.json"))
     tune = [train.main, "--init-from", "out/owl", "--data", text_file, "--eval-tokens", 2000, "--threads", 1]
     code, _, err = script(*tune)
     assert code == 0, err
@@ -367,7 +367,7 @@ def test_fine_tuning_goes_twice_through_a_text_of_its_own(script, tiny, text_fil
 def test_fine_tuning_on_a_short_text(script, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(tiny, tmp_path / "owl")
-    prepare.train_tokenizer([], 256).save(str(tmp_path / "owl" / "tokenizer.json"))
+    corpus.train_tokenizer([], 256).save(str(tmp_path / "owl" / "tokenizer.json"))
     (tmp_path / "note.txt").write_text("Owl sees Fox at ten. " * 10)
     code, out, err = script(train.main, "--init-from", "owl", "--data", "note.txt", "--threads", 1)
     assert code == 0 and "going on with 20" in err and "steps 0 to 5 (2.1 passes) of 80 tokens" in out, (out, err)
