@@ -10,10 +10,11 @@ import mmap
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from cli import end_at_once, note
+from cli import UserError, end_at_once, note
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,18 @@ class Ranks:
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def main_does(self, function: Callable[[], Any]) -> Any:
+        """What the function returns on rank 0, which alone calls it. Its UserError is raised on every rank."""
+        found = None
+        try:
+            found = function() if self.is_main else None
+        except UserError as error:
+            found = error
+        found = self.all_values(found)[0]
+        if isinstance(found, UserError):
+            raise found
+        return found
 
     def close(self) -> None:
         if self.world > 1:

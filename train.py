@@ -16,7 +16,6 @@ import dataclasses
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -44,6 +43,7 @@ from checkpoint import (
     save_weights,
     write_state,
 )
+from corpus import PrepareConfig, prepare
 from dataloader import TokenData, evaluate, forward_loss, read_meta, uncompiled
 from distributed import Ranks, gather_to_main, launch, parallelize, restart_folder, sync_gradients
 from fetch import model_folder
@@ -248,20 +248,15 @@ def parts_of(config: TrainConfig, ranks: Ranks) -> int:
 def prepared(text: Path, init_from: Path | None, ranks: Ranks) -> Path:
     """The folder that data/prepare.py makes of a text, made now unless it is there."""
     folder = Path("data") / (text.stem + (f"-{init_from.resolve().name}" if init_from else ""))
-    words = [f"--input={text.resolve()}"]
-    if init_from is not None:
-        words += [f"--out={folder}", f"--tokenizer={init_from.resolve()}"]
-    script, meta = Path(__file__).with_name("data") / "prepare.py", folder / "meta.json"
-    made = ranks.all_values(meta.exists())[0]
-    code = 0 if made or not ranks.is_main else subprocess.run([sys.executable, script, *words]).returncode
-    if code := ranks.all_values(code)[0]:
-        sys.exit(code if code > 0 else f"train.py: data/prepare.py was killed by signal {-code}")
+    meta, config = folder / "meta.json", PrepareConfig(input=(text,), out=folder, tokenizer=init_from)
+    ranks.main_does(lambda: meta.exists() or prepare(config))
     same = read_meta(folder).get("inputs") == [str(text.resolve())] and meta.stat().st_mtime > text.stat().st_mtime
     if init_from is not None:
         same = same and read_tokenizer(folder).get_vocab() == read_tokenizer(init_from).get_vocab()
     if not same:
+        flags = words({"input": text.resolve(), "out": folder, "tokenizer": init_from})
         raise UserError(f"--data {text}: {folder} holds tokens of another text, an older one or another model; make it "
-                        f"anew with {command('python', 'data/prepare.py', *words)}, or name a folder")
+                        f"anew with {command('python', 'data/prepare.py', *flags)}, or name a folder")
     return folder
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+from cli import UserError
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -78,6 +80,21 @@ def exchanges(ranks, distributed, slow: int) -> None:
 @pytest.mark.parametrize(("world", "slow"), [(2, 0), (2, 1), (3, 1)])
 def test_all_ranks_come_to_the_same_values(world, slow):
     assert ended(start(world, exchanges, slow)) == [0] * world
+
+
+def refuse() -> None:
+    raise UserError(f"{os.getpid()}: not this text")
+
+
+def main_does(ranks, distributed) -> None:
+    main = ranks.all_values(os.getpid())[0]
+    assert ranks.main_does(os.getpid) == main
+    with pytest.raises(UserError, match=f"{main}: not this text"):
+        ranks.main_does(refuse)
+
+
+def test_what_rank_0_does_alone_all_ranks_hear():
+    assert ended(start(2, main_does)) == [0, 0]
 
 
 def dies(ranks, distributed) -> None:

@@ -384,7 +384,7 @@ def test_a_text_instead_of_a_folder(script, text_file, tmp_path, monkeypatch):
     code, _, err = script(train.main, "--data", other, *quick)
     assert code == 2 and "data/wood holds tokens of another text" in err
     (tmp_path / "zeros.txt").write_bytes(b"\0" * 100)
-    assert script(train.main, "--data", tmp_path / "zeros.txt", *quick)[0] == 2  # prepare.py says why
+    refused(script(train.main, "--data", tmp_path / "zeros.txt", *quick), "zeros.txt", "a zero byte at 0")
     assert not (tmp_path / "data" / "zeros").exists()
     assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["wood-tiny"]
 
