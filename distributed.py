@@ -5,8 +5,6 @@ the launch trained before and go on from its last checkpoint; without a restart 
 """
 
 import atexit
-import contextlib
-import mmap
 import os
 import platform
 import time
@@ -25,41 +23,33 @@ from torch.utils._pytree import tree_map_only
 from machine import CPUThreads, help_inductor, pick_device
 from model import GPT
 
-X86_LINUX = "Linux", "x86_64"
+# Other processors may show what one rank writes in another order. Some builds of Python lack the function.
+CAN_SHARE = (platform.system(), platform.machine()) == ("Linux", "x86_64") and hasattr(os, "memfd_create")
 
 
 class Ranks:
     """Who this process is among those torchrun started (alone: rank 0 of 1), and its device."""
 
     def __init__(self, device: str, threads: int | None) -> None:
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world, self.is_main = int(os.environ.get("WORLD_SIZE", 1)), self.rank == 0
-        local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.device = pick_device(device)
-        if self.world > 1 and self.device.type == "mps":  # has no process group
-            self.device = torch.device("cpu")
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main, self.device = self.rank == 0, pick_device(device)
+        if self.world > 1 and self.device.type != "cpu":  # MPS has no process group
+            self.device = pick_device("cpu" if self.device.type == "mps" else f"cuda:{os.environ['LOCAL_RANK']}")
         if self.device.type == "cuda":
-            if self.world > 1:
-                self.device = pick_device(f"cuda:{local_rank}")
             torch.cuda.set_device(self.device)
-        self.threads = CPUThreads(threads, local_world)
+        self.threads = CPUThreads(threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         if self.world > 1:
             store = next(dist.rendezvous("env://"))[0]
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                # torchrun's store outlives the ranks: those of a restart must not find the addresses of those
-                # before. (Several machines count their restarts apart, so torchrun itself has to see to it there.)
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # several machines count their restarts apart
+                # torchrun's store outlives the ranks: those of a restart must not find the addresses of those before
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
                                     world_size=self.world)
             SharedMemory.share(self)
 
     def sum(self, *values: float) -> list[float]:
-        """Sum over ranks, in float64. (gloo has no average.)"""
-        if self.world == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        """Each value's sum over the ranks."""
+        return [sum(of_all) for of_all in zip(*self.all_values(values), strict=True)]
 
     def all_values(self, value: object) -> list:
         """Every rank's value, on every rank."""
@@ -69,22 +59,19 @@ class Ranks:
         return values
 
     def main_does(self, function: Callable[[], Any]) -> Any:
-        """What the function returns on rank 0, which alone calls it. Its UserError is raised on every rank."""
-        found = None
+        """Call a function on rank 0 alone. Every rank returns what it returns, or raises its UserError or OSError."""
         try:
             found = function() if self.is_main else None
-        except UserError as error:
+        except (UserError, OSError) as error:
             found = error
-        found = self.all_values(found)[0]
-        if isinstance(found, UserError):
+        if isinstance(found := self.all_values(found)[0], Exception):
             raise found
         return found
 
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
-            # DDP keeps gloo's threads. One that lets go of its last tensor while Python takes itself down aborts the
-            # process (pytorch #179291). So Python does not get that far.
+            # while Python takes itself down, one of gloo's threads, which DDP keeps, may abort it (pytorch #179291)
             atexit.register(end_at_once)
 
 
@@ -93,9 +80,8 @@ class Ranks:
 class SharedMemory:
     """Memory that all ranks map, if torchrun started them on one x86 machine with Linux, without GPUs.
 
-    A message takes 0.01 to 0.4 ms instead of the 0.2 to 4 ms of gloo's sockets. Three parts of the memory take turns. A
-    rank writes to a part again three turns later: by then all have begun the turn before that one, and with it given up
-    what they read here.
+    A message takes 0.01 to 0.4 ms instead of the 0.2 to 4 ms of gloo's sockets. Three parts of the memory take turns:
+    when a rank writes to a part again, all ranks have begun the turn before, and so have given up what they read there.
     """
 
     VALUES = 2**20  # fp32, of each rank in each part
@@ -103,34 +89,24 @@ class SharedMemory:
 
     def __init__(self, path: str, rank: int, pids: Sequence[int]) -> None:
         self.rank, self.pids, self.turn, values = rank, pids, 0, 3 * len(pids) * self.VALUES
-        with Path(path).open("r+b") as file:
-            file.truncate(4 * values + 8 * len(pids))
-            memory = mmap.mmap(file.fileno(), 0)
-        self.parts = torch.frombuffer(memory, dtype=torch.float32, count=values).chunk(3)
-        self.turns = memoryview(memory)[4 * values:].cast("q")  # the last that each rank has written
+        memory = torch.from_file(path, shared=True, size=values + 2 * len(pids), dtype=torch.float32)
+        self.parts = memory[:values].chunk(3)
+        self.turns = memory[values:].view(torch.int64).numpy()  # the last that each rank has written
 
     @classmethod
     def share(cls, ranks: Ranks) -> None:
-        """Called by all ranks. (Processors other than x86 may show what is written in another order.)"""
-        cls.shared = None
-        one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"  # torchrun's word
-        if ranks.device.type != "cpu" or not one_machine or (platform.system(), platform.machine()) != X86_LINUX:
+        """Called by all ranks."""
+        cls.shared, error = None, ""
+        if not CAN_SHARE or ranks.device.type != "cpu" or os.environ.get("GROUP_WORLD_SIZE") != "1":  # one machine
             return
-        file = None
-        with contextlib.suppress(AttributeError, OSError):  # missing in builds for old systems, forbidden in a sandbox
-            file = os.memfd_create("owlet")
-        pids, paths = zip(*ranks.all_values((os.getpid(), f"/proc/{os.getpid()}/fd/{file}")), strict=True)
-        mine, error = None, ""
         try:
-            mine = cls(paths[0], ranks.rank, pids)
-        except OSError as found:
+            path = ranks.main_does(lambda: f"/proc/{os.getpid()}/fd/{os.memfd_create('owlet')}")
+            cls.shared = cls(path, ranks.rank, ranks.all_values(os.getpid()))
+        except (OSError, RuntimeError) as found:  # a sandbox forbids it
             error = str(found)
-        if error := next(filter(None, ranks.all_values(error)), ""):
-            note(f"the ranks share no memory ({error}); going on with gloo's sockets, more slowly")
-        else:
-            cls.shared = mine
-        if file is not None:
-            os.close(file)
+        if any(errors := ranks.all_values(error)):
+            cls.shared = None
+            note(f"the ranks share no memory ({max(errors)}); going on with gloo's sockets, more slowly")
 
     def gather(self, mine: Tensor) -> Tensor:
         """As gather() below, of up to VALUES fp32 values. Raises DistBackendError if a rank has ended."""
@@ -154,26 +130,21 @@ def gather(mine: Tensor) -> tuple[Tensor, dist.Work | None]:
 
     Valid once the work is done (None: at once), until the second call of gather() or average() after this one.
     """
-    memory, world = SharedMemory.shared, dist.get_world_size()
+    memory = SharedMemory.shared
     if memory and mine.numel() <= memory.VALUES:
         return memory.gather(mine), None
-    found = mine.new_empty(world * len(mine), *mine.shape[1:])
-    # all to all: gloo's all_gather has half the speed
-    return found, dist.all_to_all_single(found, torch.cat([mine] * world), async_op=True)
+    sent = torch.cat([mine] * dist.get_world_size())  # all to all: gloo's all_gather has half the speed
+    found = torch.empty_like(sent)
+    return found, dist.all_to_all_single(found, sent, async_op=True)
 
 
 def average(x: Tensor) -> torch.futures.Future[Tensor]:
     """The mean over the ranks, in place."""
-    memory = SharedMemory.shared
+    memory, done = SharedMemory.shared, torch.futures.Future()
     x /= dist.get_world_size()
     if not memory or x.numel() > memory.VALUES:
         return dist.all_reduce(x, async_op=True).get_future().then(lambda done: done.value()[0])
-    first, *others = memory.gather(x[None])
-    x.copy_(first)
-    for other in others:
-        x += other
-    done = torch.futures.Future()
-    done.set_result(x)
+    done.set_result(torch.sum(memory.gather(x[None]), 0, out=x))
     return done
 
 
@@ -188,10 +159,9 @@ def launch() -> str:
 
 
 def restart_folder(out: Path | None) -> Path | None:
-    """The folder in which this launch of torchrun trained before it started its ranks anew; None if there is none.
+    """The folder whose .lock names this launch of torchrun: its ranks trained there before they were started anew.
 
-    Each folder's .lock names the last launch that trained there. The newest folder would be a guess: a rank that died
-    before it made its own would go on with another run's.
+    The newest folder would be a guess: a rank that died before it made its own would go on with another run's.
     """
     if launch() in ("", "none"):  # no torchrun, or several machines without --rdzv-id
         return None
@@ -199,7 +169,7 @@ def restart_folder(out: Path | None) -> Path | None:
     return next((path.parent for path in locks if path.exists() and path.read_text() == launch()), None)
 
 
-# ---------------------------------------------------------------- models in parts
+# ---------------------------------------------------------------- models and tensors in parts
 
 def parallelize(model: GPT, ranks: Ranks, parallel: str = "ddp", dtype: torch.dtype = torch.float32,
                 compile: bool = False) -> nn.Module:
@@ -223,10 +193,7 @@ def parallelize(model: GPT, ranks: Ranks, parallel: str = "ddp", dtype: torch.dt
         for block in model.model.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(model, mesh=mesh)
-    model.to(ranks.device)
-    device_ids = [ranks.device] if ranks.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(model, device_ids=device_ids, forward_sync_buffers=False,
-                                      gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model.to(ranks.device), forward_sync_buffers=False, gradient_as_bucket_view=True)
     if SharedMemory.shared:
         wrapped.register_comm_hook(None, lambda _, bucket: average(bucket.buffer()))
     return wrapped
@@ -239,8 +206,6 @@ def sync_gradients(wrapped: nn.Module, on: bool) -> None:
     elif isinstance(wrapped, DistributedDataParallel):
         wrapped.require_backward_grad_sync = on
 
-
-# ---------------------------------------------------------------- tensors in parts
 
 def is_sharded(x: Tensor) -> bool:
     """Whether this is a DTensor. (The import of that class takes two seconds, and most runs have none.)"""
@@ -259,17 +224,12 @@ def whole(x: Tensor) -> Tensor:
 
 def shard_like(x: Tensor, like: Tensor) -> Tensor:
     """x, which every rank holds whole, sharded as `like` is; as it is where `like` is not sharded."""
-    if not is_sharded(like):
-        return x
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+    if is_sharded(like):
+        from torch.distributed.tensor import distribute_tensor
+        x = distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+    return x
 
 
 def gather_to_main(state: dict, ranks: Ranks) -> dict:
-    """A copy of nested tensors, whole, on rank 0's CPU; None in place of each on other ranks. All ranks must call."""
-    def take(x: Tensor) -> Tensor | None:
-        x = whole(x)
-        return x.to("cpu", copy=True) if ranks.is_main else None
-
-    return tree_map_only(Tensor, take, state)
+    """A copy of nested tensors, whole, on rank 0's CPU; without values on other ranks. All ranks must call this."""
+    return tree_map_only(Tensor, lambda x: whole(x).to("cpu" if ranks.is_main else "meta", copy=True), state)

@@ -45,7 +45,7 @@ PHASES = {  # phase -> functions as readable() writes them; no function calls an
     "evaluation": ["dataloader.py:evaluate"],
     "checkpoint and log": ["train.py:snapshot", "train.py:Run.wait_for_save",  # a thread writes the files
                            "runlog.py:RunLog.__init__", "runlog.py:RunLog.add"],
-    "waiting for other ranks": ["distributed.py:Ranks.sum", "distributed.py:Ranks.all_values"],
+    "waiting for other ranks": ["distributed.py:Ranks.all_values"],
     "set-up": ["distributed.py:Ranks.__init__", "train.py:prepared", "train.py:build_model", "muon.py:make_optimizers",
                "muon.py:pick_dtypes", "machine.py:peak_flops"],
     "load": ["checkpoint.py:load_model", "int8.py:load_quantized"],
