@@ -173,7 +173,7 @@ def read_part(file: BinaryIO, start: int, stop: int) -> Iterator[str]:
 
 
 def write_tokens(path: Path, texts: Iterator[str], tokenizer: Tokenizer, dtype: str, total: int) -> dict:
-    """Encode texts (`total` bytes) into a flat little-endian file. Returns its counts and hash."""
+    """Encode texts (`total` bytes) into a flat little-endian file. Returns what meta.json says of it."""
     tokens, digest = 0, hashlib.sha256()
     with path.open("wb") as file, progress(total=total, desc="encode") as bar:
         while batch := list(itertools.islice(texts, 16)):
@@ -182,7 +182,7 @@ def write_tokens(path: Path, texts: Iterator[str], tokenizer: Tokenizer, dtype: 
             digest.update(ids)
             tokens += len(ids)
             bar.update(sum(len(text.encode("utf-8")) for text in batch))
-    return {"tokens": tokens, "bytes": total, "sha256": digest.hexdigest()}
+    return {"tokens": tokens, "bytes": total, "sha256": digest.hexdigest(), "mtime_ns": path.stat().st_mtime_ns}
 
 
 def split_point(file: BinaryIO, size: int, val: float) -> int:
@@ -246,8 +246,7 @@ def prepare(config: PrepareConfig) -> Path:
         write_json(folder / "meta.json", {
             "inputs": inputs, "clean": config.clean, "vocab_size": vocab_size, "dtype": dtype,
             "eos": tokenizer.token_to_id(end) if has_end else None, "bytes_per_token": bytes_per_token,
-            "train": train, "val": val,
-            "mtime_ns": {part: (folder / f"{part}.bin").stat().st_mtime_ns for part in ("train", "val")}})
+            "train": train, "val": val})
     print(f"{out}: {size:,} bytes -> {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on "
           f"({vocab_size} different, {bytes_per_token:.2f} bytes each)")
     return out

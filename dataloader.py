@@ -8,7 +8,7 @@ import hashlib
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NotRequired, TypedDict
+from typing import Annotated, BinaryIO, Literal, NotRequired, TypedDict
 
 from cli import UserError
 
@@ -27,6 +27,7 @@ class Split(TypedDict):
     tokens: Count
     bytes: Count  # of the text
     sha256: str
+    mtime_ns: NotRequired[int]
 
 
 class DataMeta(TypedDict):
@@ -37,7 +38,6 @@ class DataMeta(TypedDict):
     train: Split
     val: Split
     eos: NotRequired[Annotated[int, Meta(ge=0)] | None]  # the token that ends a text
-    mtime_ns: NotRequired[dict[str, int]]
     inputs: NotRequired[list[str]]
 
 
@@ -49,22 +49,18 @@ def read_meta(folder: Path) -> DataMeta:
 
 
 class TokenData:
-    """train.bin and val.bin of a prepared folder. Each call reads its own tokens from disk and no more.
-
-    (Memory-mapped, pages once touched would stay resident, until a long run holds the whole file.)
-    """
+    """train.bin and val.bin of a prepared folder. Calls read from disk: a memory map's pages would stay resident."""
 
     def __init__(self, folder: Path, block_size: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self.folder, self.meta = folder, read_meta(folder)
         self.block_size, self.device, self.seed = block_size, torch.device(device), seed
         self.files, self.tokens, self.dtype = {}, {}, np.dtype(self.meta["dtype"])
         for split in ("train", "val"):
-            path, tokens = folder / f"{split}.bin", self.meta[split]["tokens"]
-            check_tokens(path, self.meta[split], tokens * self.dtype.itemsize, self.meta.get("mtime_ns", {}).get(split))
+            self.files[split] = open_tokens(folder / f"{split}.bin", self.meta[split], self.dtype.itemsize)
+            self.tokens[split] = tokens = self.meta[split]["tokens"]
             if tokens <= block_size:
-                raise UserError(f"{path}: a block of {block_size} is longer than this text of {tokens} tokens; "
-                                f"expected a --block-size of at most {tokens - 1}")
-            self.files[split], self.tokens[split] = path.open("rb"), tokens
+                raise UserError(f"{folder}/{split}.bin: a block of {block_size} is longer than this text of {tokens} "
+                                f"tokens; expected a --block-size of at most {tokens - 1}")
         self.bits_per_nat = self.meta["val"]["tokens"] / self.meta["val"]["bytes"] / math.log(2)
         self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
 
@@ -103,27 +99,20 @@ class TokenData:
 
     def validation_starts(self, limit: int | None = None) -> np.ndarray:
         """Sequences that cover the validation text once, or `limit` tokens of it, evenly spread."""
-        T = self.block_size
-        starts = np.arange(0, self.tokens["val"] - T, T)
-        if limit is not None and limit < len(starts) * T:
-            starts = starts[np.linspace(0, len(starts) - 1, max(1, limit // T)).astype(int)]
+        starts = np.arange(0, self.tokens["val"] - self.block_size, self.block_size)
+        if limit is not None and limit < len(starts) * self.block_size:
+            starts = starts[np.linspace(0, len(starts) - 1, max(1, limit // self.block_size)).astype(int)]
         return starts
 
 
-def check_tokens(path: Path, meta: dict, size: int, mtime_ns: int | None) -> None:
-    """Raises UserError unless the file is the one that meta.json describes.
-
-    A file of the recorded size and modification time is taken as it is; any other is read and hashed.
-    """
-    found = plain_file(path, "a file of tokens").stat()
-    if found.st_size != size:
+def open_tokens(path: Path, meta: Split, itemsize: int) -> BinaryIO:
+    """The file that meta.json describes. Raises UserError for any other. One of its size and time is not hashed."""
+    found, file = plain_file(path, "a file of tokens").stat(), path.open("rb")
+    if found.st_size != meta["tokens"] * itemsize:
         raise UserError(f"{path}: expected {meta['tokens']} tokens as meta.json says; run data/prepare.py again")
-    if found.st_mtime_ns == mtime_ns:
-        return
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"]:
-            raise UserError(f"{path}: expected the tokens that meta.json describes, got others; "
-                            "run data/prepare.py again")
+    if found.st_mtime_ns != meta.get("mtime_ns") and hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"]:
+        raise UserError(f"{path}: expected the tokens that meta.json describes, got others; run data/prepare.py again")
+    return file
 
 
 # ---------------------------------------------------------------- the loss

@@ -313,7 +313,7 @@ def test_large_files_in_place_of_json_are_not_read(model, script):
     *[({"val": {"tokens": 3753, "sha256": "x", "bytes": value}}, "val.bytes") for value in (-1, 0, 1.5, None, "x")],
     ({"val": {"tokens": -1, "sha256": "x", "bytes": 1}}, "val.tokens"),
     ({"val": {"tokens": 3753, "bytes": 1}}, "sha256"),
-    ({"mtime_ns": []}, "mtime_ns"), ({"eos": -1}, "eos"),
+    ({"val": {"tokens": 3753, "sha256": "x", "bytes": 1, "mtime_ns": []}}, "val.mtime_ns"), ({"eos": -1}, "eos"),
 ], ids=str)
 def test_a_description_that_lies_about_tokens_is_refused(script, data, tmp_path, change, word):
     folder = Path(shutil.copytree(data, tmp_path / "data"))

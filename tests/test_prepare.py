@@ -92,7 +92,8 @@ def test_prepared_folder(text_file, tmp_path, vocab_size):
         part = tokenizer.decode(tokens.tolist())
         joined += part
         assert meta[split] == {"tokens": len(tokens), "bytes": len(part.encode()),
-                               "sha256": hashlib.sha256(raw).hexdigest()}
+                               "sha256": hashlib.sha256(raw).hexdigest(),
+                               "mtime_ns": (out / f"{split}.bin").stat().st_mtime_ns}
     assert joined == text
     assert meta["vocab_size"] == tokenizer.get_vocab_size() == vocab_size
     assert meta["val"]["bytes"] == pytest.approx(0.2 * len(text), abs=2)
