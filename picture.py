@@ -1,12 +1,8 @@
-"""Pictures: figures of matplotlib without a screen, saved whole or not at all.
-
-Callers put theirs into cli.optional: no picture may end a run.
-"""
+"""Figures of matplotlib, without a screen. Callers put theirs into cli.optional: no picture may end a run."""
 
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # first: a home that cannot be written to is named on import
 
@@ -24,7 +20,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save(figure: Figure, path: Path, **options: Any) -> None:
-    """Write a PNG."""
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, **options)
+        figure.savefig(temporary, format="png", dpi=120)

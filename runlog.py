@@ -1,7 +1,4 @@
-"""What a run leaves to look at: log.jsonl, TensorBoard events under runs/, and loss.png.
-
-None of them may end a run: what cannot be read or written is a note.
-"""
+"""What a run leaves to look at: log.jsonl, TensorBoard events under runs/, loss.png. What fails of it is a note."""
 
 import json
 from pathlib import Path
@@ -28,19 +25,15 @@ class RunLog:
     """One record a line in log.jsonl: {"step": ..., "train_loss": ...} or {"step": ..., "val_loss": ...}."""
 
     def __init__(self, folder: Path, step: int, bits_per_nat: float, epoch: float, title: str) -> None:
-        self.path, self.bits_per_nat, self.title = folder / "log.jsonl", bits_per_nat, title
+        self.path, self.bits_per_nat, self.title, self.board = folder / "log.jsonl", bits_per_nat, title, None
         self.epoch = epoch  # steps that read the text once
         self.records: list[Record] = []  # of the steps before the resume
-        self.board = None
         with optional(self.path):
             self.records = [record for record in read_records(self.path) if record["step"] <= step]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         with optional(folder / "runs"):
-            # imported now, not with the first picture: from here on the memory of the process stays as it is
             from torch.utils.tensorboard import SummaryWriter
-
-            import picture  # noqa: F401
-            self.board = SummaryWriter(folder / "runs", purge_step=step)
+            self.board = SummaryWriter(folder / "runs", purge_step=step + 1)  # the first step that it hides
 
     def add(self, **record: Unpack[Record]) -> None:
         self.records.append(record)
@@ -48,10 +41,9 @@ class RunLog:
             file.write(json.dumps(record) + "\n")
         if self.board is not None:
             with optional(self.board.log_dir):
-                for name, value in record.items():
-                    if name != "step":
-                        add = self.board.add_text if name == "sample" else self.board.add_scalar
-                        add(name, value, record["step"])
+                for name in record.keys() - {"step"}:
+                    add = self.board.add_text if name == "sample" else self.board.add_scalar
+                    add(name, record[name], record["step"])
                 self.board.flush()
 
     def close(self) -> None:
@@ -67,26 +59,22 @@ class RunLog:
 
     def plot(self) -> None:
         """loss.png: training and validation loss in bits per byte against steps."""
-        path = self.path.with_name("loss.png")
-        with optional(path):
+        with optional(path := self.path.with_name("loss.png")):
             import picture
-
             figure = picture.new_figure(8, 4.5)
             axes = figure.subplots()
-            for name, style in {"train": {"color": "#9ecae1", "lw": 1},
-                                "val": {"color": "#08519c", "marker": "o", "ms": 4}}.items():
-                points = [(r["step"], r[loss] * self.bits_per_nat) for r in self.records
-                          if (loss := f"{name}_loss") in r]
+            for loss, style in {"train_loss": {"color": "#9ecae1", "lw": 1},
+                                "val_loss": {"color": "#08519c", "marker": "o", "ms": 4}}.items():
+                points = [(r["step"], r[loss] * self.bits_per_nat) for r in self.records if loss in r]
                 if points:
-                    axes.plot(*zip(*points, strict=True), label=f"{name} ({points[-1][1]:.3f})", **style)
-            axes.set(title=self.title, xlabel="step", ylabel="bits per byte")
-            evaluated = [(r["val_loss"], r["step"]) for r in self.records if "val_loss" in r and r["step"]]
-            if evaluated:
+                    label = f"{loss.removesuffix('_loss')} ({points[-1][1]:.3f})"
+                    axes.plot(*zip(*points, strict=True), label=label, **style)
+            if evaluated := [(bits, step) for step, bits in points if step]:  # the last points: of validation
                 kept = min(evaluated)[1]
                 axes.axvline(kept, color="#08519c", lw=0.8, ls=":", label=f"kept: step {kept:,}")
+            axes.set(title=self.title, xlabel="step", ylabel="bits per byte")
             passes = axes.secondary_xaxis("top", (lambda step: step / self.epoch, lambda times: times * self.epoch))
-            passes.set_xlabel("passes through the text", fontsize=8)
-            passes.tick_params(labelsize=8)
+            passes.set_xlabel("passes through the text")
             axes.grid(alpha=0.3)
             axes.legend()
             picture.save(figure, path)

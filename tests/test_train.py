@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_same, end_well, fork_train, make_text, refused, save_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import corpus
 import muon
@@ -28,6 +29,7 @@ from distributed import Ranks
 from machine import can_compile, pick_dtype
 from model import SIZES
 from muon import make_optimizers
+from runlog import RunLog
 from train import TrainConfig, lr_scale
 
 SMALL = ["--n-layer", "2", "--n-embd", "32", "--block-size", "32", "--batch-size", "8", "--eval-every", "10",
@@ -149,6 +151,17 @@ def test_killed_run_resumes_from_its_last_checkpoint(run, data, tmp_path):
     process.join()
     end_well(fork_train(tmp_path / "log", "--resume", "--out", out), tmp_path / "log")
     assert_same_run(whole, out)
+
+
+def test_tensorboard_shows_the_steps_before_a_resume_once(tmp_path):
+    for first, value in ((0, 3.0), (2, 2.0)):
+        log = RunLog(tmp_path, first, 1.0, 1.0, "")
+        for step in range(first + 1, first + 4):
+            log.add(step=step, train_loss=value)
+        log.close()
+    events = EventAccumulator(str(tmp_path / "runs")).Reload().Scalars("train_loss")
+    assert [(event.step, event.value) for event in events] == [*losses(tmp_path).items()]
+    assert losses(tmp_path) == {1: 3, 2: 3, 3: 2, 4: 2, 5: 2}
 
 
 def test_accumulated_parts_make_the_same_step(run, tmp_path):
