@@ -1,15 +1,10 @@
-"""How every script of owlet talks to its user: flags, notes, errors, exit codes, Ctrl-C.
-
-Scripts import it first: from then on Ctrl-C ends in one line, also while the slow libraries are imported.
-"""
+"""How every script of owlet talks to its user: flags, notes, errors, exit codes, signals."""
 
 import argparse
 import contextlib
 import dataclasses
 import difflib
 import functools
-import math
-import multiprocessing
 import os
 import re
 import shlex
@@ -17,12 +12,15 @@ import signal
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-Config = TypeVar("Config")
+import msgspec
+from msgspec import Meta
+from tqdm import tqdm
+
+ENDS = signal.SIGTERM, signal.SIGHUP  # a scheduler ends the program; its terminal closes
 
 
 class UserError(Exception):
@@ -43,8 +41,6 @@ def command(*words: object) -> str:
 @functools.cache  # the same note once
 def note(text: str) -> None:
     """A line on standard error, below a progress bar; of several ranks the first prints."""
-    from tqdm import tqdm
-
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # the disk that holds it may be full
             tqdm.write(f"note: {text}", file=sys.stderr)
@@ -63,14 +59,18 @@ def optional(what: object) -> Iterator[None]:
 
 # ---------------------------------------------------------------- flags
 
-def flag(default: Any, help: str, low: float | None = None, high: float = math.inf, positional: bool = False) -> Any:
-    """A field of a dataclass of flags. Numbers must lie in low..high."""
-    about = {"help": help, "low": low, "high": high, "positional": positional}
-    return dataclasses.field(default=default, metadata=about)
+Count = Annotated[int, Meta(ge=1, le=10**12)]
+NonNegative = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Threads = Annotated[int, Meta(ge=1, le=4096)]
 
 
-def parse(config_class: type[Config], description: str, args: Sequence[str] | None = None,
-          default: Config | None = None) -> Config:
+def flag(default: Any, help: str, positional: bool = False) -> Any:
+    """A field of a dataclass of flags. The field's annotation declares its type and range."""
+    return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
+
+
+def parse(config_class: type, description: str, args: Sequence[str] | None = None, default: Any = None) -> Any:
     """Flags -> dataclass; `default` replaces the fields' defaults. A wrong flag is a UserError."""
     return dataclasses.replace(default or config_class(), **given(config_class, description, args, default))
 
@@ -79,99 +79,77 @@ def given(config_class: type, description: str = "", args: Sequence[str] | None 
     """The flags that stand on the command line, by the names of the dataclass's fields."""
     parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=110))
-    types_of = get_type_hints(config_class)
+    kinds = {name: get_args(kind)[0] if type(None) in get_args(kind) else kind  # of X | None: X
+             for name, kind in get_type_hints(config_class, include_extras=True).items()}
     for field in dataclasses.fields(config_class):
-        value = field.default if default is None else getattr(default, field.name)
-        _add(parser, field, types_of[field.name], value)
-    args = sys.argv[1:] if args is None else args
-    for word in args:  # first, since the value of an unknown flag would be taken for something else
-        if word.startswith("--") and word.split("=")[0] not in parser._option_string_actions:
-            parser.error(f"unrecognized arguments: {word}")
-    found = {name: value for name, value in vars(parser.parse_args(args)).items() if value is not None}
-    for name, value in found.items():
-        if value == []:  # what argparse makes of --name=--
-            parser.error(f"argument --{name.replace('_', '-')}: expected one argument")
-    return found
+        kind, value = kinds[field.name], getattr(default or config_class, field.name)
+        name, options = f"--{field.name.replace('_', '-')}", {"help": field.metadata["help"]}
+        if get_origin(kind) is tuple:  # tuple[X, ...]
+            kind, value, options["nargs"] = get_args(kind)[0], " ".join(map(str, value)), "+"
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        if get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        if getattr(kind, "__origin__", kind) is float:
+            options["type"] = float  # msgspec does not take .5
+        if value not in (None, ""):
+            options["help"] += f" (default: {value})"
+        if field.metadata["positional"]:
+            name, options["nargs"], options["default"] = field.name, "?", None
+        parser.add_argument(name, **options)
+
+    args, known = sys.argv[1:] if args is None else args, parser._option_string_actions
+    for word in args:  # before argparse, which may take the value of an unknown flag for a positional
+        name, _, value = word.partition("=")
+        if name.startswith("--") and (name not in known or value == "--"):  # argparse drops a value of "--"
+            near = difflib.get_close_matches(name, known, 1)
+            parser.error(f"unrecognized arguments: {word}" + (f" (perhaps {near[0]}?)" if near else ""))
+    return {name: checked(word, kinds[name], f"--{name.replace('_', '-')} {word!a:.60}", strict=False)
+            for name, word in vars(parser.parse_args(args)).items() if word is not None}
 
 
 def refuse(flags: dict, names: Iterable[str], why: str) -> None:
     """UserError if one of these stands among the given flags: none is silently without effect."""
     for name in names:
         if name in flags:
-            raise UserError(f"{words({name: flags[name]})[0]} has no effect {why}")
-
-
-def words(settings: dict) -> list[str]:
-    """Flags from a dict of their values, so that a file of them is checked as the command line is."""
-    return [f"--{'' if value else 'no-'}{name.replace('_', '-')}" if isinstance(value, bool) else
-            f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
-
-
-def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, default: Any) -> None:
-    name, options = f"--{field.name.replace('_', '-')}", {}
-    about = field.metadata or flag(None, "").metadata
-    if get_origin(kind) in (Union, types.UnionType):  # X | None
-        kind = next(part for part in get_args(kind) if part is not type(None))
-    if get_origin(kind) is tuple:  # tuple[X, ...]
-        kind, options["nargs"] = get_args(kind)[0], "+"
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    options |= {"help": about["help"] + ("" if shown in (None, "") else f" (default: {shown})")}
-    if kind is bool:  # --name, and --no-name where that changes something
-        action = "store_true" if field.default is False else argparse.BooleanOptionalAction
-        parser.add_argument(name, action=action, **options)
-        return
-    if get_origin(kind) is Literal:
-        options["choices"], kind = get_args(kind), str
-    else:
-        options["metavar"] = kind.__name__.upper()
-    if about["positional"]:
-        name, options["nargs"], options["default"] = field.name, "?", None
-    parser.add_argument(name, type=_conversion(kind, about["low"], about["high"]), **options)
-
-
-def _path(word: str) -> Path:
-    if not word:
-        raise ValueError
-    return Path(word).expanduser()  # a shell leaves the ~ of --out=~/x
-
-
-def _conversion(kind: type, low: float | None, high: float) -> Callable[[str], Any]:
-    """The conversion of a flag's word; numbers must lie in low..high."""
-    what = {int: "a whole number", float: "a number", Path: "a path in UTF-8", str: "text in UTF-8"}[kind]
-    most = high if high < math.inf else 10**12 if kind is int else sys.float_info.max
-
-    def convert(word: str) -> Any:
-        try:
-            word.encode()  # Python takes other bytes than UTF-8 from the command line and fails to print them
-            value = (_path if kind is Path else kind)(word)
-        except (ValueError, RuntimeError):  # RuntimeError: a ~ where there is no home
-            raise argparse.ArgumentTypeError(f"expected {what}, got {word[:60]!a}") from None
-        if low is not None and not low <= value <= most:
-            expected = f"{low} or more" if high == math.inf and not value > most else f"{low} to {most}"
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {word[:60]}")
-        return value
-
-    return convert
+            raise UserError(f"--{name.replace('_', '-')}={flags[name]} has no effect {why}")
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors of one line."""
-
     def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
-        near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown != message else []
-        hint = f" (perhaps {near[0]}?)" if near else ""
-        if message.endswith("expected one argument"):
-            hint = f" (a value that begins with - is written {message.split()[1].rstrip(':')}=-...)"
-        raise UserError(f"{message.removeprefix('argument ').replace('/--no-', ', --no-')}{hint}; see --help")
+        hint = " (one that begins with - is written --name=-...)" * message.endswith("expected one argument")
+        raise UserError(f"{message.removeprefix('argument ')}{hint}; see --help")
+
+
+def checked(value: Any, kind: Any, where: object, strict: bool = True) -> Any:
+    """`value` as the type `kind`, whose annotations declare types and ranges; dataclasses are made from dicts.
+
+    Not strict: words may stand for numbers. Raises UserError, which names the field in `where`.
+    """
+    try:
+        if not strict:
+            str(value).encode()  # the command line may hold other bytes than UTF-8, which could not be printed
+        return msgspec.convert(value, kind, strict=strict, dec_hook=_decode)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a ~ where there is no home
+        what, _, field = str(error if strict else str(error).split(", got")[0]).partition(" - at `$.")
+        raise UserError(f"{where}: {field.strip('`') + ': ' * bool(field)}{what[0].lower()}{what[1:]}") from None
+
+
+def _decode(kind: type, value: object) -> Any:
+    """For msgspec: of the types that it does not know, paths are made from text."""
+    if isinstance(value, kind):
+        return value
+    if kind is not Path or not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError(f"Expected `{kind.__name__}`, got `{type(value).__name__}`")
+    return Path(value).expanduser()  # the shell leaves the ~ of --out=~/x
 
 
 # ---------------------------------------------------------------- signals, errors, exit codes
 
 @contextlib.contextmanager
 def handling(handler: Any, numbers: Iterable[int]) -> Iterator[None]:
-    """These signals go to `handler` within this context, or the function that it decorates."""
-    before = {number: signal.signal(number, handler) for number in numbers}
+    """These signals, unless they are ignored (nohup), go to `handler` within this context or decorated function."""
+    before = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
     finally:
@@ -179,17 +157,9 @@ def handling(handler: Any, numbers: Iterable[int]) -> Iterator[None]:
             signal.signal(number, handler_before)
 
 
-class _CtrlC:
-    """The handler of Ctrl-C, which remembers it: a library may make any error of its KeyboardInterrupt."""
-
-    heard = False
-
-    def __call__(self, *_: object) -> NoReturn:
-        self.heard = True
-        raise KeyboardInterrupt
-
-
-_ctrl_c = _CtrlC()
+def _interrupt(*_: object) -> NoReturn:
+    _interrupt.heard = True  # a library may turn KeyboardInterrupt into any other error
+    raise KeyboardInterrupt
 
 
 class StopSignals:
@@ -198,69 +168,23 @@ class StopSignals:
     The handler only notes the signal: printing could interrupt a write to the same stream, which Python refuses.
     """
 
-    def __init__(self) -> None:
-        self.asked: int | None = None  # the first signal
-        self.when, self.said = 0.0, False
+    asked: int | None = None  # the first signal
+    when, said = 0.0, False
 
     def heard(self) -> contextlib.AbstractContextManager:
-        return handling(self.handle, [signal.SIGINT, *ends()])
+        return handling(self.handle, [signal.SIGINT, *ENDS])
 
     def handle(self, number: int, frame: object) -> None:
         if self.asked is None:
             self.asked, self.when = number, time.monotonic()
-        # a second Ctrl-C means at once; but torchrun and schedulers may send a signal twice in a row
+        # a second Ctrl-C stops at once; but torchrun and schedulers may send a signal twice in a row
         elif number == signal.SIGINT and time.monotonic() - self.when > 1:
-            _ctrl_c()
+            _interrupt()
 
     def say_once(self, say: Callable[[str], None]) -> None:
         if self.asked is not None and not self.said:
             say(f"{signal.Signals(self.asked).name}: saving and stopping (Ctrl-C again: stop at once)")
             self.said = True
-
-
-def ends() -> list[signal.Signals]:
-    """The signals that end a program: SIGTERM, and SIGHUP (the terminal closes) unless it is ignored (nohup)."""
-    return [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)  # an exception, so that no temporary file stays behind
-
-
-def _interrupted(*_: object) -> NoReturn:
-    """Ctrl-C while a script imports: an exception would come out as whatever the library makes of it."""
-    if multiprocessing.parent_process() is None:  # who started this process says it
-        os.write(2, f"\n{Path(sys.argv[0]).name}: interrupted\n".encode())
-    os._exit(130)
-
-
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _interrupted)
-
-
-def _os_error(error: OSError) -> str:
-    return f"{error.filename or 'file system'}: {error.strerror or error}"
-
-
-def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """What a library's thread cannot write (TensorBoard's on a full disk) does not end a run."""
-    if isinstance(failure.exc_value, OSError):
-        note(f"{_os_error(failure.exc_value)}; going on without")
-    else:
-        threading.__excepthook__(failure)
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script: a UserError is one line and exit code 2, Ctrl-C is 130 without a traceback."""
-    code = 1  # what Python ends with after any other exception
-    try:
-        _run(main)
-        code = 0
-    except SystemExit as stop:
-        code = (stop.code or 0) if stop.code is None or isinstance(stop.code, int) else 1
-        raise
-    finally:
-        end_at_once.code = code
 
 
 def end_at_once() -> NoReturn:
@@ -270,35 +194,37 @@ def end_at_once() -> NoReturn:
     os._exit(end_at_once.code)
 
 
-def _run(main: Callable[[], None]) -> None:
-    name, threading.excepthook = Path(sys.argv[0]).name, _thread_failed
-    _ctrl_c.heard = False
+def run(main: Callable[[], None]) -> None:
+    """Run a script and exit. An error that is no bug is one line and exit code 2; Ctrl-C is one line and 130."""
+    _interrupt.heard, end_at_once.code = False, 1  # the exit code after a bug
+    # what TensorBoard's thread cannot write, on a full disk, does not end a run
+    threading.excepthook = lambda thread: note(f"{thread.exc_type.__name__}: {thread.exc_value}; going on without")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the terminal's encoding may lack letters that a book has
+    profiled = signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # profile_run.py has its own
+    code: int | str | None = 0
     try:
-        ours = signal.getsignal(signal.SIGINT) in (_interrupted, signal.default_int_handler)  # not profile_run.py's
-        with handling(_ctrl_c, [signal.SIGINT] if ours else []), handling(_stop, ends()):
+        # sys.exit raises an exception, so that no temporary file stays behind
+        with (handling(_interrupt, [] if profiled else [signal.SIGINT]),
+              handling(lambda number, _: sys.exit(128 + number), ENDS)):
             main()
             sys.stdout.flush()
-        return
+    except SystemExit as stop:
+        code = stop.code
     except BrokenPipeError:  # the reader has left, as `head` does: end as SIGPIPE would end us
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
-    except UserError as user_error:
-        error = str(user_error)
-    except OSError as os_error:  # not a bug but the machine's answer: a full disk, a missing permission
-        error = _os_error(os_error)
-    except (Exception, KeyboardInterrupt) as other:
-        if _ctrl_c.heard or isinstance(other, KeyboardInterrupt):
+        code = 128 + signal.SIGPIPE
+    except (Exception, KeyboardInterrupt) as error:
+        name, code = Path(sys.argv[0]).name, 2
+        no_memory = re.search("allocate memory|out of memory", str(error))  # torch has no class for that on a CPU
+        if _interrupt.heard or isinstance(error, KeyboardInterrupt):
             print(f"\n{name}: interrupted", file=sys.stderr)
-            sys.exit(130)
-        # torch has no class of its own for a lack of memory on a CPU
-        if not isinstance(other, MemoryError) and not re.search("allocate memory|out of memory", str(other)):
+            code = 130
+        elif no_memory or isinstance(error, (UserError, OSError, MemoryError)):
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                time.sleep(5)  # torchrun ends the other ranks once one has ended: one error is said once
+            tqdm.write(f"{name}: {one_line(error)}", file=sys.stderr)  # below a progress bar, not into it
+        else:
             raise
-        error = f"out of memory: {one_line(other)}"
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun ends the others once one has ended: one error is said once
-        time.sleep(5)
-    from tqdm import tqdm
-
-    tqdm.write(f"{name}: {error}", file=sys.stderr)  # below a progress bar, not into it
-    sys.exit(2)
+    end_at_once.code = 1 if isinstance(code, str) else code or 0
+    sys.exit(code)

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 from cli import UserError, flag, note
 
 import numpy as np
+from msgspec import Meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -42,10 +43,11 @@ progress = partial(tqdm, unit="B", unit_scale=True, delay=2, leave=False, disabl
 class PrepareConfig:
     input: tuple[Path, ...] = flag((), "UTF-8 texts, joined in this order; - is standard input; none: Shakespeare.")
     out: Path | None = flag(None, "Folder to write; default: data/NAME after the first input, or data/shakespeare.")
-    vocab_size: int = flag(256, "256: plain bytes, a character model. More: byte-level BPE with that many tokens.", 256)
+    vocab_size: Annotated[int, Meta(ge=256, le=10**12)] = flag(
+        256, "256: plain bytes, a character model. More: byte-level BPE with that many tokens.")
     tokenizer: Path | None = flag(None, "Model to fine-tune (as --init-from): its tokenizer is used, none learned.")
     clean: Literal["none", "plain"] = flag("none", "plain: keep only letters, digits, spaces and . ? !")
-    val: float = flag(0.1, "Share of the text, from its end, that is kept for validation.", 0, 1)
+    val: Annotated[float, Meta(ge=0, le=1)] = flag(0.1, "Share of the text, from its end, that is kept for validation.")
 
 
 # ---------------------------------------------------------------- the text, piece by piece

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cli import UserError, one_line
+from cli import UserError, checked, one_line
 
 import msgspec
 from safetensors import SafetensorError
@@ -137,19 +137,6 @@ def read_json(path: Path, kind: Any = dict, limit: float = 64e6) -> Any:
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, as msgspec's errors are
         raise UserError(f"{path}: expected a JSON file: {one_line(error)}") from error
     return checked(value, kind, path)
-
-
-def checked(value: Any, kind: Any, where: object) -> Any:
-    """`value` as the type `kind`, whose annotations declare types and ranges; dataclasses are made from dicts.
-
-    Raises UserError that names the field in `where`.
-    """
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        what, _, field = str(error).partition(" - at `$")
-        field = field.strip("`.")
-        raise UserError(f"{where}: {field}{': ' if field else ''}{what[0].lower()}{what[1:]}") from None
 
 
 # ---------------------------------------------------------------- locks and folders

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 
-from cli import UserError, flag, given, handling, optional, parse, refuse, run
+from cli import Count, UserError, flag, given, handling, optional, parse, refuse, run
 
 # files, matplotlib and torch are imported after the script has run. A module imported earlier would be missing from the
 # phase "Python import", as torch is under --torch.
@@ -64,7 +64,7 @@ IMPORT_FRAMES = ("<frozen importlib", "builtins.__import__", "importlib/__init__
 @dataclass
 class ProfileConfig:
     out: Path | None = flag(None, "Stem of the files to write; default: profile-SCRIPT in the current folder.")
-    top: int = flag(15, "Functions in each table.", 1)
+    top: Count = flag(15, "Functions in each table.")
     torch: bool = flag(False, "Profile PyTorch's operators too. Takes some 30 MB a training step: use --max-steps 20.")
     compare: tuple[Path, ...] = flag((), "Two .prof files, before and after, to compare. Takes no script.")
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from cli import UserError, command, flag, given, note, optional, parse, refuse, run
+from cli import Count, Threads, UserError, command, flag, given, note, optional, parse, refuse, run
 
 import torch
 from tqdm import tqdm
@@ -160,9 +160,9 @@ class QuantizeConfig:
     html: bool = flag(False, "Write a .html beside it, which opens in any browser, offline, and writes.")
     compare: bool = flag(True, "Measure size, memory, loss and speed against fp32 and torch.ao.")
     data: Path | None = flag(None, "Prepared folder to measure the loss on; default: what the model was trained on.")
-    eval_tokens: int = flag(100_000, "Validation tokens to measure the loss on, evenly spread.", 1, 10**9)
+    eval_tokens: Count = flag(100_000, "Validation tokens to measure the loss on, evenly spread.")
     backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag("auto", "Int8 arithmetic; auto: the fastest.")
-    threads: int | None = flag(None, "CPU threads; default: as many as cores are free.", 1, 4096)
+    threads: Threads | None = flag(None, "CPU threads; default: as many as cores are free.")
 
 
 def validation_data(source: Path | None, folder: Path, model: GPTConfig) -> TokenData | None:

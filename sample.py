@@ -13,11 +13,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from cli import UserError, flag, given, note, parse, run
+from cli import Seed, Threads, UserError, flag, given, note, parse, run
 
 import torch
+from msgspec import Meta
 from tokenizers import Tokenizer
 
 from checkpoint import (
@@ -42,19 +43,20 @@ class SampleConfig:
     checkpoint: Path | None = flag(None, "Folder, or ORG/NAME of the Hugging Face hub; default: the newest in out/.")
     prompt: str | None = flag(None, "Text to continue; - reads it from standard input; default: a new line.")
     prompt_file: Path | None = flag(None, "UTF-8 file with the text to continue.")
-    num_samples: int = flag(1, "Continuations, made together; the first is streamed.", 1, 10_000)
-    max_new_tokens: int = flag(500, "Tokens to write.", 1, 10**7)
+    num_samples: Annotated[int, Meta(ge=1, le=10_000)] = flag(
+        1, "Continuations, made together; the first is streamed.")
+    max_new_tokens: Annotated[int, Meta(ge=1, le=10**7)] = flag(500, "Tokens to write.")
     temperature: float = flag(0.8, "0 always takes the likeliest token; higher is more adventurous.")
     top_k: int | None = flag(None, "Choose among the k likeliest tokens only.")
     top_p: float | None = flag(None, "Choose among the likeliest tokens that make up this probability only.")
     repetition_penalty: float = flag(1.0, "Above 1: tokens already in the context become less likely.")
-    seed: int | None = flag(None, "Same seed, same text; default: a new one, shown at the end.", 0, 2**63 - 1)
+    seed: Seed | None = flag(None, "Same seed, same text; default: a new one, shown at the end.")
     device: str = flag("auto", "auto, cpu, cuda or mps.")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of fp32 folders; auto: bfloat16 on GPUs with it.")
     backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag("auto", "Int8 arithmetic; auto: the fastest.")
     draft: str | None = flag(None, "Smaller int8 folder with the same tokenizer, which guesses tokens: the same text "
                              "sooner. auto: the newest in out/. Default: guesses from the text itself.")
-    threads: int | None = flag(None, "CPU threads; default: as many as cores are free.", 1, 4096)
+    threads: Threads | None = flag(None, "CPU threads; default: as many as cores are free.")
 
 
 def load(folder: Path, dtype: str, backend: str, device: torch.device) -> GPT | Int8GPT | KernelGPT:

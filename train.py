@@ -22,13 +22,30 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from cli import StopSignals, UserError, command, flag, given, note, one_line, optional, parse, refuse, run, words
+from cli import (
+    Count,
+    NonNegative,
+    Seed,
+    StopSignals,
+    Threads,
+    UserError,
+    command,
+    flag,
+    given,
+    note,
+    one_line,
+    optional,
+    parse,
+    refuse,
+    run,
+)
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from msgspec import Meta
 from tqdm import tqdm
 
 from checkpoint import (
@@ -47,7 +64,7 @@ from corpus import PrepareConfig, prepare
 from dataloader import TokenData, evaluate, forward_loss, read_meta, uncompiled
 from distributed import Ranks, gather_to_main, launch, parallelize, restart_folder, sync_gradients
 from fetch import model_folder
-from files import lock, newest, write_json
+from files import checked, lock, newest, write_json
 from generate import generate
 from machine import can_compile, peak_flops
 from model import GPT, SIZES, GPTConfig
@@ -74,30 +91,32 @@ class TrainConfig:
     n_head: int = flag(4, "Attention heads of each block.")
     n_kv_head: int | None = flag(None, "Key/value heads for grouped-query attention; default: n_head.")
     n_embd: int = flag(128, "Width of the residual stream.")
-    block_size: int = flag(128, "Context length in tokens.", 1)
+    block_size: Count = flag(128, "Context length in tokens.")
     qk_norm: bool = flag(True, "RMSNorm on queries and keys: a Qwen3 model. Without: a Llama model.")
     tie_embeddings: bool | None = flag(None, "One matrix for embedding and head; default: with over 1,024 tokens.")
     dropout: float | None = flag(None, "Share of each block's output to drop; default: 0 to 0.2, by text and run.")
 
-    max_steps: int | None = flag(None, "Steps of the whole run; default: by the size and the length of the text.", 1)
-    max_minutes: float | None = flag(None, "Minutes of the whole run, in place of --max-steps.", 0.01, 1e6)
-    batch_size: int = flag(16, "Sequences a step, over all ranks together.", 1)
-    grad_accum: int | None = flag(1, "Parts of a rank's batch, in turn: same result, less memory; fine-tuning: all.", 1)
-    muon_lr: float = flag(0.02, "Learning rate of Muon, for the blocks' matrices; 0: AdamW takes them.", 0)
-    adam_lr: float = flag(1e-2, "Learning rate of AdamW, for embedding, head and norms.", 0)
-    weight_decay: float = flag(0.0, "Decoupled weight decay of Muon.", 0)
-    grad_clip: float = flag(1.0, "Largest gradient norm; 0: no clipping.", 0)
-    warmup_steps: int = flag(0, "First steps, over which the learning rates rise linearly.", 0)
-    warmdown: float = flag(0.7, "Last share of the run, over which the learning rates fall linearly to zero.", 0)
+    max_steps: Count | None = flag(None, "Steps of the whole run; default: by the size and the length of the text.")
+    max_minutes: Annotated[float, Meta(ge=0.01, le=1e6)] | None = flag(
+        None, "Minutes of the whole run, in place of --max-steps.")
+    batch_size: Count = flag(16, "Sequences a step, over all ranks together.")
+    grad_accum: Count | None = flag(1, "Parts of a rank's batch, in turn: same result, less memory; fine-tuning: all.")
+    muon_lr: NonNegative = flag(0.02, "Learning rate of Muon, for the blocks' matrices; 0: AdamW takes them.")
+    adam_lr: NonNegative = flag(1e-2, "Learning rate of AdamW, for embedding, head and norms.")
+    weight_decay: NonNegative = flag(0.0, "Decoupled weight decay of Muon.")
+    grad_clip: NonNegative = flag(1.0, "Largest gradient norm; 0: no clipping.")
+    warmup_steps: Annotated[int, Meta(ge=0, le=10**12)] = flag(
+        0, "First steps, over which the learning rates rise linearly.")
+    warmdown: NonNegative = flag(0.7, "Last share of the run, over which the learning rates fall linearly to zero.")
 
-    eval_every: int | None = flag(None, "Steps between evaluations, which also save; default: 250, or 8 in all.", 1)
-    eval_tokens: int = flag(100_000, "Validation tokens of an evaluation, always the same, evenly spread.", 1)
-    seed: int = flag(1337, "Draws the weights and the order of the data.", 0, 2**63 - 1)
+    eval_every: Count | None = flag(None, "Steps between evaluations, which also save; default: 250, or 8 in all.")
+    eval_tokens: Count = flag(100_000, "Validation tokens of an evaluation, always the same, evenly spread.")
+    seed: Seed = flag(1337, "Draws the weights and the order of the data.")
     device: str = flag("auto", "auto, cpu, cuda or mps.")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of matrix products; auto: what is faster here.")
     muon_dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of Muon's products; auto: as --dtype.")
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile (10 seconds); auto: for 1000 steps or more.")
-    threads: int | None = flag(None, "CPU threads of each rank; default: as many as cores are free.", 1, 4096)
+    threads: Threads | None = flag(None, "CPU threads of each rank; default: as many as cores are free.")
     parallel: Literal["ddp", "fsdp"] = flag("ddp", "Each rank has the whole model (ddp) or a part of it (fsdp).")
 
     @property
@@ -157,10 +176,7 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
         note(damage)
     settings, state["data_sha256"] = read_run(out)
     settings = {name: value for name, value in settings.items() if name not in ("out", "resume")}
-    try:
-        saved = parse(TrainConfig, "", [str(settings.pop("size", "tiny")), *words(settings)])
-    except UserError as error:
-        raise UserError(f"{out}/run.json: {error}") from None
+    saved = checked(settings, TrainConfig, out / "run.json")
     if saved.block_size > state["model_config"].block_size:
         raise UserError(f"{out}/run.json: --block-size: expected at most {state['model_config'].block_size}, the "
                         f"model's context, got {saved.block_size}")

@@ -60,7 +60,7 @@ def test_prepare_refuses(script, tmp_path, monkeypatch, flags, words):
     (["--block-size", 100_000], ["--block-size", "longer", "100000"]),
     (["--max-stepz", 5], ["--max-stepz"]),
     (["--max-steps", "many"], ["--max-steps", "many"]),
-    (["--max-steps", 0], ["--max-steps", "1 or more"]),
+    (["--max-steps", 0], ["--max-steps", ">= 1", "0"]),
     (["huge"], ["huge", "tiny"]),
     (["--data", "nowhere"], ["nowhere"]),
     (["--batch-size", 6, "--grad-accum", 4], ["--batch-size", "multiple", "4", "6"]),
@@ -157,7 +157,7 @@ def test_token_files_must_match_their_description(script, data, tmp_path):
     (["--seed", -1], ["--seed"]),
     (["--threads", 0], ["--threads"]),
     (["--device", "cuda"], ["--device"]),
-    (["--prompt", "\udcff"], ["--prompt", "UTF-8"]),
+    (["--prompt", "\udcff"], ["--prompt", "utf-8"]),
     (["--prompt", "x" * 17], ["prompt", "16", "17"]),
     (["--prompt-file", "nowhere"], ["nowhere"]),
     (["--prompt-file", "latin1"], ["latin1", "UTF-8"]),
@@ -369,7 +369,8 @@ def test_a_thread_that_cannot_write_is_a_note(script):
         thread.join()
 
     code, _, err = script(main)
-    assert code == 0 and err == f"note: {__file__}/file: Not a directory; going on without\n"
+    assert code == 0 and err.count("\n") == 1
+    assert err.startswith("note: NotADirectoryError: ") and err.endswith(f"'{__file__}/file'; going on without\n")
 
 
 def test_a_reader_that_leaves_early_is_no_error(folder):

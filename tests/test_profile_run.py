@@ -122,7 +122,7 @@ def test_exit_codes(tmp_path, record, capsys, code, expected, said):
     ([], "expected a script"),
     (["--top", "3"], "expected a script"),
     (["nowhere.py", "--x"], "nowhere.py: expected a Python script"),
-    (["--top", "0", "script.py"], "--top: expected 1 or more, got 0"),
+    (["--top", "0", "script.py"], "--top '0': expected `int` >= 1"),
     (["--tip", "3", "script.py"], "--tip"),
     (["--out", "no/where", "script.py"], "--out"),
     (["--compare", "text.prof"], "expected two .prof files"),

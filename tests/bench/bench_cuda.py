@@ -18,13 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from report import machine_name, publish, random_model, table, take_turns
-from cli import UserError, flag, parse, run
+from cli import Count, UserError, flag, parse, run
 
 import torch
 import torch.nn.functional as F
+from msgspec import Meta
 from torch import Tensor
 
 import int8
@@ -189,8 +190,8 @@ def tokens_per_second(model: GPT, idx: Tensor, new: int, cache: type[KVCache]) -
 @dataclass
 class CudaBenchConfig:
     sizes: tuple[Literal[tuple(SIZES)], ...] = flag(("small", "medium"), "Models to decode with.")
-    tokens: int = flag(MOST_TOKENS, "New tokens of a generation.", 1, MOST_TOKENS)
-    rounds: int = flag(7, "Turns of each engine that count.", 1)
+    tokens: Annotated[int, Meta(ge=1, le=MOST_TOKENS)] = flag(MOST_TOKENS, "New tokens of a generation.")
+    rounds: Count = flag(7, "Turns of each engine that count.")
     out: Path = flag(Path("out/cuda"), "Folder for cuda.md and cuda.json.")
 
 

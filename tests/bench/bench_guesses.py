@@ -13,11 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from report import ROOT, machine_name, publish, table, take_turns
-from cli import UserError, flag, parse, run
+from cli import Count, NonNegative, Threads, UserError, flag, parse, run
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from checkpoint import newest_model, read_tokenizer, token_ids
@@ -39,11 +41,11 @@ class GuessConfig:
     model: Path | None = flag(None, "int8 folder; default: the newest in out/.", positional=True)
     draft: Path | None = flag(None, "Smaller int8 folder with the same tokenizer.")
     text: Path = flag(ROOT / "README.md", "UTF-8 text to take prompts from.")
-    prompts: int = flag(5, "How many, evenly spread.", 1)
-    length: int = flag(64, "Tokens of each.", 1)
-    new: int = flag(300, "Tokens to write.", 2)
-    temperatures: tuple[float, ...] = flag((0.0, 0.8, 100.0), "0: greedy; 100: in vain.", 0)
-    threads: tuple[int, ...] = flag((1, 2), "CPU threads.", 1, 4096)
+    prompts: Count = flag(5, "How many, evenly spread.")
+    length: Count = flag(64, "Tokens of each.")
+    new: Annotated[int, Meta(ge=2)] = flag(300, "Tokens to write.")
+    temperatures: tuple[NonNegative, ...] = flag((0.0, 0.8, 100.0), "0: greedy; 100: in vain.")
+    threads: tuple[Threads, ...] = flag((1, 2), "CPU threads.")
     out: Path = flag(Path("out/guesses"), "Folder for guesses.md and guesses.json.")
 
 

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from report import OUT, machine_name, publish, table, take_turns
-from cli import flag, parse, run
+from cli import Count, flag, parse, run
 
 import torch
 import torch.nn.functional as F
+from msgspec import Meta
 from probe import Limits, compiled, owlet_kernels
 from torch import Tensor
 
@@ -98,8 +100,8 @@ def measure(mib: int, K: int, rounds: int) -> dict[str, dict[str, str]]:
 
 @dataclass
 class LadderConfig:
-    mib: tuple[int, ...] = flag((12, 128), "Sizes of the int8 matrix in MiB: for the last cache, and for memory.", 1)
-    rounds: int = flag(15, "Turns of each rung.", 2)
+    mib: tuple[Count, ...] = flag((12, 128), "Sizes of the int8 matrix in MiB: for the last cache, and for memory.")
+    rounds: Annotated[int, Meta(ge=2)] = flag(15, "Turns of each rung.")
 
 
 def main() -> None:

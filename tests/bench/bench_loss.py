@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from report import ROOT, machine_name, picture, publish, table, take_turns
-from cli import UserError, flag, parse, run
+from cli import Count, UserError, flag, parse, run
 
 import gpt2
 import torch
@@ -108,9 +108,9 @@ def plot(recipes: list[Recipe], title: str, path: Path) -> None:
 @dataclass
 class LossConfig:
     data: Path | None = flag(None, "Folder made by data/prepare.py; default: the newest under data/.")
-    steps: tuple[int, ...] = flag(
-        (160, 340, 2000), "Steps of owlet's runs; the first two reach the baselines' losses on tinyshakespeare.", 1)
-    repeats: int = flag(3, "Rounds, each with another seed.", 1)
+    steps: tuple[Count, ...] = flag(
+        (160, 340, 2000), "Steps of owlet's runs; the first two reach the baselines' losses on tinyshakespeare.")
+    repeats: Count = flag(3, "Rounds, each with another seed.")
     out: Path = flag(Path("out/loss"), "Folder for the models, and for loss.md, loss.json and loss.png.")
 
 

@@ -20,14 +20,15 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from report import GPT2_VOCAB, machine_name, picture, publish, random_model, summary, table, take_turns
-from cli import UserError, flag, parse, run
+from cli import Count, UserError, flag, parse, run
 
 import numpy as np
 import torch
 from engines import ENGINES, Engine
+from msgspec import Meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from checkpoint import load_model, save_weights
@@ -221,10 +222,10 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
 class PeersConfig:
     sizes: tuple[Literal["base", "medium"], ...] = flag(
         ("base", "medium"), "Models of random weights: base with a vocabulary of 256, medium with one of 50,257.")
-    threads: tuple[int, ...] = flag(tuple(range(1, min(2, len(CORES)) + 1)),
-                                    "CPU threads, and cores to run on; each number is measured on its own.",
-                                    1, len(CORES))
-    rounds: int = flag(5, "Turns of each engine that count; one more is the warm-up.", 1, 1000)
+    threads: tuple[Annotated[int, Meta(ge=1, le=len(CORES))], ...] = flag(
+        tuple(range(1, min(2, len(CORES)) + 1)),
+        "CPU threads, and cores to run on; each number is measured on its own.")
+    rounds: Count = flag(5, "Turns of each engine that count; one more is the warm-up.")
     engines: tuple[Literal[tuple(ENGINES)], ...] = flag(tuple(ENGINES), "Engines to compare.")
     out: Path = flag(Path("out/peers"), "Folder for the models, converted for each engine, and for peers.*.")
 

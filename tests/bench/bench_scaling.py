@@ -24,15 +24,16 @@ from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from unittest import mock
 
 from report import machine_name, picture, publish, summary, table, take_turns
-from cli import UserError, flag, parse, run
+from cli import Count, NonNegative, UserError, flag, parse, run
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from msgspec import Meta
 from torch import Tensor
 
 import muon
@@ -339,10 +340,10 @@ class ScalingConfig:
     sizes: tuple[Literal[tuple(CONFIGS)], ...] = flag(
         ("tiny-64", "small"), "tiny-64: 4 layers x 128, batch 12 of 64 tokens; small: 6 x 384, 16 of 256; "
         "base: 8 x 512, 128 of 512.")
-    ranks: tuple[int, ...] = flag(tuple(range(1, min(2, PLACES) + 1)), "Numbers of ranks; 1 is always among them.",
-                                  1, PLACES)
-    rounds: int = flag(9, "Turns of each kind that count.", 1, 1000)
-    seconds: float = flag(1.0, "About how long a turn takes; it is one step at least.", 0)
+    ranks: tuple[Annotated[int, Meta(ge=1, le=PLACES)], ...] = flag(
+        tuple(range(1, min(2, PLACES) + 1)), "Numbers of ranks; 1 is always among them.")
+    rounds: Count = flag(9, "Turns of each kind that count.")
+    seconds: NonNegative = flag(1.0, "About how long a turn takes; it is one step at least.")
     out: Path = flag(Path("out/scaling"), "Folder for scaling.md, scaling.json and scaling.png.")
 
 

