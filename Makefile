@@ -48,7 +48,7 @@ data/shakespeare/meta.json: | .venv/requirements
 
 out/demo/.trained: | data/shakespeare/meta.json .venv/requirements
 	@echo; echo "== a model is trained"
-	$(BIN)/python train.py tiny --data data/shakespeare --out out/demo $$(test -e out/demo/train_state.pt && echo --resume)
+	$(BIN)/python train.py tiny --data data/shakespeare --out out/demo $$(test -e out/demo/train_state.safetensors && echo --resume)
 	@touch $@
 
 out/demo-int8/comparison.json: out/demo/.trained | build/kernels

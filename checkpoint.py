@@ -1,7 +1,7 @@
 """Checkpoints: a Hugging Face model folder <-> model.GPT, and the training state that a resume needs.
 
 A checkpoint is a Hugging Face folder, so that everything that reads those reads ours. Weights and state carry a
-checksum of all they hold: neither safetensors nor torch.load notices a flipped bit.
+checksum of all they hold: safetensors does not notice a flipped bit.
 """
 
 import contextlib
@@ -12,13 +12,12 @@ import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, NotRequired, TypedDict
 
-from cli import UserError, note, one_line
+from cli import UserError, command, note, one_line
 
 import msgspec
 import torch
@@ -30,11 +29,6 @@ from torch import Tensor
 from files import atomic_path, checked, newest, plain_file, read_json, write_json
 from machine import free_memory
 from model import GPT, GPTConfig
-
-# torch.load warns of foreign pickles, which read_state's own error names. Filtered here, once: catch_warnings around
-# the call would change the filters of all threads, and states are read back in a thread that saves.
-warnings.filterwarnings("ignore", "Detected pickle protocol")
-
 
 # ---------------------------------------------------------------- config.json
 
@@ -150,7 +144,7 @@ def save_weights(state: dict[str, Tensor], config: GPTConfig, folder: Path) -> N
     """Write config.json, generation_config.json and model.safetensors (fp32) from a GPT's state_dict."""
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     if config.tie_embeddings:
-        del state["lm_head.weight"]
+        state.pop("lm_head.weight", None)
     write_model(folder, state, config)
 
 
@@ -170,6 +164,11 @@ def holds_model(folder: Path) -> bool:
     return (folder / "config.json").exists()  # which is written last
 
 
+def holds_weights(folder: Path, weights: dict[str, Tensor]) -> bool:
+    """Whether these are the weights of the folder's model, by their checksum."""
+    return holds_model(folder) and read_safetensors(folder / "model.safetensors")[1]["sha256"] == checksum(weights)
+
+
 def newest_model(root: Path, quantized: bool = True) -> Path:
     """The newest folder with a model under root; quantized=False: that is not an int8 one."""
     for folder in newest(root, "model.safetensors", "python train.py"):
@@ -178,17 +177,18 @@ def newest_model(root: Path, quantized: bool = True) -> Path:
     raise UserError(f"{root}/: only int8 folders there; make an fp32 one with `python train.py`")
 
 
-def check_tensors(file: Path, expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
+def check_tensors(file: Path, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
     """Raises UserError unless all expected tensors are there, in their shape and dtype, in range, and no others."""
     for name, like in expected.items():
         if name not in got:
             raise UserError(f"{file}: tensor {name} is missing")
-        if (got[name].shape, got[name].dtype) != (like.shape, like.dtype):
+        x = got[name]
+        if (x.shape, x.dtype) != (like.shape, like.dtype):
             raise UserError(f"{file}: tensor {name}: expected {like.dtype} {tuple(like.shape)}, "
-                            f"got {got[name].dtype} {tuple(got[name].shape)}")
-        if got[name].is_floating_point() and not got[name].sum().isfinite():  # 30 times as fast as asking each value
+                            f"got {x.dtype} {tuple(x.shape)}")
+        if x.is_floating_point() and not x.sum().isfinite():  # 30 times as fast as asking each value
             raise UserError(f"{file}: tensor {name}: expected numbers, got some that are NaN or infinite")
-        if got[name].dtype == torch.int8 and got[name].min() == -128:
+        if x.dtype == torch.int8 and x.min() == -128:
             raise UserError(f"{file}: tensor {name}: expected -127 to 127, got -128")
     for name in got:
         if name not in expected:
@@ -280,18 +280,20 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                         f"got {size / 1e9:.1f} GB")
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        tensors |= read_safetensors(path)
+        tensors |= read_safetensors(path)[0]
     return tensors
 
 
-class StoredTensors:
-    """A folder's tensors, which read_tensors has found to be whole. Each is read when it is asked for, from the file
-    opened anew: with one file for all, what has been read would stay in memory beside what is made of it.
+class StoredTensors(Mapping):
+    """The tensors of files that have been found to be whole, each read when it is asked for.
+
+    The file is opened anew each time: with one open file for all, what has been read would stay in memory beside what
+    is made of it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, paths: Iterable[Path]) -> None:
         self.files = {}
-        for path in weight_files(folder):
+        for path in paths:
             with safe_open(path, "pt") as file:
                 self.files |= dict.fromkeys(file.keys(), path)
 
@@ -299,24 +301,32 @@ class StoredTensors:
         with safe_open(self.files[name], "pt") as file:
             return file.get_tensor(name)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, checked where the file has owlet's checksum."""
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def read_safetensors(path: Path, expected: str = "the model's weights") -> tuple[dict[str, Tensor], dict]:
+    """The tensors of one file, and the facts that write_tensors put beside them; checked where it has our checksum."""
     try:
-        with safe_open(plain_file(path, "the model's weights"), "pt") as file:
+        with safe_open(plain_file(path, expected), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-            expected = (file.metadata() or {}).get("owlet_sha256")
-    except (OSError, SafetensorError) as error:
+            metadata = file.metadata() or {}
+        sha256, facts = metadata.get("owlet_sha256"), json.loads(metadata.get("owlet", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: not a whole safetensors file: {one_line(error)}") from error
-    if expected is not None and expected != checksum(tensors):
+    if sha256 not in (None, checksum(tensors | facts)):
         raise UserError(f"{path}: damaged: its checksum is not that of what it holds")
-    return tensors
+    return tensors, facts | {"sha256": sha256}
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], **facts: object) -> None:
+    """A safetensors file, with plain values beside the tensors in its metadata."""
+    metadata = {"format": "pt", "owlet_sha256": checksum(tensors | facts)}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "owlet_sha256": checksum(tensors)})
-        read_safetensors(temporary)  # raises if it is not whole
+        save_file(tensors, temporary, metadata | ({"owlet": json.dumps(facts)} if facts else {}))
 
 
 def checksum(value: dict) -> str:
@@ -336,83 +346,59 @@ def checksum(value: dict) -> str:
 
 # ---------------------------------------------------------------- the training state
 
-def write_state(path: Path, state: dict) -> None:
-    """Tensors and plain types. The state that was there before becomes X.previous.pt."""
-    kept = path.with_name(f".{path.name}.kept")
-    with atomic_path(path) as temporary:
-        try:
-            torch.save(state | {"sha256": checksum(state)}, temporary)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"is the disk full? {one_line(error)}") from error
-        read_state(temporary, mmap=True)  # raises if it is not whole
-        kept.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the first state, or a file system without links: none is kept
-            kept.hardlink_to(path)
-    if kept.exists():  # only now that the new state has its name: at every moment one of the two is whole
-        kept.replace(previous_state(path))
-
-
-def previous_state(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.previous{path.suffix}")
+STATE = "train_state.safetensors"  # in the folder of a run, beside run.json
 
 
 class TrainState(TypedDict):
-    """train_state.pt: beside run.json, all that a resume needs."""
+    """All that a resume needs, beside run.json."""
 
     step: Annotated[int, msgspec.Meta(ge=0)]
-    best: float
+    seconds: Annotated[float, msgspec.Meta(ge=0)]  # that the run has taken
+    best: float | None  # validation loss in nats a token
+    better: bool  # whether this step's is the best
     model_config: GPTConfig
-    model: dict[str, Tensor]
-    optimizers: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=2, max_length=2)]
     sha256: str
+    tensors: NotRequired[StoredTensors]  # those of training_tensors()
 
 
-def read_state(path: Path, mmap: bool = False) -> dict:
-    """What write_state wrote, with its checksum as "sha256"; no code is unpickled. mmap: leave tensors in the file."""
-    plain_file(path, "a training state to resume from")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        expected = state.get("sha256")
-        found = checksum({name: value for name, value in state.items() if name != "sha256"})
-    except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
-        raise UserError(f"{path}: not a training state (damaged, or a pickle, which owlet never runs)") from error
-    if expected != found:
-        raise UserError(f"{path}: not a training state (damaged, or not owlet's): its checksum is not that of "
-                        "what it holds")
-    return state
+def training_tensors(model: GPT, optimizers: Iterable) -> dict[str, Tensor]:
+    """All that training changes, by name. They are the tensors in use, no copies."""
+    weights = {f"weights.{name}": x for name, x in model.state_dict().items()
+               if not (name == "lm_head.weight" and model.config.tie_embeddings)}
+    return weights | {f"{type(optimizer).__name__}.{i}.{name}": x for optimizer in optimizers
+                      for i, state in enumerate(optimizer.state) for name, x in state.items()}
 
 
-def read_train_state(path: Path) -> TrainState:
-    """A state with all that a resume needs, in the shapes of its model."""
-    state = checked(read_state(path), TrainState, path)
-    check_tensors(path, empty_model(state["model_config"]).state_dict(), state["model"])
-    return state
+def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's part of training_tensors(), as in its state_dict."""
+    return {name.removeprefix("weights."): tensors[name] for name in tensors if name.startswith("weights.")}
 
 
-def read_last_state(folder: Path) -> tuple[TrainState, str | None]:
-    """What a run saved last. If that is damaged: what it saved before, and a line that says so."""
-    path = Path(folder) / "train_state.pt"
-    try:
-        return read_train_state(path), None
-    except UserError as error:
-        before, damage = previous_state(path), error
-    if not before.exists():
-        raise damage
-    try:
-        state = read_train_state(before)
-    except UserError as error:
-        raise UserError(f"{damage}; and {error}") from None
-    return state, f"{damage}; going on from step {state['step']}, {before}"
+def read_state(folder: Path) -> TrainState:
+    """What a run saved last."""
+    path = folder / STATE
+    if not path.exists() and (folder / "train_state.pt").exists():
+        raise UserError(f"{folder}: expected a run of this version, found an older one's; its model can be fine-tuned "
+                        f"with {command('--init-from', folder)}")
+    facts = read_safetensors(path, "a training state to resume from")[1]
+    return checked(facts, TrainState, path) | {"tensors": StoredTensors([path])}
 
 
-# ---------------------------------------------------------------- a run's settings
+@torch.no_grad()
+def load_tensors(live: dict[str, Tensor], folder: Path, stored: Mapping[str, Tensor]) -> None:
+    """Copy a state's tensors into those of this process, which training_tensors() named."""
+    from distributed import shard_like  # imports torch.distributed, which sample.py has no use for
 
-class RunFile(TypedDict):
-    settings: dict[str, str | int | float | bool | None]
-    data_sha256: str
+    check_tensors(folder / STATE, live, stored)
+    for name, x in live.items():
+        x.copy_(shard_like(stored[name], x))
 
 
-def read_run(folder: Path) -> tuple[dict, str]:
-    """run.json: train.py's flags as the run used them, and the hash of its training tokens."""
-    run = read_json(folder / "run.json", RunFile)
-    return run["settings"], run["data_sha256"]
+def trained_on(folder: Path) -> tuple[Path, str] | None:
+    """The prepared folder that a model was trained on, and its hash; of runs of earlier versions too."""
+    if not (folder / "run.json").exists():
+        return None
+    run = read_json(folder / "run.json")
+    plan = checked(run.get("plan") or run.get("settings"), dict, f"{folder}/run.json: plan")
+    data = {"data": plan.get("data"), "sha256": plan.get("data_sha256", run.get("data_sha256"))}
+    return tuple(checked(data, TypedDict("Data", {"data": Path, "sha256": str}), folder / "run.json").values())

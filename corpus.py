@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
-from cli import UserError, flag, note
+from cli import UserError, command, flag, note
 
 import numpy as np
 from msgspec import Meta
@@ -77,7 +77,7 @@ def read_text(path: Path) -> Iterator[str]:
         raise UserError(f"{expected} an empty file")
 
 
-LAST_WORD_END = re.compile(r".*[^\W_](?=\s)", re.S)  # greedy: goes to the end and backs up
+LAST_WORD_END = re.compile(r"(.*[^\W_](?=\s))?", re.S)  # greedy: goes to the end and backs up
 
 
 def pieces(chunks: Iterable[str]) -> Iterator[str]:
@@ -90,8 +90,7 @@ def pieces(chunks: Iterable[str]) -> Iterator[str]:
     for chunk in chunks:
         text += chunk
         if len(text) >= PIECE:
-            found = LAST_WORD_END.match(text)
-            cut = found.end() if found else len(text)
+            cut = LAST_WORD_END.match(text).end() or len(text)
             yield text[:cut]
             text = text[cut:]
     if text:
@@ -226,7 +225,6 @@ def prepare(config: PrepareConfig) -> Path:
                 file.write(text.replace(END, end).encode("utf-8"))
         size = file.tell()
         split = split_point(file, size, config.val)
-
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
                                                       "clean_up_tokenization_spaces": False})
         if tokenizer is not None:
@@ -252,3 +250,19 @@ def prepare(config: PrepareConfig) -> Path:
     print(f"{out}: {size:,} bytes -> {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on "
           f"({vocab_size} different, {bytes_per_token:.2f} bytes each)")
     return out
+
+
+def prepared(text: Path, tokenizer: Path | None) -> Path:
+    """The folder of a text's tokens under data/, made now unless it is there."""
+    folder = Path("data") / (text.stem + (f"-{tokenizer.resolve().name}" if tokenizer else ""))
+    meta = folder / "meta.json"
+    if not meta.exists():
+        return prepare(PrepareConfig(input=(text,), out=folder, tokenizer=tokenizer))
+    same = read_meta(folder).get("inputs") == [str(text.resolve())] and meta.stat().st_mtime > text.stat().st_mtime
+    if tokenizer is not None:
+        same = same and read_tokenizer(folder).get_vocab() == read_tokenizer(tokenizer).get_vocab()
+    if not same:
+        flags = ["--input", text, "--out", folder, *(["--tokenizer", tokenizer] if tokenizer else [])]
+        raise UserError(f"--data {text}: {folder} holds tokens of another text, an older one or another model; make it "
+                        f"anew with {command('python', 'data/prepare.py', *flags)}, or name a folder")
+    return folder

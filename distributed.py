@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
-from machine import CPUThreads, help_inductor, pick_device
+from machine import CPUThreads, pick_device
 from model import GPT
 
 # Other processors may show what one rank writes in another order. Some builds of Python lack the function.
@@ -45,6 +44,8 @@ class Ranks:
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
                                     world_size=self.world)
+            # one of gloo's threads may abort a Python that takes itself down (pytorch #179291)
+            atexit.register(end_at_once)
             SharedMemory.share(self)
 
     def sum(self, *values: float) -> list[float]:
@@ -71,8 +72,6 @@ class Ranks:
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
-            # while Python takes itself down, one of gloo's threads, which DDP keeps, may abort it (pytorch #179291)
-            atexit.register(end_at_once)
 
 
 # ---------------------------------------------------------------- small messages
@@ -171,16 +170,11 @@ def restart_folder(out: Path | None) -> Path | None:
 
 # ---------------------------------------------------------------- models and tensors in parts
 
-def parallelize(model: GPT, ranks: Ranks, parallel: str = "ddp", dtype: torch.dtype = torch.float32,
-                compile: bool = False) -> nn.Module:
+def parallelize(model: GPT, ranks: Ranks, parallel: str = "ddp", dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model, on its device, as this rank is to call it. With fsdp its parameters become this rank's parts of them.
 
     parallel: "ddp" (data parallel) or "fsdp" (Zhao et al., 2023: one block at a time is whole on the device).
     """
-    if compile:
-        help_inductor()
-        for block in model.model.layers:  # all have the same code, which is compiled once
-            block.forward = torch.compile(block.forward)
     if ranks.world == 1:
         return model.to(ranks.device)
     if parallel == "fsdp":
@@ -230,6 +224,11 @@ def shard_like(x: Tensor, like: Tensor) -> Tensor:
     return x
 
 
-def gather_to_main(state: dict, ranks: Ranks) -> dict:
-    """A copy of nested tensors, whole, on rank 0's CPU; without values on other ranks. All ranks must call this."""
-    return tree_map_only(Tensor, lambda x: whole(x).to("cpu" if ranks.is_main else "meta", copy=True), state)
+def gather_to_main(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors whole and on the CPU, for rank 0 alone; one that is so already is not copied. All ranks must call."""
+    found = {}
+    for name, x in tensors.items():
+        x = whole(x)  # takes all ranks
+        if ranks.is_main:
+            found[name] = x.cpu()
+    return found

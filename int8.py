@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import StoredTensors, check_tensors, config_from_hf, empty_model, read_config, read_tensors, write_model
+from checkpoint import (
+    StoredTensors,
+    check_tensors,
+    config_from_hf,
+    empty_model,
+    read_config,
+    read_tensors,
+    weight_files,
+    write_model,
+)
 from files import checked
 from generate import StaticKVCache
 from model import GPT, GPTConfig, KVCache, apply_rope, rope_table
@@ -390,7 +399,7 @@ def read_quantized(folder: Path) -> tuple[GPTConfig, StoredTensors, int, bool]:
         shape = (len(like), slices) if slices > 1 and name.endswith("down_proj.weight") else len(like)
         expected[name], expected[f"{name}_scale"] = like.to(torch.int8), torch.empty(shape, device="meta")
     check_tensors(folder / "model.safetensors", expected, read_tensors(folder))
-    return config, StoredTensors(folder), slices, bool(fine)
+    return config, StoredTensors(weight_files(folder)), slices, bool(fine)
 
 
 def load_quantized(folder: Path, backend: str = "auto",

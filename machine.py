@@ -1,7 +1,6 @@
 """What this machine has: devices, number formats, compilers, cores, and how fast it multiplies."""
 
 import importlib.util
-import itertools
 import math
 import os
 import platform
@@ -10,7 +9,6 @@ import resource
 import shlex
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from cli import UserError, note
@@ -34,20 +32,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def pick_dtype(name: str, device: torch.device, work: Callable[[torch.dtype], object]) -> torch.dtype:
-    """auto: what GPUs with bfloat16 have; on a CPU bfloat16 where `work` takes less time in it, else float32."""
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies it, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type != "cpu":
-        return torch.bfloat16 if gpu_has_bf16(device) else torch.float32
-    dtypes = (torch.float32, torch.bfloat16)
-    best = dict.fromkeys(dtypes, math.inf)
-    for _, dtype in itertools.product(range(4), dtypes):  # the first turn warms up
-        start = time.perf_counter()
-        work(dtype)
-        best[dtype] = min(best[dtype], time.perf_counter() - start)
-    # fp32 for the same speed: it is more exact (docs/log.md, "bfloat16 on a CPU")
-    return torch.bfloat16 if best[torch.bfloat16] < 0.95 * best[torch.float32] else torch.float32
+    here = torch.cpu.get_capabilities()  # no stopwatch: the same command on the same machine computes the same
+    on_cpu = device.type == "cpu" and (here.get("avx512_bf16") or here.get("amx_bf16"))
+    return torch.bfloat16 if on_cpu or gpu_has_bf16(device) else torch.float32
 
 
 def gpu_has_bf16(device: torch.device) -> bool:

@@ -8,16 +8,12 @@ import math
 from collections.abc import Iterable
 from itertools import chain, pairwise
 
-from cli import UserError
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from distributed import gather, is_sharded, local, shard_like, whole
-from files import checked
-from machine import pick_dtype
 from model import GPT
 
 # An odd polynomial: five iterations take singular values of 0.01 to 1 to between 0.7 and 1.2 (ibid.).
@@ -35,19 +31,18 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Optimizer:
-    """Parameters, and what is remembered of each: state[i] of params[i], in its shape or a number.
+    """Parameters, and what is remembered of each: state[i] of params[i], by name.
 
     (torch.optim's own class imports torch.compile, which takes two seconds of every start. Its functions do not.)
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
-        self.params, self.state = list(params), {}
+        self.params = list(params)
+        self.state = [self.new_state(p) for p in self.params]
 
-    def with_gradients(self) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """The parameters that have a gradient, and the state of each."""
-        found = [(p, self.state.get(i) or self.state.setdefault(i, self.new_state(p)))
-                 for i, p in enumerate(self.params) if p.grad is not None]
-        return [p for p, _ in found], [state for _, state in found]
+    def part(self, name: str) -> list[Tensor]:
+        """This rank's part of what is remembered under a name, of all parameters."""
+        return [local(state[name]) for state in self.state]
 
 
 class AdamW(Optimizer):
@@ -64,11 +59,9 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        params, states = self.with_gradients()
-        adamw([local(p) for p in params], [local(p.grad) for p in params],
-              *([local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")), [],
-              [state["step"] for state in states], fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1],
-              lr=lr, weight_decay=0.0, eps=1e-8, maximize=False)
+        adamw([local(p) for p in self.params], [local(p.grad) for p in self.params], self.part("exp_avg"),
+              self.part("exp_avg_sq"), [], self.part("step"), fused=True, amsgrad=False, beta1=self.betas[0],
+              beta2=self.betas[1], lr=lr, weight_decay=0.0, eps=1e-8, maximize=False)
 
 
 class Muon(Optimizer):
@@ -90,11 +83,10 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float = 0.0) -> None:
-        params, states = self.with_gradients()
+        params, buffers = self.params, self.part("momentum_buffer")
         if not params:
             return
         grads = [local(p.grad) for p in params]
-        buffers = [local(state["momentum_buffer"]) for state in states]
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
         torch._foreach_lerp_(grads, buffers, self.momentum)  # Nesterov's look ahead
         if weight_decay:
@@ -130,33 +122,10 @@ def batches_of_a_shape(params: list[Tensor]) -> list[list[Tensor]]:
     return [same[i:i + most] for same in shapes.values() for i in range(0, len(same), most)]
 
 
-def pick_dtypes(model: GPT, device: torch.device, tokens: int, dtype: str = "auto",
-                muon_dtype: str = "auto") -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the model's products and of Muon's, by name or, of "auto", by timing them on this machine.
-
-    tokens: of each forward pass. Timed are a block's MLP, forward and backward with fp32 weights, and a product of an
-    iteration; of large models with fewer tokens, so that this takes tenths of a second.
-    """
-    mlp, C = model.model.layers[0].mlp, model.config.n_embd
-    x = torch.randn(min(tokens, max(256, 2**18 // C)), C)
-
-    def forward_backward(dtype: torch.dtype) -> None:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            y = mlp(x.to(dtype))
-        torch.autograd.grad(y.sum(), [*mlp.parameters()])
-
-    def gram(dtype: torch.dtype) -> None:
-        y = mlp.up_proj.weight.detach()[:C].to(dtype)
-        y @ y.mT
-
-    muon_dtype = dtype if muon_dtype == "auto" else muon_dtype
-    return pick_dtype(dtype, device, forward_backward), pick_dtype(muon_dtype, device, gram)
-
-
 def make_optimizers(model: GPT, muon_lr: float, dtype: torch.dtype) -> tuple[Muon, AdamW]:
     """Muon, with its products in dtype, for the blocks' matrices, AdamW for all else (docs/log.md, "Optimizer").
 
-    muon_lr 0: AdamW for all.
+    muon_lr 0: AdamW for all. The parameters must be on their device.
     """
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2 and muon_lr > 0]
     in_muon = {id(p) for p in matrices}
@@ -175,20 +144,3 @@ def update(model: GPT, optimizers: tuple[Muon, AdamW], rates: tuple[float, float
     muon.step(rates[0], weight_decay)
     adam.step(rates[1])
     model.zero_grad()
-
-
-def load_optimizer(optimizer: Optimizer, saved: dict) -> None:
-    """Set the state of each parameter, on its device; of a sharded one this rank takes its part.
-
-    Raises UserError where it is that of other parameters.
-    """
-    kind, params = type(optimizer).__name__, optimizer.params
-    names = {"Muon": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}[kind]
-    saved = checked(saved.get("state"), dict[int, dict[str, Tensor]], f"train_state.pt: optimizers: {kind}: state")
-    for i, tensors in saved.items():
-        if i not in range(len(params)) or tensors.keys() != names or any(
-                x.shape not in (params[i].shape, ()) for x in tensors.values()):
-            raise UserError(f"train_state.pt: optimizers: {kind}: expected {', '.join(sorted(names))} of this model's "
-                            f"parameters, got {', '.join(tensors)} of parameter {i}")
-        tensors = {name: x.to(params[i].device) for name, x in tensors.items()}
-        optimizer.state[i] = {name: shard_like(x, params[i]) if x.dim() else x for name, x in tensors.items()}

@@ -28,9 +28,9 @@ from checkpoint import (
     is_quantized,
     load_model,
     newest_model,
-    read_run,
     save_weights,
     stored_size,
+    trained_on,
     weights_size,
 )
 from dataloader import TokenData, evaluate
@@ -167,11 +167,9 @@ class QuantizeConfig:
 
 def validation_data(source: Path | None, folder: Path, model: GPTConfig) -> TokenData | None:
     """`source`, or else the data that the folder's model was trained on; None, with a note, if that is not here."""
-    trained_on = None
+    sha256 = None
     if source is None:
-        if (folder / "train_state.pt").exists():
-            settings, trained_on = read_run(folder)
-            source = Path(settings["data"])
+        source, sha256 = trained_on(folder) or (None, None)
         if source is None or not (source / "meta.json").exists():
             note("the data this model was trained on is not here, so the table has no losses; "
                  "name prepared data with --data")
@@ -180,7 +178,7 @@ def validation_data(source: Path | None, folder: Path, model: GPTConfig) -> Toke
     if data.meta["vocab_size"] > model.vocab_size:
         raise UserError(f"--data {source}: has {data.meta['vocab_size']} different tokens, "
                         f"the model knows {model.vocab_size}")
-    if trained_on not in (None, data.meta["train"]["sha256"]):
+    if sha256 not in (None, data.meta["train"]["sha256"]):
         note(f"{source} holds other data than the model was trained on; the losses are of what it holds now")
     return data
 
@@ -192,7 +190,7 @@ def main() -> None:
     threads = CPUThreads(config.threads)
     folder = model_folder(config.checkpoint) if config.checkpoint else newest_model(Path("out"), quantized=False)
     model, out = load_model(folder), config.out or beside(folder, "-int8")
-    if (out / "train_state.pt").exists() or (holds_model(out) and not is_quantized(out)):
+    if (out / "run.json").exists() or (holds_model(out) and not is_quantized(out)):
         raise UserError(f"{out}: holds a training run or its model, which this would replace; name another --out")
     data = validation_data(config.data, folder, model.config) if config.compare else None
     backend = pick_backend(config.backend, torch.device("cpu")) if config.compare else ""

@@ -16,13 +16,13 @@ import dataclasses
 import math
 import os
 import signal
+import statistics
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from cli import (
     Count,
@@ -49,26 +49,31 @@ from msgspec import Meta
 from tqdm import tqdm
 
 from checkpoint import (
+    STATE,
+    TrainState,
     config_from_hf,
     copy_companions,
+    empty_model,
     holds_model,
     load_model,
+    load_tensors,
     read_config,
-    read_last_state,
-    read_run,
+    read_state,
     read_tokenizer,
     save_weights,
-    write_state,
+    training_tensors,
+    weights_of,
+    write_tensors,
 )
-from corpus import PrepareConfig, prepare
+from corpus import prepared
 from dataloader import TokenData, evaluate, forward_loss, read_meta, uncompiled
 from distributed import Ranks, gather_to_main, launch, parallelize, restart_folder, sync_gradients
 from fetch import model_folder
-from files import checked, lock, newest, write_json
+from files import lock, newest, read_json, write_json
 from generate import generate
-from machine import can_compile, peak_flops
+from machine import can_compile, help_inductor, peak_flops, pick_dtype
 from model import GPT, SIZES, GPTConfig
-from muon import Optimizer, load_optimizer, make_optimizers, pick_dtypes, update
+from muon import make_optimizers, update
 from runlog import RunLog
 
 DESCRIPTION = "Train a GPT on prepared tokens, in one process or under torchrun."
@@ -76,9 +81,9 @@ DESCRIPTION = "Train a GPT on prepared tokens, in one process or under torchrun.
 
 # ---------------------------------------------------------------- flags
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
-    """The defaults are tiny's (docs/log.md, "Training recipe"); SIZE_DEFAULTS replaces some for other sizes."""
+    """What the user asks for. The defaults are tiny's (docs/log.md, "Training recipe"); SIZE_DEFAULTS has others'."""
 
     size: Literal["tiny", "small", "base", "medium"] = flag(
         "tiny", "Sets the defaults below: 0.9M, 11M, 26M or 85M parameters.", positional=True)
@@ -113,147 +118,150 @@ class TrainConfig:
     eval_tokens: Count = flag(100_000, "Validation tokens of an evaluation, always the same, evenly spread.")
     seed: Seed = flag(1337, "Draws the weights and the order of the data.")
     device: str = flag("auto", "auto, cpu, cuda or mps.")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of matrix products; auto: what is faster here.")
-    muon_dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of Muon's products; auto: as --dtype.")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of products; auto: bfloat16 where hardware has it.")
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile (10 seconds); auto: for 1000 steps or more.")
     threads: Threads | None = flag(None, "CPU threads of each rank; default: as many as cores are free.")
     parallel: Literal["ddp", "fsdp"] = flag("ddp", "Each rank has the whole model (ddp) or a part of it (fsdp).")
 
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of a step, over all ranks together."""
-        return self.batch_size * self.block_size
 
 
 RATES = {"muon_lr": 0.01, "adam_lr": 1.5e-3}  # of small, and a guess for larger models
 SIZE_DEFAULTS = {"tiny": {}, "small": RATES, "base": RATES, "medium": RATES}
-# docs/log.md, "Fine-tuning". None: parts_of() looks at the ranks.
+# docs/log.md, "Fine-tuning". grad_accum None: parts_of() looks at the ranks.
 FINE_TUNING = {"batch_size": 4, "grad_accum": None, "block_size": 512, "muon_lr": 0.0, "adam_lr": 1e-4,
                "warmup_steps": 5, "warmdown": 0.9, "dropout": 0.0}
 FINE_TUNING_PASSES = 2
 # Of a default run at most: steps, and passes through the text (docs/log.md, "Length of a run")
 STEPS, PASSES = {"tiny": 2000, "small": 3000, "base": 5000, "medium": 10_000}, 8
-EVAL_COST = 0.4  # of a training step's for as many tokens, until one has been timed
 # The flags that shape a new model have the names of GPTConfig's fields. A fine-tuned model has its own shape.
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "qk_norm", "tie_embeddings")
-ARCHITECTURE = (*SHAPE, "block_size", "dropout")
-# What a resumed run cannot change; losses over other tokens could not be compared.
+# A resumed run cannot change these; losses over other tokens could not be compared.
 FIXED = ("size", "init_from", "eval_tokens", *SHAPE, "block_size")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run decides where its flags leave it open. A resumed run goes on with it.
+
+    A field has the name of the flag that decides in its place.
+    """
+
+    data: Path  # the prepared folder
+    out: Path
+    block_size: int  # no longer than the text, or than what the model to fine-tune takes
+    max_steps: int
+    dropout: float
+    dtype: Literal["float32", "bfloat16"]
+    compile: Literal["on", "off"]
+    data_sha256: str
 
 
 def defaults(size: str) -> TrainConfig:
     return TrainConfig(size=size, **SIZES[size], **SIZE_DEFAULTS[size])
 
 
-def read_flags(args: list[str]) -> tuple[TrainConfig, dict | None]:
-    """Flags over the size's defaults; or (--resume) over the run's own settings, and its saved state."""
+def read_flags(args: list[str]) -> tuple[TrainConfig, Plan | None, TrainState | None]:
+    """The flags over the defaults of the size, or over those of the run to go on with; its plan; its state."""
     without_help = [a for a in args if a not in ("-h", "--help")]
     first, flags = parse(TrainConfig, DESCRIPTION, without_help), given(TrainConfig, args=without_help)
     if flags.get("parallel") == "fsdp" and "RANK" not in os.environ:
         refuse(flags, ["parallel"], "in one process; start several: torchrun --nproc_per_node=2 train.py ...")
     if "max_minutes" in flags:
         refuse(flags, ["max_steps"], "beside --max-minutes")
-    out = restart_folder(first.out)
-    if out is not None:
-        note(f"going on in {out}, where this launch of torchrun ({launch()}) trained before")
-    if first.resume or (out is not None and (out / "train_state.pt").exists()):
-        return resume(out or first.out or newest(Path("out"), "train_state.pt", "python train.py")[0], args, flags)
+    restarted = restart_folder(first.out)
+    if restarted is not None:
+        note(f"going on in {restarted}, where this launch of torchrun ({launch()}) trained before")
+    out = restarted or first.out
+    if first.resume or (restarted is not None and (restarted / STATE).exists()):
+        return resume(out or newest(Path("out"), STATE, "python train.py")[0], args, flags)
     base = defaults(first.size)
     if first.init_from is not None:
         refuse(flags, (*SHAPE, "size"), f"beside --init-from {first.init_from}, which has its own")
         base = dataclasses.replace(base, **FINE_TUNING)
     config = parse(TrainConfig, DESCRIPTION, args, base)
     if not config.muon_lr:
-        refuse(flags, ("weight_decay", "muon_dtype"), "with --muon-lr 0")
-    init_from = config.init_from and model_folder(config.init_from)
-    return dataclasses.replace(config, out=out or config.out, init_from=init_from), None
+        refuse(flags, ["weight_decay"], "with --muon-lr 0")
+    if config.init_from is not None:
+        config = dataclasses.replace(config, init_from=model_folder(config.init_from))
+    return dataclasses.replace(config, out=out), None, None
 
 
-def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, dict]:
-    """The settings of the run in `out`, which the given flags replace, and its state."""
-    state, damage = read_last_state(out)
-    if damage:
-        note(damage)
-    settings, state["data_sha256"] = read_run(out)
-    settings = {name: value for name, value in settings.items() if name not in ("out", "resume")}
-    saved = checked(settings, TrainConfig, out / "run.json")
-    if saved.block_size > state["model_config"].block_size:
-        raise UserError(f"{out}/run.json: --block-size: expected at most {state['model_config'].block_size}, the "
-                        f"model's context, got {saved.block_size}")
-    if saved.max_steps is None:
-        raise UserError(f"{out}/run.json: max_steps: expected a number, got none")
+class RunFile(TypedDict):
+    """run.json, beside the training state."""
+
+    flags: TrainConfig
+    plan: Plan
+
+
+def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, Plan, TrainState]:
+    """The flags of the run in `out`, which those given now replace; its plan, likewise; its state."""
+    state, file = read_state(out), read_json(out / "run.json", RunFile)
+    saved, plan, model = file["flags"], file["plan"], state["model_config"]
+    if plan.block_size > model.block_size:
+        raise UserError(f"{out}/run.json: block_size: expected at most {model.block_size}, the model's context, "
+                        f"got {plan.block_size}")
     if "init_from" in flags:
-        flags["init_from"] = model_folder(flags["init_from"])
-    if saved.init_from is not None and flags.get("block_size", 0) > saved.block_size:
-        flags["block_size"] = saved.block_size  # settle() has shortened it
+        flags["init_from"] = model_folder(flags["init_from"]).resolve()
+    if saved.init_from is not None and flags.get("block_size", 0) > plan.block_size:
+        flags["block_size"] = plan.block_size  # the text or the model is shorter, as it was for the new run
     for name in FIXED:
-        kept = getattr(state["model_config"] if name in SHAPE else saved, name)
-        got = flags.get(name, kept)
-        if (got.resolve() if isinstance(got, Path) else got) != kept:
-            raise UserError(f"--resume: {name} is {kept} in {out}, expected the same, got {got}")
-    config = dataclasses.replace(parse(TrainConfig, DESCRIPTION, args, saved), out=out, block_size=saved.block_size,
-                                 init_from=saved.init_from)
+        kept = plan.block_size if name == "block_size" else getattr(model if name in SHAPE else saved, name)
+        if flags.get(name, kept) != kept:
+            raise UserError(f"--resume: {name} is {kept} in {out}, expected the same, got {flags[name]}")
+    config = dataclasses.replace(parse(TrainConfig, DESCRIPTION, args, saved), init_from=saved.init_from)
     if bool(config.muon_lr) != bool(saved.muon_lr):
         raise UserError(f"--resume: muon_lr is {saved.muon_lr:g} in {out}, got {config.muon_lr:g}; expected 0 for "
                         "both or for neither: the matrices have the state of one optimizer")
+    decided = {name: flags[name] for name in flags.keys() & vars(plan).keys() if flags[name] != "auto"}
+    if "data" in decided and decided["data"].is_file():
+        decided["data"] = prepared(decided["data"], config.init_from)
     if "max_steps" in flags:
-        config.max_minutes = None
-    elif "max_minutes" in flags:  # a first guess
-        longer = saved.max_minutes and config.max_minutes / saved.max_minutes
-        config.max_steps = math.ceil(saved.max_steps * longer) if longer else state["step"] + saved.max_steps
-    if config.max_steps != saved.max_steps:
-        rates = [lr_scale(state["step"], of) for of in (saved, config)]
-        note(f"{config.max_steps} steps instead of {saved.max_steps}: the learning rates go on at {rates[1]:.0%} "
+        config = dataclasses.replace(config, max_minutes=None)
+    elif config.max_minutes:
+        decided["max_steps"] = most_steps(config, plan.block_size, read_meta(plan.data)["train"]["tokens"])
+    new = dataclasses.replace(plan, **decided | {"out": out})
+    if new.max_steps != plan.max_steps:
+        rates = [lr_scale(progress(c, p, state["step"], state["seconds"]), state["step"], c)
+                 for c, p in ((saved, plan), (config, new))]
+        note(f"{new.max_steps} steps instead of {plan.max_steps}: the learning rates go on at {rates[1]:.0%} "
              f"of their peak instead of {max(0, rates[0]):.0%}")
-    return config, state
+    return config, new, state
 
 
-# ---------------------------------------------------------------- where from, where to
+# ---------------------------------------------------------------- what the flags leave open
 
-def settle(config: TrainConfig, ranks: Ranks, state: dict | None) -> bool:
-    """Fill in what the flags leave open. False: the run has done its steps already. All ranks agree on the answers."""
-    parts = ranks.world * parts_of(config, ranks)
-    if config.batch_size % parts:
-        raise UserError(f"--batch-size: expected a multiple of ranks x grad-accum = {parts}, got {config.batch_size}")
-    found = ranks.all_values((f"step {state['step']} of {config.out}", state["sha256"]) if state else ("nothing", ""))
-    if len(set(found)) > 1:
-        raise UserError("the ranks found different states to go on from, rank by rank: "
-                        f"{', '.join(name for name, _ in found)}; expected the same on every machine")
-    if state is not None and ranks.is_main and not holds_model(config.out):
-        with lock(config.out, launch()):  # the run was killed in its first save
-            save_weights(state["model"], state["model_config"], config.out)
-    if state is not None and state["step"] >= config.max_steps:
-        if ranks.is_main:
-            what = "--max-minutes" if config.max_minutes else "--max-steps"
-            print(f"{config.out} is trained for {state['step']} steps already; raise {what} to go on")
-        return False
-    pretrained = None
-    if config.init_from is not None and state is None:
-        pretrained = config_from_hf(read_config(config.init_from), config.init_from / "config.json")
-    config.data = config.data or newest(Path("data"), "meta.json", "python data/prepare.py")[0]
-    if not config.data.exists():
-        raise UserError(f"--data {config.data}: expected a text or a folder made by data/prepare.py, found neither")
-    if config.data.is_file():
-        config.data = prepared(config.data, config.init_from, ranks)
-    if pretrained is not None:
-        train, val = (read_meta(config.data)[split]["tokens"] for split in ("train", "val"))
-        longest = max(1, min(pretrained.block_size, train - 1, val - 1))
-        if longest < config.block_size:
-            note(f"--block-size {config.block_size}: going on with {longest}, the longest for this model and text")
-            config.block_size = longest
-    steps = most_steps(config, read_meta(config.data)["train"]["tokens"])
-    config.max_steps = ranks.all_values(
-        config.max_steps or (steps if config.init_from else min(steps, STEPS[config.size])))[0]
-    config.out = ranks.all_values(config.out if state else new_folder(config))[0]
-    if config.compile == "auto":  # settled for resumed runs too: they are to have the same arithmetic
-        long = config.max_minutes >= 2 if config.max_minutes else config.max_steps >= 1000
-        config.compile = "on" if long and can_compile(ranks.device) else "off"
-    return True
+def decide(config: TrainConfig, device: torch.device) -> Plan:
+    """The plan of a new run."""
+    data = config.data or newest(Path("data"), "meta.json", "python data/prepare.py")[0]
+    if not data.exists():
+        raise UserError(f"--data {data}: expected a text or a folder made by data/prepare.py, found neither")
+    if data.is_file():
+        data = prepared(data, config.init_from)
+    meta = read_meta(data)
+    model, tokens, block_size = shape(config, meta), meta["train"]["tokens"], config.block_size
+    longest = max(1, min(model.block_size, tokens - 1, meta["val"]["tokens"] - 1))
+    if config.init_from is not None and longest < block_size:
+        note(f"--block-size {block_size}: going on with {longest}, the longest for this model and text")
+        block_size = longest
+    steps = most_steps(config, block_size, tokens)
+    if not config.init_from and not config.max_minutes:
+        steps = min(steps, STEPS[config.size])
+    steps, dropout = config.max_steps or steps, config.dropout
+    if dropout is None:
+        parameters = empty_model(model).num_params()
+        dropout = pick_dropout(parameters, tokens, steps * config.batch_size * block_size / tokens)
+    compile = config.compile
+    if compile == "auto":
+        long = config.max_minutes >= 2 if config.max_minutes else steps >= 1000
+        compile = "on" if long and can_compile(device) else "off"
+    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
+    return Plan(data, new_folder(config, data), block_size, steps, dropout, dtype, compile, meta["train"]["sha256"])
 
 
-def most_steps(config: TrainConfig, tokens: int) -> int:
+def most_steps(config: TrainConfig, block_size: int, tokens: int) -> int:
     """Of a text of so many tokens, unless --max-steps says otherwise: the passes before it is learned by heart."""
-    return math.ceil((FINE_TUNING_PASSES if config.init_from else PASSES) * tokens / config.step_tokens)
+    passes = FINE_TUNING_PASSES if config.init_from else PASSES
+    return math.ceil(passes * tokens / (config.batch_size * block_size))
 
 
 def parts_of(config: TrainConfig, ranks: Ranks) -> int:
@@ -261,52 +269,38 @@ def parts_of(config: TrainConfig, ranks: Ranks) -> int:
     return config.grad_accum or max(1, config.batch_size // ranks.world)
 
 
-def prepared(text: Path, init_from: Path | None, ranks: Ranks) -> Path:
-    """The folder that data/prepare.py makes of a text, made now unless it is there."""
-    folder = Path("data") / (text.stem + (f"-{init_from.resolve().name}" if init_from else ""))
-    meta, config = folder / "meta.json", PrepareConfig(input=(text,), out=folder, tokenizer=init_from)
-    ranks.main_does(lambda: meta.exists() or prepare(config))
-    same = read_meta(folder).get("inputs") == [str(text.resolve())] and meta.stat().st_mtime > text.stat().st_mtime
-    if init_from is not None:
-        same = same and read_tokenizer(folder).get_vocab() == read_tokenizer(init_from).get_vocab()
-    if not same:
-        flags = words({"input": text.resolve(), "out": folder, "tokenizer": init_from})
-        raise UserError(f"--data {text}: {folder} holds tokens of another text, an older one or another model; make it "
-                        f"anew with {command('python', 'data/prepare.py', *flags)}, or name a folder")
-    return folder
-
-
-def new_folder(config: TrainConfig) -> Path:
+def new_folder(config: TrainConfig, data: Path) -> Path:
     """--out, which must hold no model yet, or the first free out/DATA-NAME, out/DATA-NAME-2, ..."""
     if config.out is not None:
-        if (config.out / "train_state.pt").exists():
+        if (config.out / "run.json").exists():
             raise UserError(f"{config.out}: holds a run already; --resume continues it, another --out starts afresh")
         if any(config.out.glob("*.safetensors")):
             raise UserError(f"{config.out}: holds a model already; name another --out")
         return config.out
     name = config.init_from.resolve().name if config.init_from else config.size
-    stem, number = Path("out") / f"{config.data.name.removesuffix(f'-{name}')}-{name}", 1
+    stem, number = Path("out") / f"{data.name.removesuffix(f'-{name}')}-{name}", 1
     while (folder := stem if number == 1 else stem.with_name(f"{stem.name}-{number}")).exists():
         number += 1
     return folder
 
 
-def build_model(config: TrainConfig, vocab_size: int, eos: int | None = None) -> GPT:
-    """A new model as the flags say, or the one to fine-tune."""
+def shape(config: TrainConfig, meta: dict) -> GPTConfig:
+    """Of a new model as the flags say, or of the one to fine-tune."""
+    vocab_size, eos = meta["vocab_size"], meta.get("eos")
     if config.init_from is None:
-        shape = {name: getattr(config, name) for name in ARCHITECTURE} | {"dropout": config.dropout or 0.0}
+        fields = {name: getattr(config, name) for name in (*SHAPE, "block_size")}
         if config.tie_embeddings is None:  # of bytes a matrix is small (docs/log.md, "Architecture")
-            shape["tie_embeddings"] = vocab_size > 1024
+            fields["tie_embeddings"] = vocab_size > 1024
         try:
-            return GPT(GPTConfig(vocab_size, eos=eos, **shape))
+            return GPTConfig(vocab_size, eos=eos, **fields)
         except ValueError as error:
             raise UserError(str(error)) from None
-    model = load_model(config.init_from, config.dropout or 0.0)
-    if model.config.vocab_size < vocab_size:
-        raise UserError(f"--init-from: the model knows {model.config.vocab_size} tokens, the data has {vocab_size}; "
+    model = config_from_hf(read_config(config.init_from), config.init_from / "config.json")
+    if model.vocab_size < vocab_size:
+        raise UserError(f"--init-from: the model knows {model.vocab_size} tokens, the data has {vocab_size}; "
                         f"prepare the data with {command('--tokenizer', config.init_from)}")
-    if eos is not None and eos not in model.config.ends:  # what ends a text of the data ends what the model writes
-        model.config.eos = [*model.config.ends, eos]
+    if eos is not None and eos not in model.ends:  # what ends a text of the data ends what the model writes
+        model.eos = [*model.ends, eos]
     return model
 
 
@@ -320,211 +314,212 @@ def pick_dropout(parameters: int, tokens: int, passes: float) -> float:
     return 0.2 if parameters > 20 * tokens else 0.1 if parameters > 2 * tokens else 0.0
 
 
-def lr_scale(step: int, config: TrainConfig) -> float:
-    """A trapezoid (Zhai et al., 2022): up over warmup_steps, flat, down to zero over the last `warmdown` of the run."""
+# ---------------------------------------------------------------- a step
+
+def lr_scale(done: float, step: int, config: TrainConfig) -> float:
+    """A trapezoid (Zhai et al., 2022): up over warmup_steps, flat, down to zero over the last `warmdown` of the run.
+
+    done: the share of the run that lies behind.
+    """
     up = (step + 1) / max(1, config.warmup_steps)
-    down = (config.max_steps - step) / max(1.0, config.warmdown * config.max_steps)
-    return min(1.0, up, down)
+    return min(1.0, up, (1 - done) / max(config.warmdown, 1e-12))
 
 
-# ---------------------------------------------------------------- the run
+def progress(config: TrainConfig, plan: Plan, step: int, seconds: float) -> float:
+    """The share of the run that is done: of its steps or, where these end first, of its minutes."""
+    return max(step / plan.max_steps, seconds / 60 / config.max_minutes if config.max_minutes else 0.0)
+
 
 class Run:
     """A training run as this rank sees it. train() calls its steps: train_step, report, evaluate, save."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, state: dict | None, at_exit: contextlib.ExitStack) -> None:
-        self.config, self.ranks = config, ranks
-
-        # model and data
-        torch.manual_seed(config.seed)
-        if state is None:
-            meta = read_meta(config.data)
-            self.model = build_model(config, meta["vocab_size"], meta.get("eos"))
-        else:
-            self.model = GPT(state["model_config"])
-            self.model.load_state_dict(state["model"])
-        self.data = TokenData(config.data, config.block_size, ranks.device, config.seed)
-        self.data_sha256 = self.data.meta["train"]["sha256"]
-        if state is not None and state["data_sha256"] != self.data_sha256:
-            raise UserError(f"--resume: {config.out} was trained on other data than {config.data} now holds")
-        ranks.threads.adapt()
-        tokens = config.batch_size // ranks.world // parts_of(config, ranks) * config.block_size
-        dtypes = pick_dtypes(self.model, ranks.device, tokens, config.dtype, config.muon_dtype)
-        self.dtype, muon_dtype = ranks.all_values(dtypes)[0]  # measured by every rank, so that none waits
-        # settled for resumed runs too: they are to have the same arithmetic
-        config.dtype, config.muon_dtype = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, muon_dtype))
-        self.wrapped = parallelize(self.model, ranks, config.parallel, self.dtype, config.compile == "on").train()
-        self.optimizers = make_optimizers(self.model, config.muon_lr, muon_dtype)
-        self.first, self.best = 0, math.inf  # step to begin with; best validation loss
+    def __init__(self, config: TrainConfig, plan: Plan, ranks: Ranks, state: TrainState | None) -> None:
+        self.config, self.plan, self.ranks = config, plan, ranks
+        self.first, self.seconds, self.best = 0, 0.0, math.inf  # step to begin with; of the run; validation loss
         if state is not None:
-            self.first, self.best = state["step"], state["best"]
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                load_optimizer(optimizer, saved)
-            state.clear()  # it has been copied: free its memory
-        self.peak = peak_flops(ranks.device, self.dtype) * ranks.world
-        self.epoch = self.data.tokens["train"] / config.step_tokens  # in steps
-        if config.dropout is None:
-            steps = config.max_steps
-            if config.max_minutes:  # about as many, at a usual share of the peak
-                steps = 60 * config.max_minutes * 0.3 * self.peak / self.model.flops_per_token() / config.step_tokens
-            config.dropout = ranks.all_values(
-                pick_dropout(self.model.num_params(), self.data.tokens["train"], steps / self.epoch))[0]
-        self.model.config.dropout = config.dropout
+            self.first, self.seconds, self.best = state["step"], state["seconds"], state["best"] or math.inf
 
-        # log, checkpoints, signals
-        if ranks.is_main:
-            at_exit.enter_context(lock(config.out, launch()))
-            if state is None:
-                for source in filter(None, (config.init_from, config.data)):
-                    copy_companions(source, config.out)
-        self.saver, self.saving = ThreadPoolExecutor(1), None
-        title = f"{config.out.name}: {self.model.num_params() / 1e6:.1f}M parameters on {config.data.name}"
-        self.tokenizer = read_tokenizer(config.data)
+        # data, model, optimizers
+        ranks.threads.adapt()
+        torch.manual_seed(config.seed)
+        self.data = TokenData(plan.data, plan.block_size, ranks.device, config.seed)
+        if self.data.meta["train"]["sha256"] != plan.data_sha256:
+            raise UserError(f"--resume: {plan.out} was trained on other data than {plan.data} now holds")
+        self.tokenizer = read_tokenizer(plan.data)
+        if config.init_from is not None and state is None:
+            self.model = load_model(config.init_from)
+            self.model.config.eos = shape(config, self.data.meta).eos
+        else:
+            self.model = GPT(state["model_config"] if state is not None else shape(config, self.data.meta))
+        self.model.config.dropout = plan.dropout
+        self.dtype = getattr(torch, plan.dtype)
+        self.wrapped = parallelize(self.model, ranks, config.parallel, self.dtype).train()
+        self.optimizers = make_optimizers(self.model, config.muon_lr, self.dtype)
+        if state is not None:
+            load_tensors(training_tensors(self.model, self.optimizers), plan.out, state["tensors"])
+
+        # what is measured
+        self.peak = peak_flops(ranks.device, self.dtype) * ranks.world
         self.eval_tokens = min(config.eval_tokens, self.data.tokens["val"])
         # by default 8 evaluations (fine-tuning: 2), but no fewer than one in 250 steps, nor so many that they take more
-        # than a fifth of the time
-        apart = 250 if config.max_minutes else math.ceil(config.max_steps / (2 if config.init_from else 8))
-        self.every = config.eval_every or min(
-            250, max(apart, math.ceil(5 * EVAL_COST * self.eval_tokens / config.step_tokens)))
-        self.log = RunLog(config.out, self.first, self.data.bits_per_nat, self.epoch, title) if ranks.is_main else None
+        # than a fifth of the time (a token takes 0.4 of what it takes in training)
+        apart = 250 if config.max_minutes else math.ceil(plan.max_steps / (2 if config.init_from else 8))
+        self.every = config.eval_every or min(250, max(apart, math.ceil(2 * self.eval_tokens / self.step_tokens)))
+        self.train_loss, self.pace, self.eval_seconds = math.nan, 0.0, 0.0  # of the last report, and evaluation
+        self.step_seconds, self.lately = 0.0, deque(maxlen=20)  # of a step: the median of the last reports
+        self.losses, self.before = [], (math.inf, math.inf)  # training losses since the last evaluation; what it saw
+        self.better = False
+
+    def start(self, at_exit: contextlib.ExitStack) -> None:
+        """Take the folder, open the log, say what runs, compile."""
+        config, plan, ranks = self.config, self.plan, self.ranks
+        epoch = self.data.tokens["train"] / (config.batch_size * plan.block_size)  # in steps
+        self.log = None
+        if ranks.is_main:
+            at_exit.enter_context(lock(plan.out, launch()))
+            if not self.first:
+                for source in filter(None, (config.init_from, plan.data)):
+                    copy_companions(source, plan.out)
+            title = f"{plan.out.name}: {self.model.num_params() / 1e6:.1f}M parameters on {plan.data.name}"
+            self.log = RunLog(plan.out, self.first, self.data.bits_per_nat, epoch, title)
         self.signals = StopSignals()
         at_exit.enter_context(self.signals.heard())
-        at_exit.callback(self.wait_for_save)  # before signals kill again: torchrun sends one when another rank has died
-
-        # what is measured between two reports
-        self.bar = tqdm(total=config.max_steps, initial=self.first, unit="step", dynamic_ncols=True,
-                        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        what = f"fine-tuning {config.init_from}" if config.init_from else config.size
+        steps = f"steps {self.first} to {plan.max_steps} ({plan.max_steps / epoch:.1f} passes)"
+        if config.max_minutes:
+            steps = f"{config.max_minutes:g} minutes, at most {steps}"
+        self.say(
+            f"{plan.out}: {what}, {self.model.num_params() / 1e6:.2f}M parameters, {plan.data.name} "
+            f"({self.data.tokens['train']:,} tokens), {steps} of {self.step_tokens:,} tokens\n"
+            f"{ranks.world} x {ranks.device.type}, {torch.get_num_threads()} threads each, {plan.dtype}, dropout "
+            f"{plan.dropout:g}, matmul peak {self.peak / 1e9:,.0f} GFLOP/s"
+            f"{'; compiling first, some 10 seconds' * (plan.compile == 'on')}")
+        if plan.compile == "on":
+            self.compile_blocks()
+        self.bar = tqdm(total=1, initial=self.done(self.first), dynamic_ncols=True, bar_format="{l_bar}{bar}|{postfix}",
                         disable=None if ranks.is_main else True)
         self.loss_sum = torch.zeros((), device=ranks.device)
         self.reported = self.timed = self.first  # steps whose loss, and whose time, has been reported
-        self.started = self.began = self.spoke = time.perf_counter()
-        self.step_seconds, self.eval_seconds = 0.0, None  # of a step, lately; of the last evaluation
-        self.train_loss, self.pace, self.slow, self.better = math.nan, 0.0, False, False
-        self.losses, self.before = [], (math.inf, math.inf)  # training losses since the last evaluation; what it saw
+        self.clock = self.began = self.spoke = time.perf_counter()
+        if config.init_from and not self.first:
+            self.evaluate(0)
+            self.best = math.inf  # the first save is of a trained model
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks, which have the same code, in a step whose gradients are dropped."""
+        blocks = self.model.model.layers
+        help_inductor()
+        for block in blocks:
+            block.forward = torch.compile(block.forward)
+        x, y = self.data.batch(0, self.share // parts_of(self.config, self.ranks), 1)[0]
+        try:
+            forward_loss(self.wrapped, x, y, self.dtype).backward()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            note(f"torch.compile failed ({one_line(error)}); going on without it, more slowly")
+            for block in blocks:
+                del block.forward  # uncovers the method of the class
+        self.model.zero_grad()
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, over all ranks together."""
+        return self.config.batch_size * self.plan.block_size
+
+    @property
+    def share(self) -> int:
+        """Sequences of a step on this rank."""
+        return self.config.batch_size // self.ranks.world
+
+    def done(self, step: int) -> float:
+        return progress(self.config, self.plan, step, self.seconds + self.eval_seconds)  # the last evaluation is ahead
 
     def say(self, text: str) -> None:
         if self.ranks.is_main:
             with optional("standard output"):
                 tqdm.write(text)
 
-    def announce(self) -> None:
-        config = self.config
-        what = f"fine-tuning {config.init_from}" if config.init_from else config.size
-        length = f"steps {self.first} to {config.max_steps} ({config.max_steps / self.epoch:.1f} passes)"
-        if config.max_minutes:
-            length = f"{config.max_minutes:g} minutes of steps from {self.first} on,"
-        self.say(
-            f"{config.out}: {what}, {self.model.num_params() / 1e6:.2f}M parameters, {config.data.name} "
-            f"({self.data.tokens['train']:,} tokens), {length} of "
-            f"{config.step_tokens:,} tokens\n"
-            f"{self.ranks.world} x {self.ranks.device.type}, {torch.get_num_threads()} threads each, "
-            f"{config.dtype}{f' (Muon {config.muon_dtype})' if config.muon_lr else ''}, dropout {config.dropout:g}, "
-            f"matmul peak {self.peak / 1e9:,.0f} GFLOP/s"
-            f"{'; compiling first, some 10 seconds' if config.compile == 'on' else ''}")
-        if config.init_from and not self.first:
-            self.evaluate(0)
-            self.best = math.inf  # the first save is of a trained model
-
     def train_step(self, step: int) -> None:
         """Forward and backward over this rank's share of the batch, part by part, and a step of the optimizers."""
         config, ranks = self.config, self.ranks
         if self.model.config.dropout:  # drawn from (seed, step, rank), so that a resume repeats it
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)[0]))
-        share = config.batch_size // ranks.world
-        parts = self.data.batch(step * config.batch_size + ranks.rank * share, share,
-                                parts_of(config, ranks))
+        parts = self.data.batch(step * config.batch_size + ranks.rank * self.share, self.share, parts_of(config, ranks))
         for i, (x, y) in enumerate(parts):
             sync_gradients(self.wrapped, on=i == len(parts) - 1)  # summed over the ranks once they are whole
-            try:
-                loss = forward_loss(self.wrapped, x, y, self.dtype) / len(parts)
-                loss.backward()
-            except Exception as error:
-                if config.compile == "off" or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                    raise
-                note(f"torch.compile failed ({one_line(error)}); going on without it, more slowly")
-                config.compile = "off"
-                for block in self.model.model.layers:
-                    del block.forward  # the class's own comes to light
-                self.model.zero_grad()
-                return self.train_step(step)
+            loss = forward_loss(self.wrapped, x, y, self.dtype) / len(parts)
+            loss.backward()
             self.loss_sum += loss.detach()
-        scale = lr_scale(step, config)
-        update(self.model, self.optimizers, (config.muon_lr * scale, config.adam_lr * scale), config.weight_decay,
-               config.grad_clip)
-        self.bar.update()
-        if step == self.first:  # it compiled: no measure of the others
+        self.lr_scale = lr_scale(self.done(step), step, config)
+        rates = config.muon_lr * self.lr_scale, config.adam_lr * self.lr_scale
+        update(self.model, self.optimizers, rates, config.weight_decay, config.grad_clip)
+        if step == self.first:  # it warmed up: no measure of the others
             self.timed, self.began = step + 1, time.perf_counter()
 
-    def evaluation_due(self, done: int) -> bool:
-        return done == self.config.max_steps or done % self.every == 0
+    def evaluation_due(self, step: int) -> bool:
+        return step % self.every == 0 or self.done(step) >= 1
 
-    def report_due(self, done: int) -> bool:
-        """Whether the ranks exchange losses and stop signals after step `done`; they all come to the same answer."""
-        return (self.evaluation_due(done) or done % 10 == 0 or self.slow
-                or bool(self.config.max_minutes and not self.pace)
+    def report_due(self, step: int) -> bool:
+        """Whether the ranks exchange losses, times and signals after this step; they all come to the same answer."""
+        minutes = self.config.max_minutes
+        return (self.evaluation_due(step) or step % 10 == 0 or bool(minutes and not self.step_seconds)
+                or self.step_seconds > (min(1.0, 0.6 * minutes) if minutes else 1.0)
                 or (self.ranks.world == 1 and self.signals.asked is not None))
 
-    def report(self, done: int) -> bool:
+    def report(self, step: int) -> bool:
         """Loss and speed of the steps since the last report; whether a signal asked any rank to stop."""
-        config, ranks, steps = self.config, self.ranks, done - self.timed
+        ranks, steps = self.ranks, step - self.timed
         self.signals.say_once(self.say)
         loss = self.loss_sum.item()  # waits for the device
         now = time.perf_counter()
-        total, stops, seconds, elapsed = ranks.sum(loss, float(self.signals.asked is not None), now - self.began,
-                                                   now - self.started)
-        self.train_loss = total / ranks.world / (done - self.reported)
+        total, stops, interval, elapsed = (x / ranks.world for x in ranks.sum(
+            loss, float(self.signals.asked is not None), now - self.began, now - self.clock))
+        self.train_loss = total / (step - self.reported)
         self.losses.append(self.train_loss)
         if not math.isfinite(self.train_loss):
-            raise diverged(config, done, f"the loss is {self.train_loss}")
+            raise diverged(self, step, f"the loss is {self.train_loss}")
+        self.seconds += elapsed
+        self.clock, self.bar.n = now, self.done(step)
         if steps:
-            step_seconds = seconds / ranks.world / steps
-            self.pace, self.slow = config.step_tokens / step_seconds, step_seconds > 1
-            self.step_seconds += (step_seconds - self.step_seconds) * max(0.1, steps / (done - self.first - 1))
-            if config.max_minutes:  # as many steps as the rest of the time holds
-                each = self.step_seconds + self.evaluation() / self.every
-                rest = 60 * config.max_minutes - elapsed / ranks.world - self.first * each - self.evaluation()
-                fit, most = done + max(0, int(rest / each)), most_steps(config, self.data.tokens["train"])
-                if fit > most:
-                    note(f"the run ends after {most:,} steps, {most / self.epoch:.0f} passes through the text, before "
-                         "its minutes do: more would be learned by heart; --max-steps makes more")
-                config.max_steps = self.bar.total = min(fit, max(done, most))
+            self.pace = self.step_tokens * steps / interval
+            self.lately.append(interval / steps)
+            self.step_seconds = statistics.median(self.lately)
         if self.log:
-            self.log.add(step=done, train_loss=self.train_loss, lr_scale=lr_scale(done - 1, config),
+            self.log.add(step=step, train_loss=self.train_loss, lr_scale=self.lr_scale,
                          **{"tokens_per_second": self.pace} if self.pace else {})
-            self.bar.set_postfix_str(f"loss {self.train_loss:.3f}{self.speed(done)}", refresh=False)
-            if self.bar.disable and time.perf_counter() - self.spoke > 20 and not self.evaluation_due(done):
-                self.spoke = time.perf_counter()
-                self.say(f"step {done}/{config.max_steps}: train {self.train_loss:.3f} nats = "
-                         f"{self.train_loss * self.data.bits_per_nat:.3f} bits/byte{self.speed(done)}")
+            self.bar.set_postfix_str(f"{self.at(step)}, loss {self.train_loss:.3f}{self.speed(step)}")
+            if self.bar.disable and now - self.spoke > 20 and not self.evaluation_due(step):
+                self.spoke = now
+                self.say(f"{self.at(step)}: train {self.train_loss:.3f} nats = "
+                         f"{self.train_loss * self.data.bits_per_nat:.3f} bits/byte{self.speed(step)}")
         self.loss_sum.zero_()
-        self.reported = self.timed = done
-        self.began, self.better = time.perf_counter(), False
+        self.reported = self.timed = step
+        self.began = time.perf_counter()
         return stops > 0
 
-    def evaluation(self) -> float:
-        """Seconds of an evaluation: of the last one, or before the first an estimate from those of a step."""
-        if self.eval_seconds is not None:
-            return self.eval_seconds
-        return EVAL_COST * self.step_seconds * self.eval_tokens / self.config.step_tokens
+    def at(self, step: int) -> str:
+        of = f" ({min(1, self.done(step)):.0%})" if self.config.max_minutes else f"/{self.plan.max_steps}"
+        return f"step {step}{of}"
 
-    def speed(self, done: int) -> str:
-        """Speed, and the time left after an evaluation at step `done`."""
+    def speed(self, step: int) -> str:
+        """Speed, and the time left after an evaluation at this step."""
         if not self.pace:
             return ""
-        config = self.config
-        next_one = done - done % self.every + self.every
-        evaluations = len(range(next_one, config.max_steps, self.every)) + (done < config.max_steps)
-        left = (config.max_steps - done) * self.step_seconds + evaluations * self.evaluation()
+        evaluations = len(range(step - step % self.every + self.every, self.plan.max_steps, self.every))
+        evaluations += step < self.plan.max_steps
+        left = (self.plan.max_steps - step) * self.step_seconds + evaluations * self.eval_seconds
+        if self.config.max_minutes:
+            left = min(left, max(0.0, 60 * self.config.max_minutes - self.seconds))
         return (f", {self.pace:,.0f} tokens/s ({self.model.estimate_mfu(self.pace, self.peak):.0%} of peak), "
                 f"{duration(left)} left")
 
-    def evaluate(self, done: int) -> None:
+    def evaluate(self, step: int) -> None:
+        """The validation loss, and a sample of the model's text."""
         config, ranks, start = self.config, self.ranks, time.perf_counter()
         if ranks.threads.adapt():
             self.peak = peak_flops(ranks.device, self.dtype) * ranks.world
         val_loss = evaluate(self.model, self.data, config.eval_tokens, ranks, self.dtype)
         if not math.isfinite(val_loss):
-            raise diverged(config, done, f"the validation loss is {val_loss}")
+            raise diverged(self, step, f"the validation loss is {val_loss}")
         self.better, self.best = val_loss < self.best, min(self.best, val_loss)
         train_loss, self.losses = sum(self.losses) / max(1, len(self.losses)), []
         overfits = not self.better and val_loss > self.before[1] and train_loss < self.before[0]
@@ -535,15 +530,16 @@ class Run:
                 text = self.sample()
         self.eval_seconds = ranks.sum(time.perf_counter() - start)[0] / ranks.world
         if self.log:
-            trained = f"train {self.train_loss:.3f}, " if done else ""
-            self.log.add(step=done, val_loss=val_loss, val_bits_per_byte=bits, **{"sample": text} if text else {})
-            self.say(f"step {done}/{config.max_steps}: {trained}validation {val_loss:.4f} nats = {bits:.4f} bits/byte"
-                     f"{'' if self.better else ' (no better)'}{self.speed(done)}")
+            trained = f"train {self.train_loss:.3f}, " if step else ""
+            self.log.add(step=step, val_loss=val_loss, val_bits_per_byte=bits, **{"sample": text} if text else {})
+            self.say(f"{self.at(step)}: {trained}validation {val_loss:.4f} nats = {bits:.4f} bits/byte"
+                     f"{'' if self.better else ' (no better)'}{self.speed(step)}")
             if text:
                 self.say(f"  {text}")
         if overfits:
             note("the validation loss rises while the training loss falls: the model learns its text by heart; "
-                 f"{config.out} keeps the best model; more --dropout, a smaller size or fewer steps may do better")
+                 f"{self.plan.out} keeps the best model; more --dropout, a smaller size or fewer steps may do better")
+        self.began = time.perf_counter()
 
     @torch.no_grad()
     def sample(self) -> str:
@@ -562,29 +558,34 @@ class Run:
         text = " / ".join(filter(None, map(str.strip, text.splitlines())))
         return "".join(letter for letter in text if letter.isprintable())
 
-    def save(self, done: int) -> None:
-        """Copy weights and optimizers, and write them while training goes on."""
-        trained = snapshot(self.model, self.optimizers, self.ranks)
+    def save(self, step: int) -> None:
+        """model.safetensors where the model is the best so far, run.json, and all else that a resume needs.
+
+        The state comes before the model: after a crash between the two, a resume takes the model from the state. All
+        ranks must call this: each may hold a part.
+        """
+        tensors, out = gather_to_main(training_tensors(self.model, self.optimizers), self.ranks), self.plan.out
         if self.ranks.is_main:
-            self.wait_for_save()
-            self.saving = self.saver.submit(save_checkpoint, self.config, self.model.config, trained, self.better,
-                                            done, self.best, self.data_sha256, self.log)
-        self.began = time.perf_counter()
+            weights = weights_of(tensors)
+            if not all(weight.sum().isfinite() for weight in weights.values()):
+                raise diverged(self, step, "a weight is not finite")
+            better = self.better or not holds_model(out)
+            write_json(out / "run.json", {"flags": plain(self.config), "plan": plain(self.plan)})
+            write_tensors(out / STATE, tensors, step=step, seconds=self.seconds, better=better,
+                          best=self.best if math.isfinite(self.best) else None, model_config=vars(self.model.config))
+            if better:
+                save_weights(weights, self.model.config, out)
+            self.log.plot()
+        self.better, self.began = False, time.perf_counter()
 
-    def wait_for_save(self) -> None:
-        saving, self.saving = self.saving, None
-        if saving is not None:
-            saving.result()  # raises what the save raised
-
-    def finish(self, done: int) -> int:
-        """Wait for the last save, say what came of it; the exit code."""
+    def finish(self, step: int) -> int:
+        """Say what came of the run; the exit code."""
         self.bar.close()
-        self.wait_for_save()
         if self.log:
             self.log.close()
-        out = self.config.out
-        if done < self.config.max_steps:
-            self.say(f"stopped at step {done}; go on with: {command('python', 'train.py', '--resume', '--out', out)}")
+        out = self.plan.out
+        if self.done(step) < 1:
+            self.say(f"stopped at step {step}; go on with: {command('python', 'train.py', '--resume', '--out', out)}")
             return 128 + (self.signals.asked or signal.SIGTERM)
         if self.log:
             self.say(f"{out}: best validation {self.best:.4f} nats, {self.best * self.data.bits_per_nat:.4f} "
@@ -593,46 +594,14 @@ class Run:
         return 0
 
 
-def snapshot(model: GPT, optimizers: Sequence[Optimizer], ranks: Ranks) -> dict:
-    """A copy of what training has made so far, on rank 0's CPU. All ranks must call this: each may hold a part."""
-    weights = model.state_dict()
-    if model.config.tie_embeddings:  # one matrix, copied once
-        del weights["lm_head.weight"]
-    state = gather_to_main({"model": dict(weights), "optimizers": [{"state": opt.state} for opt in optimizers]}, ranks)
-    if model.config.tie_embeddings:
-        state["model"]["lm_head.weight"] = state["model"]["model.embed_tokens.weight"]
-    return state
+def plain(record: TrainConfig | Plan) -> dict:
+    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in vars(record).items()}
 
 
-def save_checkpoint(config: TrainConfig, model_config: GPTConfig, trained: dict, better: bool, step: int, best: float,
-                    data_sha256: str, log: RunLog) -> None:
-    """model.safetensors (the best model so far), run.json, train_state.pt (all else that a resume needs), loss.png.
-
-    The weights are written before the state, so a crash between the two loses nothing: the resumed run writes the same
-    weights again. The first save is the exception: a model without a state could not be resumed, so the state comes
-    first, and a resume takes the model from it.
-    """
-    # NumPy, not torch: a second thread that computes with torch has OpenMP threads of its own, and with more threads
-    # than cores every wait of the training becomes three times as long, to the end of the run
-    if not all(np.isfinite(weight.numpy()).all() for weight in trained["model"].values()):
-        raise diverged(config, step, "a weight is not finite")
-    first = not holds_model(config.out)
-    if better and not first:
-        save_weights(trained["model"], model_config, config.out)
-    settings = {name: str(value.resolve()) if isinstance(value, Path) else value
-                for name, value in vars(config).items() if name not in ("out", "resume")}
-    write_json(config.out / "run.json", {"settings": settings, "data_sha256": data_sha256})
-    write_state(config.out / "train_state.pt", {
-        "step": step, "best": best, "model_config": dataclasses.asdict(model_config), **trained})
-    if first:
-        save_weights(trained["model"], model_config, config.out)
-    log.plot()
-
-
-def diverged(config: TrainConfig, step: int, what: str) -> UserError:
-    left = "keeps its last checkpoint" if holds_model(config.out) else "has no checkpoint yet"
-    return UserError(f"step {step}: {what}; {config.out} {left}. Try lower --muon-lr and "
-                     f"--adam-lr (now {config.muon_lr:g} and {config.adam_lr:g})")
+def diverged(run: Run, step: int, what: str) -> UserError:
+    left = "keeps its last checkpoint" if holds_model(run.plan.out) else "has no checkpoint yet"
+    return UserError(f"step {step}: {what}; {run.plan.out} {left}. Try lower --muon-lr and "
+                     f"--adam-lr (now {run.config.muon_lr:g} and {run.config.adam_lr:g})")
 
 
 def duration(seconds: float) -> str:
@@ -641,35 +610,60 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
-def train(config: TrainConfig, ranks: Ranks, state: dict | None = None) -> int:
-    """Train from a saved state or from the start. Returns the exit code: 0, or 128 + the signal that asked to stop."""
-    if not settle(config, ranks, state):
+def may_begin(config: TrainConfig, plan: Plan | None, ranks: Ranks, state: TrainState | None) -> bool:
+    """False where the run has done its steps. Raises UserError where the ranks cannot do them together."""
+    parts = ranks.world * parts_of(config, ranks)
+    if config.batch_size % parts:
+        raise UserError(f"--batch-size: expected a multiple of ranks x grad-accum = {parts}, got {config.batch_size}")
+    found = ranks.all_values((f"step {state['step']} of {plan.out}", state["sha256"]) if state else ("nothing", ""))
+    if len(set(found)) > 1:
+        raise UserError("the ranks found different states to go on from, rank by rank: "
+                        f"{', '.join(name for name, _ in found)}; expected the same on every machine")
+    if state is None:
+        return True
+    if ranks.is_main and state["better"] and not holds_weights(plan.out, weights_of(state["tensors"])):
+        with lock(plan.out, launch()):  # the run was killed before it saved its model
+            save_weights(weights_of(state["tensors"]), state["model_config"], plan.out)
+    if progress(config, plan, state["step"], state["seconds"]) < 1:
+        return True
+    if ranks.is_main:
+        what = "--max-minutes" if config.max_minutes else "--max-steps"
+        print(f"{plan.out} is trained for {state['step']} steps already; raise {what} to go on")
+    return False
+
+
+def train(config: TrainConfig, ranks: Ranks, plan: Plan | None = None, state: TrainState | None = None) -> int:
+    """Train from the start, or go on from a saved plan and state.
+
+    Returns the exit code: 0, or 128 + the signal that asked to stop.
+    """
+    if not may_begin(config, plan, ranks, state):
         return 0
     with contextlib.ExitStack() as at_exit:  # what must be done however the run ends
-        run = Run(config, ranks, state, at_exit)
-        run.announce()
-        done = run.first
-        while done < config.max_steps:
-            run.train_step(done)
-            done += 1
-            if not run.report_due(done):
+        plan = plan or ranks.main_does(lambda: decide(config, ranks.device))
+        run = Run(config, plan, ranks, state)
+        run.start(at_exit)
+        step = run.first
+        while run.done(step) < 1:
+            run.train_step(step)
+            step += 1
+            if not run.report_due(step):
                 continue
-            stop = run.report(done)
-            due = run.evaluation_due(done)  # only now: with --max-minutes, report() sets the last step
+            stop, due = run.report(step), run.evaluation_due(step)
             if due:
-                run.evaluate(done)
+                run.evaluate(step)
             if due or stop:
-                run.save(done)
+                run.save(step)
             if stop:
                 break
-        return run.finish(done)
+        return run.finish(step)
 
 
 def main() -> None:
-    config, state = read_flags(sys.argv[1:])
+    config, plan, state = read_flags(sys.argv[1:])
     ranks = Ranks(config.device, config.threads)
     try:
-        code = train(config, ranks, state)
+        code = train(config, ranks, plan, state)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise

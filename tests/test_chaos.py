@@ -26,15 +26,7 @@ from test_train import SMALL, assert_same_checkpoint, assert_same_run
 
 import sample
 import train
-from checkpoint import (
-    load_model,
-    previous_state,
-    read_last_state,
-    read_safetensors,
-    read_state,
-    write_state,
-    write_tensors,
-)
+from checkpoint import STATE, load_model, read_safetensors, read_state, training_tensors, write_tensors
 
 TRAIN = [*SMALL, "--max-steps", "60"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -114,16 +106,12 @@ def saving(out: Path) -> bool:
 
 def kept_step(out: Path) -> int | None:
     """The step to resume from, if any, of a folder in which all is whole."""
-    model, before = out / "model.safetensors", previous_state(out / "train_state.pt")
-    if not (out / "train_state.pt").exists():
+    model = out / "model.safetensors"
+    if not (out / STATE).exists():
         assert not model.exists()
         return None
-    state, damage = read_last_state(out)
-    assert damage is None
-    assert not before.exists() or (out / "config.json").exists()  # which the first save ends with
     assert not model.exists() or read_safetensors(model)
-    assert not before.exists() or read_state(before)["step"] < state["step"]
-    return state["step"]
+    return read_state(out)["step"]
 
 
 def last_logged_step(out: Path) -> int:
@@ -134,9 +122,9 @@ def last_logged_step(out: Path) -> int:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_before_any_step_of_a_save_leaves_a_whole_state(tmp_path):
     def save(out: Path, step: int) -> None:
+        write_tensors(out / STATE, training_tensors(model, []), step=step, seconds=1.0, best=1.0, better=True,
+                      model_config=vars(model.config))
         write_tensors(out / "model.safetensors", {"step": torch.tensor(step)})
-        write_state(out / "train_state.pt", {"step": step, "best": 1.0, "model_config": vars(model.config),
-                                             "model": model.state_dict(), "optimizers": [{}, {}]})
 
     model = random_model()
     for n in itertools.count():
@@ -149,17 +137,14 @@ def test_a_kill_before_any_step_of_a_save_leaves_a_whole_state(tmp_path):
             save(out, 30)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        state, damage = read_last_state(out)
-        assert damage is None and state["step"] in (20, 30)
-        assert read_state(previous_state(out / "train_state.pt"))["step"] in (10, 20)
-        assert read_safetensors(out / "model.safetensors")["step"] >= state["step"]
+        kept = read_state(out)["step"]
+        assert kept in (20, 30) and 20 <= read_safetensors(out / "model.safetensors")[0]["step"] <= kept
         save(out, 40)
-        assert read_last_state(out)[0]["step"] == 40
-        assert read_state(previous_state(out / "train_state.pt"))["step"] == state["step"]
+        assert read_state(out)["step"] == 40
         assert not list(out.glob(".*"))
         if status == 0:  # it has not come to so many
             break
-    assert n > 15
+    assert n > 10
 
 
 def killer(n: int) -> Callable:
@@ -209,7 +194,7 @@ checkpoint.write_json = lambda path, value: write_json(path, value) if path.name
 
 
 @pytest.mark.parametrize("part, kept", [
-    ("train.write_state = die", None), ("train.save_weights = die", 10), (AFTER_THE_WEIGHTS, 10)])
+    ("train.write_tensors = die", None), ("train.save_weights = die", 10), (AFTER_THE_WEIGHTS, 10)])
 def test_a_kill_inside_the_first_save_loses_nothing_that_was_saved(script, undisturbed, data, tmp_path, part, kept):
     out = tmp_path / "run"
     mortal, = fork_train(tmp_path / "log", "--data", data, "--out", out, *TRAIN, changes=part)
@@ -234,8 +219,8 @@ train.update = after(train.update, lambda n: attempt < 2 and (rank, n) == [(1, 5
 
 # rank 1 dies while rank 0 is still saving
 SLOW_TO_SAVE = """
-write_state = train.write_state
-train.write_state = lambda *args: (time.sleep(3), write_state(*args))
+write_tensors = train.write_tensors
+train.write_tensors = lambda *args, **facts: (time.sleep(3), write_tensors(*args, **facts))
 train.update = after(train.update, lambda n: attempt == 0 and (rank, n) == (1, 15) and die())
 """
 
@@ -270,9 +255,8 @@ def test_another_launch_of_the_same_name_is_another_run(data, tmp_path):
 
 def test_ranks_that_found_different_states_do_not_begin(trained, tmp_path):
     changes, log = """
-import checkpoint
-name = ("train_state.pt", "train_state.previous.pt")[rank]
-train.read_last_state = lambda out: (checkpoint.read_train_state(out / name), None)
+read_state = train.read_state
+train.read_state = lambda out: (state := read_state(out)) | {"step": state["step"] - 10 * rank, "sha256": str(rank)}
 """, tmp_path / "log"
     processes = fork_train(log, "--resume", "--out", trained, "--max-steps", 70, ranks=2, changes=changes)
     for process in processes:
@@ -291,7 +275,7 @@ def flip(path: Path, bit: int) -> None:
 
 
 def flip_in_tensor(path: Path) -> None:
-    norm = read_state(path)["model"]["model.norm.weight"]
+    norm = read_safetensors(path)[0]["weights.model.norm.weight"]
     flip(path, 8 * (path.read_bytes().index(norm.numpy().tobytes()) + norm.nbytes // 2))
 
 
@@ -304,21 +288,9 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_in_tensor, flip_in_header, truncate])
-def test_of_a_damaged_state_the_one_before_takes_the_place(script, trained, undisturbed, damage):
-    damage(trained / "train_state.pt")
-    code, out, err = script(train.main, "--resume", "--out", trained)
-    assert code == 0 and "steps 50 to 60" in out
-    note, = [line for line in err.splitlines() if line.startswith("note: ")]
-    assert "train_state.pt: not a training state" in note and "train_state.previous.pt" in note
-    assert_same_run(trained, undisturbed[0])
-
-
-def test_two_damaged_states_are_both_named(script, trained):
-    for name in ("train_state.pt", "train_state.previous.pt"):
-        flip_in_tensor(trained / name)
-    code, _, err = script(train.main, "--resume", "--out", trained)
-    assert code == 2 and err.count("\n") == 1
-    assert "train_state.pt" in err and "train_state.previous.pt" in err
+def test_a_damaged_state_is_named(script, trained, damage):
+    damage(trained / STATE)
+    refused(script(train.main, "--resume", "--out", trained), STATE)
 
 
 def test_a_flipped_bit_of_the_model_is_named(script, trained):
@@ -330,16 +302,16 @@ def test_a_flipped_bit_of_the_model_is_named(script, trained):
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     tensors = {"a": torch.arange(12.0).view(3, 4), "b": torch.tensor([True, False]), "c": torch.tensor(2.5)}
-    model, state = tmp_path / "model.safetensors", tmp_path / "train_state.pt"
+    model, state = tmp_path / "model.safetensors", tmp_path / STATE
     write_tensors(model, tensors)
-    write_state(state, {"step": 3, "lr": 0.1, "tensors": tensors})
-    for path, read in ((model, read_safetensors), (state, lambda path: read_state(path)["tensors"])):
+    write_tensors(state, tensors, step=3, lr=0.1)
+    for path, facts in ((model, {}), (state, {"step": 3, "lr": 0.1})):
         whole, refused = path.read_bytes(), 0
         for bit in range(0, 8 * len(whole), 41):
             flip(path, bit)
             try:
-                found = read(path)  # where nothing depends on the bit, as in padding
-                assert found.keys() == tensors.keys()
+                found, beside = read_safetensors(path)  # where nothing depends on the bit, as in padding
+                assert found.keys() == tensors.keys() and facts.items() <= beside.items()
                 assert all(torch.equal(found[name], tensors[name]) for name in tensors), bit
             except UserError:
                 refused += 1
@@ -361,15 +333,15 @@ def test_of_two_processes_one_trains_in_a_folder(script, trained, tmp_path):
     assert code == 0 and "steps 60 to 70" in out, err
 
 
-@pytest.mark.parametrize("function", ["evaluate", "snapshot", "save_checkpoint"])
+@pytest.mark.parametrize("function", ["evaluate", "training_tensors", "write_tensors"])
 def test_a_signal_in_the_midst_of_it_is_obeyed_after(script, undisturbed, data, tmp_path, monkeypatch, function):
     original, calls = getattr(train, function), []
 
-    def signalled(*args: object) -> object:
+    def signalled(*args: object, **facts: object) -> object:
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
+        return original(*args, **facts)
 
     monkeypatch.setattr(train, function, signalled)
     code, _, err = script(train.main, "--data", data, "--out", tmp_path / "run", *SMALL, "--max-steps", 60)

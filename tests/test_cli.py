@@ -75,7 +75,7 @@ def test_prepare_refuses(script, tmp_path, monkeypatch, flags, words):
     (["--seed", -1], ["--seed", "-1"]),
     (["--threads", 100_000], ["--threads", "4096"]),
     (["--threads", 0], ["--threads"]),
-    (["--resume", "--out", "nowhere"], ["nowhere", "train_state.pt"]),
+    (["--resume", "--out", "nowhere"], ["nowhere", checkpoint.STATE]),
     (["--init-from", "nowhere"], ["--n-layer=1", "no effect", "nowhere"]),
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value[0], str) and value[0][:1] in "-h" else "")
 def test_train_refuses(script, data, tmp_path, monkeypatch, flags, words):
@@ -112,7 +112,7 @@ def test_train_refuses_other_data_on_resume(script, data, folder, text_file, tmp
 
 
 def test_train_does_not_overwrite_a_model(script, data, folder):
-    (folder / "train_state.pt").unlink()
+    (folder / checkpoint.STATE).unlink()
     refused(script(train.main, "--init-from", folder, "--data", data, "--out", folder), folder, "holds a model")
 
 
@@ -125,16 +125,16 @@ def test_a_pickle_in_place_of_the_state_is_not_run(script, folder, tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "boom",))
 
-    (folder / "train_state.pt").write_bytes(pickle.dumps(Bomb()))
-    refused(script(train.main, "--resume", "--out", folder), "train_state.pt", "not a training state")
+    (folder / checkpoint.STATE).write_bytes(pickle.dumps(Bomb()))
+    refused(script(train.main, "--resume", "--out", folder), checkpoint.STATE)
     assert not (tmp_path / "boom").exists()
 
 
 @pytest.mark.parametrize("keep", [0, 10, 1000, -10])
 def test_a_truncated_state_is_named(script, folder, keep):
-    whole = (folder / "train_state.pt").read_bytes()
-    (folder / "train_state.pt").write_bytes(whole[:keep])
-    refused(script(train.main, "--resume", "--out", folder), "train_state.pt")
+    whole = (folder / checkpoint.STATE).read_bytes()
+    (folder / checkpoint.STATE).write_bytes(whole[:keep])
+    refused(script(train.main, "--resume", "--out", folder), checkpoint.STATE)
 
 
 def test_token_files_must_match_their_description(script, data, tmp_path):
@@ -289,7 +289,7 @@ def test_a_full_disk_while_saving_loses_nothing(script, data, folder, small_file
     assert "could not be written" in err.strip().splitlines()[-1]
     after = tree(folder)
     assert not list(folder.glob(".*tmp"))
-    for name in ("train_state.pt", "model.safetensors", "config.json"):
+    for name in (checkpoint.STATE, "model.safetensors", "config.json"):
         assert after[folder / name] == before[folder / name]
 
 
@@ -305,7 +305,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(script, data, tmp_path, megab
         code, _, err = script(train.main, "--data", data, "--out", disk / "run", "--max-steps", 3, "--batch-size", 2,
                               "--block-size", 16, "--eval-tokens", 100, "--threads", 1)
         assert code == 2 and "Traceback" not in err and "could not be written" in err.splitlines()[-1], err
-        assert (disk / "run" / "train_state.pt").exists() == (megabytes == 8)  # 7 MB, and behind it the model, 3.5 MB
+        assert (disk / "run" / checkpoint.STATE).exists() == (megabytes == 8)  # 7 MB, and behind it the model, 3.5 MB
         assert not (disk / "run" / "config.json").exists()
         assert not list(disk.rglob(".*.tmp"))
     finally:
@@ -382,6 +382,6 @@ def test_a_reader_that_leaves_early_is_no_error(folder):
 def test_a_training_run_is_not_overwritten_by_an_int8_folder(folder, script):
     run = folder.with_name(f"{folder.name}-int8")
     run.mkdir()
-    (run / "train_state.pt").touch()
+    (run / "run.json").touch()
     code, _, err = script(quantize.main, "--checkpoint", folder)
     assert code == 2 and f"{run}: holds a training run" in err and len(list(run.iterdir())) == 1

@@ -114,7 +114,7 @@ def cannot_map(ranks, distributed) -> None:
     real = distributed.SharedMemory.__init__
 
     def fails(memory, path: str, *args) -> None:
-        real(memory, "/nowhere/memory" if ranks.rank == 1 else path, *args)
+        real(memory, "/dev/null/memory" if ranks.rank == 1 else path, *args)
 
     distributed.SharedMemory.__init__ = fails
     distributed.SharedMemory.share(ranks)
@@ -130,7 +130,7 @@ ENDS = """
 import sys, time
 import torch
 import torch.distributed as dist
-from cli import run
+from cli import UserError, run
 from distributed import Ranks
 
 class Slow:
@@ -146,19 +146,22 @@ def main():
     if ranks.rank == 0:
         time.sleep(1)
     dist.all_reduce(torch.ones(4), async_op=True)  # on rank 1, a thread lets go of its tensor meanwhile
-    ranks.close()
     print("ends", ranks.rank)
+    if sys.argv[1] == "error":
+        raise UserError("not this text")
+    ranks.close()
     sys.exit(5)
 
 run(main)
 """
 
 
-def test_a_rank_ends_with_its_exit_code_whatever_the_threads_of_its_group_do():
+@pytest.mark.parametrize(("how", "code"), [("well", 5), ("error", 2)])
+def test_a_rank_ends_with_its_exit_code_whatever_the_threads_of_its_group_do(how, code):
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
                                 "PYTHONPATH": str(ROOT)}
-    processes = [subprocess.Popen([sys.executable, "-c", ENDS], stdout=subprocess.PIPE, text=True,
+    processes = [subprocess.Popen([sys.executable, "-c", ENDS, how], stdout=subprocess.PIPE, text=True,
                                   env=environment | {"RANK": str(rank)}) for rank in range(2)]
     said = [process.communicate(timeout=100)[0] for process in processes]
-    assert [process.returncode for process in processes] == [5, 5]
+    assert [process.returncode for process in processes] == [code, code]
     assert said == ["ends 0\n", "ends 1\n"]

@@ -16,6 +16,7 @@ from conftest import ROOT
 from test_train import SAME, SMALL, losses
 
 import train
+from checkpoint import STATE
 
 Hosts = dict[str, str]  # namespace -> address
 
@@ -105,7 +106,7 @@ def test_a_host_that_loses_its_rank_starts_it_again(hosts, one, data, tmp_path):
     out = tmp_path / "two"
     started = start(hosts, out, "--data", data, "--max-steps", "40")
     until = time.monotonic() + 60
-    while not (out / "train_state.pt").exists() and time.monotonic() < until:
+    while not (out / STATE).exists() and time.monotonic() < until:
         time.sleep(0.01)
     unlucky = list(hosts)[1]
     kill(unlucky, but=started[1].pid)
