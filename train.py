@@ -55,6 +55,7 @@ from checkpoint import (
     copy_companions,
     empty_model,
     holds_model,
+    holds_weights,
     load_model,
     load_tensors,
     read_config,

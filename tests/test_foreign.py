@@ -371,8 +371,8 @@ def test_a_state_of_another_version_is_refused_by_the_field(script, folder, fiel
 @pytest.mark.parametrize(("name", "change"), [
     ("weights.model.norm.weight", None), ("AdamW.0.exp_avg", None), ("Muon.0.momentum_buffer", None),
     ("AdamW.0.exp_avg", torch.tensor(0.0)), ("AdamW.0.exp_avg_sq", torch.ones(3)), ("AdamW.0.step", torch.ones(3)),
-    ("AdamW.0.step", torch.tensor(1)), ("Muon.0.momentum_buffer", torch.ones(3)), ("Muon.99.momentum_buffer", torch.ones(3)),
-    ("AdamW.0.exp_avg", torch.tensor(float("nan"))), ("colour", torch.ones(3))], ids=str)
+    ("AdamW.0.step", torch.tensor(1)), ("Muon.0.momentum_buffer", torch.ones(3)), ("colour", torch.ones(3)),
+    ("AdamW.0.exp_avg", torch.tensor(float("nan"))), ("Muon.99.momentum_buffer", torch.ones(3))], ids=str)
 def test_every_tensor_of_a_state_is_checked(script, folder, name, change):
     tensors, facts = read_safetensors(folder / STATE)
     del facts["sha256"]
@@ -383,9 +383,10 @@ def test_every_tensor_of_a_state_is_checked(script, folder, name, change):
 
 @pytest.mark.parametrize(("part", "change", "word"), [
     ("flags", None, "flags"), ("plan", {}, "plan"), ("flags", {"muon_lr": "fast"}, "muon_lr"),
-    ("flags", {"batch_size": -1}, "batch_size"), ("flags", {"size": "huge"}, "huge"), ("flags", {"muon_lr": []}, "muon_lr"),
-    ("plan", {"max_steps": -1}, "max_steps"), ("plan", {"block_size": 17}, "block_size"), ("plan", {"dropout": 1}, "dropout"),
-    ("plan", {"dtype": "int4"}, "int4"), ("plan", {"data_sha256": 5}, "data_sha256"), ("plan", {"data": "a\0b"}, "data")], ids=str)
+    ("flags", {"batch_size": -1}, "batch_size"), ("flags", {"size": "huge"}, "size"),
+    ("flags", {"muon_lr": []}, "muon_lr"), ("plan", {"max_steps": -1}, "max_steps"),
+    ("plan", {"block_size": 17}, "block_size"), ("plan", {"dropout": 1}, "dropout"), ("plan", {"dtype": "int4"}, "dtype"),
+    ("plan", {"data_sha256": 5}, "data_sha256"), ("plan", {"data": "a\0b"}, "data")], ids=str)
 def test_what_run_json_says_is_checked_as_flags_are(script, folder, part, change, word):
     run = json.loads((folder / "run.json").read_text())
     damage(folder / "run.json", **{part: run[part] | change if change else change})
@@ -399,7 +400,7 @@ def test_an_older_run_is_named_and_its_model_goes_on(script, folder):
     (folder / "run.json").write_text(json.dumps({"settings": {"data": run["plan"]["data"], "size": "tiny"},
                                                  "data_sha256": run["plan"]["data_sha256"]}))
     refused(script(train.main, "--resume", "--out", folder), folder, "an older one's", "--init-from")
-    code, out, err = script(quantize.main, "--checkpoint", folder, "--eval-tokens", 500)
+    code, _, err = script(quantize.main, "--checkpoint", folder, "--eval-tokens", 500)
     assert code == 0 and "no losses" not in err, err
     assert script(sample.main, "--checkpoint", folder, *SHORT)[0] == 0
 

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from cli import handling
@@ -46,8 +45,9 @@ def record(monkeypatch):
     def run(path):
         profile = cProfile.Profile()
         with handling(signal.SIG_IGN, [signal.SIGINT]):
-            code = profile_run.run_script([str(path)], profile, nullcontext())
-        return code, profile_run.snapshot(profile)
+            code = profile_run.run_script([str(path)], profile)
+        profile.create_stats()
+        return code, profile.stats
 
     return run
 
@@ -113,16 +113,18 @@ def test_ctrl_c_reports_what_was_recorded(tmp_path):
     ("raise SystemExit(7)", 7, ""),
     ("def (", 1, "SyntaxError"),
 ])
-def test_exit_codes(tmp_path, record, capsys, code, expected, said):
-    assert record(write(tmp_path, "script.py", code))[0] == expected
-    assert said in capsys.readouterr().err
+def test_exit_codes(tmp_path, code, expected, said):
+    write(tmp_path, "script.py", code)
+    alone, ours = python(tmp_path, "script.py"), profiled(tmp_path, "script.py")
+    assert ours.returncode == alone.returncode == expected
+    assert said in alone.stderr and alone.stderr in ours.stderr
 
 
 @pytest.mark.parametrize("args, said", [
     ([], "expected a script"),
     (["--top", "3"], "expected a script"),
-    (["nowhere.py", "--x"], "nowhere.py: expected a Python script"),
-    (["--top", "0", "script.py"], "--top '0': expected `int` >= 1"),
+    (["nowhere.py", "--x"], "nowhere.py: No such file"),
+    (["--top", "0", "script.py"], "--top: expected 1 or more, got 0"),
     (["--tip", "3", "script.py"], "--tip"),
     (["--out", "no/where", "script.py"], "--out"),
     (["--compare", "text.prof"], "expected two .prof files"),
@@ -184,25 +186,23 @@ run(main)
 
 def test_training_by_phase(trained):
     folder, done = trained
-    stats = marshal.loads((folder / "run.prof").read_bytes())
+    stats = profile_run.read_profile(folder / "run.prof")
     phases = profile_run.by_phase(stats)
     seconds = {phase: amount for phase, (amount, _) in phases.items()}
-    assert pstats.Stats(str(folder / "run.prof")).total_tt == pytest.approx(sum(seconds.values()))
+    assert sum(seconds.values()) == pytest.approx(pstats.Stats(str(folder / "run.prof")).total_tt, rel=0.01)
     assert {phase: phases[phase][1] for phase in ("data", "forward", "backward", "optimizer", "evaluation")} == {
         "data": 8, "forward": 8, "backward": 8, "optimizer": 8, "evaluation": 2}
     for phase in ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint and log", "Python import"):
         assert seconds[phase] > 0 and phase in done.stderr
     assert 0 <= seconds["everything else"] < 0.3 * sum(seconds.values())
-    # set-up makes the optimizers, which imports the compiler, which takes a second: none of set-up's own
-    assert seconds["set-up"] < seconds["Python import"]
 
 
 def test_training_report(trained):
     folder, done = trained
-    _, phases, own, cumulative, notes, files = done.stderr[done.stderr.index("train.py tiny"):].strip().split("\n\n")
+    _, phases, own, cumulative, files = done.stderr[done.stderr.index("train.py tiny"):].strip().split("\n\n")
     assert len(own.splitlines()) == len(cumulative.splitlines()) == 1 + 40
-    assert "train.py:train" in cumulative and "torch._C._EngineBase.run_backward" in own
-    assert "cProfile's own cost: about" in notes and files == "-> run.prof, run.png"
+    assert "train.py:train" in cumulative and "'run_backward' of 'torch._C._EngineBase'" in own
+    assert files == f"-> {folder / 'run'}.prof, .png"
     assert str(ROOT) not in phases + own + cumulative and sys.prefix not in own + cumulative
     assert (folder / "run.png").read_bytes().startswith(PNG)
 
@@ -210,13 +210,16 @@ def test_training_report(trained):
 TOY_TRAINING = {
     "dataloader.py": """
 import time
+from types import MethodType
+import slow_module
 def forward_loss():
     time.sleep(0.05)
 def evaluate():
+    MethodType(len, "a bound method in C, as pybind11's")()
     forward_loss()
     indirectly()
 def indirectly():
-    import slow_module
+    import late_module
 """, "muon.py": """
 import time
 def update(depth=3):
@@ -226,19 +229,34 @@ def update(depth=3):
 """, "slow_module.py": """
 import time
 time.sleep(0.2)
-""", "train.py": """
+""", "late_module.py": """
 import time
+time.sleep(0.1)
+""", "train.py": """
+import threading, time
 from dataloader import evaluate, forward_loss
 from muon import update
+stop = False
+def count(number=0):
+    if number:
+        count(number - 1)
+def other():
+    while not stop:
+        count(20)
+        time.sleep(0.001)
+thread = threading.Thread(target=other)
+thread.start()
 forward_loss()
 evaluate()
 update()
 time.sleep(0.03)
+stop = True
+thread.join()
 """}
 
 
 def test_phases_are_disjoint(tmp_path, record, monkeypatch):
-    """Evaluation's forward pass is evaluation; an import inside it is import; recursion counts once."""
+    """Evaluation's forward pass and import are evaluation; recursion counts once; another thread changes nothing."""
     for name, text in TOY_TRAINING.items():
         write(tmp_path, name, text)
         monkeypatch.delitem(sys.modules, Path(name).stem, raising=False)
@@ -246,7 +264,7 @@ def test_phases_are_disjoint(tmp_path, record, monkeypatch):
     for name in TOY_TRAINING:
         sys.modules.pop(Path(name).stem, None)
     phases = {phase: seconds for phase, (seconds, _) in profile_run.by_phase(stats).items()}
-    expected = {"forward": 0.05, "evaluation": 0.05, "Python import": 0.2, "optimizer": 0.08, "everything else": 0.03}
+    expected = {"forward": 0.05, "evaluation": 0.15, "Python import": 0.2, "optimizer": 0.08, "everything else": 0.03}
     assert code == 0 and phases.keys() == expected.keys()
     late = sum(phases.values()) - sum(expected.values())  # sleeps last longer on a busy machine
     for phase, seconds in expected.items():
@@ -262,32 +280,28 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 """))
     assert code == 0
-    assert 0.2 < profile_run.total_seconds(stats) < 0.55  # three times 0.2 it would be
+    assert 0.2 < sum(row[2] for row in stats.values()) < 0.55  # three times 0.2 it would be
 
 
 def test_methods_carry_their_class(tmp_path, record):
     """Two methods of one name stay apart, which pstats' own labels cannot tell."""
     code = "class A:\n    def f(self): pass\nclass B:\n    def f(self): pass\n\nA().f()\n[B().f() for _ in range(3)]\n"
     _, stats = record(write(tmp_path, "methods.py", code))
-    calls = {name: number for name, (_, _, number) in profile_run.by_function(stats).items()}
+    calls = {name: number for name, (_, number) in profile_run.by_function(stats).items()}
     assert (calls["methods.py:A.f"], calls["methods.py:B.f"]) == (1, 3)
 
 
 @pytest.mark.parametrize("func, name", [
-    (("~", 0, "<built-in method torch._C._nn.linear>"), "torch._C._nn.linear"),
-    (("~", 0, "<method 'item' of 'torch._C.TensorBase' objects>"), "torch._C.TensorBase.item"),
+    (("~", 0, "<built-in method torch._C._nn.linear>"), "<built-in method torch._C._nn.linear>"),
+    (("~", 0, "<method 'item' of 'torch._C.TensorBase' objects>"), "<method 'item' of 'torch._C.TensorBase' objects>"),
+    (("~", 0, "<built-in method f of a.B object at 0x7f00a>"), "<built-in method f of a.B object>"),
     (("/home/me/owlet/train.py", 9, "evaluate"), "train.py:evaluate"),
     (("/x/lib/python3.11/site-packages/torch/nn/functional.py", 1, "silu"), "torch/nn/functional.py:silu"),
     (("/usr/lib/python3.12/json/decoder.py", 1, "decode"), "json/decoder.py:decode"),
-    (("C:\\py\\Lib\\site-packages\\torch\\_tensor.py", 1, "Tensor.backward"), "torch/_tensor.py:Tensor.backward"),
     (("<frozen importlib._bootstrap>", 1, "_find_and_load"), "<frozen importlib._bootstrap>:_find_and_load"),
 ])
 def test_readable_names(func, name):
     assert profile_run.readable(func) == name
-
-
-def test_own_cost_is_measured():
-    assert 1e-8 < profile_run.cost_per_call() < 1e-4
 
 
 def test_compare(tmp_path):
@@ -300,13 +314,13 @@ def test_compare(tmp_path):
     profile("b.prof", update=1.0, evaluate=1.5, new=0.125, same=1.0)
     ours = profiled(tmp_path, "--top", 4, "--compare", "a.prof", "b.prof")
     assert (ours.returncode, ours.stderr) == (0, "")
-    phases, functions = ([line.split() for line in part.splitlines()[1:]] for part in ours.stdout.split("\n\n"))
-    assert phases[0] == ["2.00", "s", "1.00", "s", "-1.00", "s", "0.50", "optimizer"]
-    assert phases[1] == ["1.00", "s", "1.50", "s", "+500.0", "ms", "1.50", "evaluation"]
-    assert phases[-1] == ["4.25", "s", "3.62", "s", "-625.0", "ms", "0.85", "total"]
-    assert [row[-1] for row in functions] == [
+    phases, functions = ([line.split() for line in part.splitlines()] for part in ours.stdout.split("\n\n"))
+    assert phases[-1] == ["4.250", "3.625", "total"]
+    assert phases[1] == ["2.000", "1.000", "-1.000", "0.50", "optimizer"]
+    assert phases[2] == ["1.000", "1.500", "+0.500", "1.50", "evaluation"]
+    assert [row[-1] for row in functions[1:]] == [
         "muon.py:update", "dataloader.py:evaluate", "train.py:old", "train.py:new"]
-    assert [row[-2] for row in functions] == ["0.50", "1.50", "gone", "new"]
+    assert [row[-2] for row in functions[1:]] == ["0.50", "1.50", "0.00", "new"]
 
 
 def test_torch_operators_and_trace(tmp_path):
