@@ -127,8 +127,8 @@ def checked(value: Any, kind: Any, where: object, strict: bool = True) -> Any:
     Not strict: words may stand for numbers. Raises UserError, which names the field in `where`.
     """
     try:
-        if not strict:
-            str(value).encode()  # the command line may hold other bytes than UTF-8, which could not be printed
+        for word in [] if strict else value if isinstance(value, list) else [value]:
+            str(word).encode()  # the command line may hold other bytes than UTF-8, which could not be printed
         return msgspec.convert(value, kind, strict=strict, dec_hook=_decode)
     except (ValueError, RuntimeError) as error:  # RuntimeError: a ~ where there is no home
         what, _, field = str(error if strict else str(error).split(", got")[0]).partition(" - at `$.")
