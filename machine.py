@@ -5,7 +5,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shlex
 import shutil
 import time
@@ -13,32 +12,29 @@ from pathlib import Path
 
 from cli import UserError, note
 
+import psutil
 import torch
 
 
 def pick_device(name: str) -> torch.device:
     """auto: CUDA, else Apple's GPU, else the CPU. Of several GPUs the first. Raises UserError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
+    here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    kind, colon, index = (next(filter(here.get, here)) if name == "auto" else name).partition(":")
+    if kind not in here or (colon and not index.isdecimal()):
         raise UserError(f"--device: expected auto, cpu, cuda or mps, got {name}")
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
-    if (device.index or 0) >= here:
-        raise UserError(f"--device {name}: this machine has {here or 'none'} of them")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    if int(index or 0) >= here[kind]:
+        raise UserError(f"--device {name}: this machine has {here[kind] or 'none'} of them")
+    return torch.device(kind, int(index or 0) if kind == "cuda" else None)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto: bfloat16 where the hardware multiplies it, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    here = torch.cpu.get_capabilities()  # no stopwatch: the same command on the same machine computes the same
-    on_cpu = device.type == "cpu" and (here.get("avx512_bf16") or here.get("amx_bf16"))
-    return torch.bfloat16 if on_cpu or gpu_has_bf16(device) else torch.float32
+    if device.type == "cpu":  # no stopwatch, so that the same command computes the same
+        found = torch.cpu.get_capabilities()
+        return torch.bfloat16 if found.get("avx512_bf16") or found.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if gpu_has_bf16(device) else torch.float32
 
 
 def gpu_has_bf16(device: torch.device) -> bool:
@@ -97,26 +93,19 @@ class CPUThreads:
         seconds, busy, own = (now - then for now, then in zip(self.seen, before, strict=True))
         others = max(0.0, busy - own) / seconds
         threads = max(1, min(self.most, cores() - round(others)))
-        changed = threads != torch.get_num_threads()
-        if changed:
-            note(f"other processes use {others:.1f} of {cores()} cores; going on with {threads} of {self.most} threads "
-                 "(--threads sets a number that stays)")
-            torch.set_num_threads(threads)
-        return changed
+        if threads == torch.get_num_threads():
+            return False
+        note(f"other processes use {others:.1f} of {cores()} cores; going on with {threads} of {self.most} threads "
+             "(--threads sets a number that stays)")
+        torch.set_num_threads(threads)
+        return True
 
 
 def core_seconds() -> tuple[float, float, float]:
-    """Now; how long the cores that this process may use have been busy, where Linux says it; and how long for it.
-
-    A child's time counts once it has been waited for.
-    """
-    busy, stat = 0.0, Path("/proc/stat")
-    for name, *ticks in map(str.split, stat.read_text().splitlines() if stat.exists() else ()):
-        if re.fullmatch(r"cpu\d+", name) and int(name[3:]) in os.sched_getaffinity(0):
-            user, nice, system, _, _, irq, soft_irq = map(int, ticks[:7])
-            busy += (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
-    spent = os.times()
-    return time.monotonic(), busy, time.process_time() + spent.children_user + spent.children_system
+    """Now; how long our cores have been busy; how long for this process and the children that it has waited for."""
+    ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(cores())
+    times = [spent for core, spent in enumerate(psutil.cpu_times(percpu=True)) if core in ours]
+    return time.monotonic(), sum(t.user + t.nice + t.system for t in times), sum(os.times()[:4])
 
 
 def cpu_name() -> str:
@@ -125,26 +114,15 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def free_memory() -> float:
-    """Bytes that programs can still take, where Linux says it."""
-    info = Path("/proc/meminfo")
-    found = re.findall(r"^(?:MemAvailable|SwapFree):\s*(\d+) kB", info.read_text(), re.M) if info.exists() else []
-    return sum(map(int, found)) * 1024 if found else math.inf
-
-
-def resident_bytes() -> int:
-    """Memory of this process."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
+def free_memory() -> int:
+    """Bytes that programs can still take."""
+    return psutil.virtual_memory().available + psutil.swap_memory().free
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """What this device reaches on a large matrix product (FLOP/s), measured: best of twenty."""
-    n = 8192 if device.type == "cuda" else 1024
+    n, best = 8192 if device.type == "cuda" else 1024, math.inf
     a = torch.randn(n, n, device=device, dtype=dtype)
-    best = math.inf
     for _ in range(20):
         start = time.perf_counter()
         (a @ a)[0, 0].item()  # .item() waits for an asynchronous device

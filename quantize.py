@@ -19,6 +19,7 @@ from typing import Literal
 
 from cli import Count, Threads, UserError, command, flag, given, note, optional, parse, refuse, run
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -38,7 +39,7 @@ from fetch import model_folder
 from files import atomic_folder, beside, write_json
 from generate import generate
 from int8 import has_torch_ao, load_quantized, pick_backend, save_quantized, torch_ao
-from machine import CPUThreads, cpu_name, resident_bytes
+from machine import CPUThreads, cpu_name
 from model import GPT, GPTConfig
 from smooth import smooth
 
@@ -64,10 +65,11 @@ def resident_memory(row: str, folder: Path, out: Path, backend: str, threads: in
         save_weights(model.state_dict(), model.config, folders[0])
         save_quantized(model, folders[1])
         list(generate(contenders(*folders, backend)[row](), prompt, 8))
-    before = resident_bytes()
+    memory = psutil.Process().memory_info
+    before = memory().rss
     model = contenders(folder, out, backend)[row]()
     list(generate(model, prompt, min(model.config.block_size, LONGEST) // 2))
-    return resident_bytes() - before
+    return memory().rss - before
 
 
 def tokens_per_second(models: dict[str, GPT], rounds: int, tick: Callable[[], object]) -> dict[str, dict[str, float]]:

@@ -534,13 +534,21 @@ def test_threads_are_as_many_as_cores_are_free(monkeypatch, notes_anew, capsys, 
         torch.set_num_threads(1)
 
 
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux says how busy its cores are")
 def test_seconds_of_cores_are_counted():
     before, start = machine.core_seconds(), time.monotonic()
     while time.monotonic() < start + 0.5:
         pass
     seconds, busy, own = (now - then for now, then in zip(machine.core_seconds(), before, strict=True))
     assert 0.2 < own < 1.05 * seconds and own - 0.05 < busy < machine.cores() * seconds + 0.1
+
+
+@pytest.mark.parametrize(("found", "dtype"), [
+    ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16), ({"avx512_f": True, "amx_bf16": True}, torch.bfloat16),
+    ({"avx512_f": True, "amx_bf16": False}, torch.float32), ({"neon": True}, torch.float32)], ids=str)
+def test_bfloat16_is_taken_where_the_cpu_multiplies_it(monkeypatch, found, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert machine.pick_dtype("auto", torch.device("cpu")) == dtype
+    assert machine.pick_dtype("float32", torch.device("cpu")) == torch.float32
 
 
 def test_a_mistake_under_torchrun_is_said_once(tmp_path):
