@@ -11,7 +11,6 @@ import glob
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from cli import UserError, checked, one_line
 
 import msgspec
+import psutil
 from safetensors import SafetensorError
 
 # ---------------------------------------------------------------- writing
@@ -27,14 +27,11 @@ from safetensors import SafetensorError
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` once it is written and on disk.
 
-    The name is this process's own, so two processes that write the same path do not write into each other's file. The
-    file gets the permissions that the umask says. Raises UserError if writing fails; an earlier `path` stays then.
+    Two processes may write the same path: each has a name of its own. The file gets the permissions that the umask
+    says. Raises UserError if writing fails; an earlier `path` stays then.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(path)
+    with _temporary(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
@@ -42,62 +39,54 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _fsync(temporary)
         temporary.replace(path)
         _fsync(path.parent)  # the rename itself must survive a power cut
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: could not be written: {one_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
-    """Yield a temporary folder; all its files become those of `path` in the moment that `marker` appears there.
+    """Yield a temporary folder, whose files are then moved into `path`, `marker` last.
 
     A folder without its marker is one that nobody reads. Files of an earlier `path` that the new one lacks stay.
     """
-    new, made = path / f".new.{os.getpid()}.tmp", not path.exists()
+    made = not path.exists()
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        remove_stale(path / "new")
-        new.mkdir()
-        yield new
-        for file in new.iterdir():
-            _fsync(file)
-        with _one_at_a_time(path):  # the files of two processes that end at once do not mix
-            (path / marker).unlink(missing_ok=True)
-            _fsync(path)
-            for file in sorted(new.iterdir(), key=lambda file: file.name == marker):
-                file.replace(path / file.name)
-            _fsync(path)
-    except OSError as error:
-        raise UserError(f"{path}: could not be written: {one_line(error)}") from error
+        with _temporary(path / marker) as new:
+            new.mkdir()
+            yield new
+            for file in new.iterdir():
+                _fsync(file)
+            with _opened(path) as folder:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(folder, fcntl.LOCK_EX)  # the files of two processes that end at once do not mix
+                (path / marker).unlink(missing_ok=True)
+                _fsync(path)
+                for file in sorted(new.iterdir(), key=lambda file: file.name == marker):
+                    file.replace(path / file.name)
+                _fsync(path)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
         if made:
             with contextlib.suppress(OSError):  # where it has been filled
                 path.rmdir()
 
 
 @contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait while another process is in this context with the same folder."""
-    handle = os.open(folder, os.O_RDONLY)
+def _temporary(path: Path) -> Iterator[Path]:
+    """Yield this process's own name beside `path`. Removes what is left there, and what killed processes have left."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if left.name.split(".")[-2] not in map(str, psutil.pids()):
+                _remove(left)
+        yield temporary
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: could not be written: {one_line(error)}") from error
     finally:
-        os.close(handle)
+        _remove(temporary)
 
 
-def remove_stale(path: Path) -> None:
-    """Remove what killed processes left of their attempts to write `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(PermissionError):  # the process lives, and is somebody else's
-            try:
-                os.kill(int(left.name.split(".")[-2]), 0)  # sends nothing: asks whether the process is there
-            except (ProcessLookupError, ValueError, OverflowError):
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # it has been moved, or is somebody else's
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -116,17 +105,13 @@ def plain_file(path: Path, expected: str, limit: float = float("inf")) -> Path:
 
     `expected` is what the file should be, for the message.
     """
-    try:
-        found = Path(path).stat()
-    except FileNotFoundError:
-        raise UserError(f"{path}: expected {expected}, found no such file") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path}: expected {expected}, found "
-                        f"{'a folder' if stat.S_ISDIR(found.st_mode) else 'a device or a pipe'}")
-    if found.st_size > limit:
-        raise UserError(f"{path}: expected {expected} of at most {limit / 1e6:,.0f} MB, "
-                        f"got {found.st_size / 1e6:,.0f} MB")
-    return Path(path)
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "a device or a pipe" if path.exists() else "no such file"
+        raise UserError(f"{path}: expected {expected}, found {found}")
+    if (size := path.stat().st_size) > limit:
+        raise UserError(f"{path}: expected {expected} of at most {limit / 1e6:,.0f} MB, got {size / 1e6:,.0f} MB")
+    return path
 
 
 def read_json(path: Path, kind: Any = dict, limit: float = 64e6) -> Any:
@@ -175,12 +160,15 @@ def beside(folder: Path, ending: str) -> Path:
     return folder.with_name(f"{folder.name}{ending}")
 
 
-def _fsync(path: Path) -> None:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
     handle = os.open(path, os.O_RDONLY)
     try:
-        if hasattr(fcntl, "F_FULLFSYNC"):  # on macOS, fsync stops at the drive's own cache
-            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(handle)
+        yield handle
     finally:
         os.close(handle)
+
+
+def _fsync(path: Path) -> None:
+    with _opened(path) as handle:  # on macOS, fsync stops at the drive's own cache
+        fcntl.fcntl(handle, fcntl.F_FULLFSYNC) if hasattr(fcntl, "F_FULLFSYNC") else os.fsync(handle)
