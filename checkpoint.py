@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict
 
-from cli import UserError, command, note, one_line
-
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +24,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from cli import UserError, command, note, one_line
 from files import atomic_path, checked, newest, plain_file, read_json, write_json
 from machine import free_memory
 from model import GPT, GPTConfig

@@ -17,14 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
-from cli import UserError, command, flag, note
-
 import numpy as np
 from msgspec import Meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from checkpoint import config_from_hf, copy_companions, read_config, read_tokenizer, token_ids
+from cli import UserError, command, flag, note
 from dataloader import read_meta
 from fetch import fetch_wheel, model_folder
 from files import atomic_folder, write_json

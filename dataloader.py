@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, NotRequired, TypedDict
 
-from cli import UserError
-
 import numpy as np
 import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
+from cli import UserError
 from distributed import Ranks
 from files import plain_file, read_json
 

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli import UserError, end_at_once, note
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cli import UserError, end_at_once, note
 from machine import CPUThreads, pick_device
 from model import GPT
 

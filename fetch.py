@@ -9,9 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cli import UserError, note, one_line
-
 from checkpoint import COMPANIONS, holds_model, weight_files
+from cli import UserError, note, one_line
 from files import atomic_folder, atomic_path
 
 CACHE = Path(__file__).resolve().parent / "data" / ".cache"

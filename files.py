@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cli import UserError, checked, one_line
-
 import msgspec
 import psutil
 from safetensors import SafetensorError
+
+from cli import UserError, checked, one_line
 
 # ---------------------------------------------------------------- writing
 

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli import UserError, command, flag, one_line, parse, run
-
 import gguf
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from torch import Tensor
 
 from checkpoint import check_tensors, config_from_hf, empty_model, holds_model, save_weights, tokenizer_errors
+from cli import UserError, command, flag, one_line, parse, run
 from fetch import fetch_wheel
 from files import atomic_folder, plain_file, write_json
 from model import GPTConfig

@@ -8,11 +8,10 @@ whatever changes from token to token is a tensor on the device, and nothing in t
 import math
 from collections.abc import Callable, Iterator
 
-from cli import UserError
-
 import torch
 from torch import Tensor
 
+from cli import UserError
 from model import GPT, KVCache
 
 NOT_FINITE = "the model's logits are not finite: its weights are broken, or their products overflow"

@@ -10,8 +10,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from cli import UserError, note
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +24,7 @@ from checkpoint import (
     weight_files,
     write_model,
 )
+from cli import UserError, note
 from files import checked
 from generate import StaticKVCache
 from model import GPT, GPTConfig, KVCache, apply_rope, rope_table

@@ -10,10 +10,10 @@ import shutil
 import time
 from pathlib import Path
 
-from cli import UserError, note
-
 import psutil
 import torch
+
+from cli import UserError, note
 
 
 def pick_device(name: str) -> torch.device:

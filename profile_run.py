@@ -24,7 +24,6 @@ from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 
 from cli import Count, UserError, flag, given, optional, parse, refuse, run
-
 from files import atomic_path, checked, plain_file
 
 Func = tuple[str, int, str]  # file, line, name

@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from cli import Count, Threads, UserError, command, flag, given, note, optional, parse, refuse, run
-
 import psutil
 import torch
 from tqdm import tqdm
@@ -34,6 +32,7 @@ from checkpoint import (
     trained_on,
     weights_size,
 )
+from cli import Count, Threads, UserError, command, flag, given, note, optional, parse, refuse, run
 from dataloader import TokenData, evaluate
 from fetch import model_folder
 from files import atomic_folder, beside, write_json

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Required, TypedDict, Unpack
 
-from cli import UserError, note, optional
-
 import msgspec
 
+from cli import UserError, note, optional
 from files import checked, plain_file, write_text
 
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cli import Seed, Threads, UserError, flag, given, note, parse, run
-
 import torch
 from msgspec import Meta
 from tokenizers import Tokenizer
@@ -30,6 +28,7 @@ from checkpoint import (
     token_ids,
     weights_size,
 )
+from cli import Seed, Threads, UserError, flag, given, note, parse, run
 from fetch import model_folder
 from files import newest
 from generate import generate

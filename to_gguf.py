@@ -7,8 +7,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError
-
 import gguf
 from gguf import GGMLQuantizationType as Kind
 from gguf import TokenType
@@ -16,6 +14,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import Tensor
 
 from checkpoint import read_tokenizer
+from cli import UserError
 from files import atomic_path
 from model import GPT
 

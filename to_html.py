@@ -14,11 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cli import UserError
-
 import torch
 import torch.nn.functional as F
 
+from cli import UserError
 from files import atomic_path, write_text
 from int8 import arrays, read_quantized
 from model import GPT, GPTConfig

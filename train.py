@@ -24,24 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
-from cli import (
-    Count,
-    NonNegative,
-    Seed,
-    StopSignals,
-    Threads,
-    UserError,
-    command,
-    flag,
-    given,
-    note,
-    one_line,
-    optional,
-    parse,
-    refuse,
-    run,
-)
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -66,6 +48,23 @@ from checkpoint import (
     weights_of,
     write_tensors,
 )
+from cli import (
+    Count,
+    NonNegative,
+    Seed,
+    StopSignals,
+    Threads,
+    UserError,
+    command,
+    flag,
+    given,
+    note,
+    one_line,
+    optional,
+    parse,
+    refuse,
+    run,
+)
 from corpus import prepared
 from dataloader import TokenData, evaluate, forward_loss, read_meta, uncompiled
 from distributed import Ranks, gather_to_main, launch, parallelize, restart_folder, sync_gradients
@@ -81,6 +80,9 @@ DESCRIPTION = "Train a GPT on prepared tokens, in one process or under torchrun.
 
 
 # ---------------------------------------------------------------- flags
+
+Share = Annotated[float, Meta(ge=0, lt=1)]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -100,7 +102,7 @@ class TrainConfig:
     block_size: Count = flag(128, "Context length in tokens.")
     qk_norm: bool = flag(True, "RMSNorm on queries and keys: a Qwen3 model. Without: a Llama model.")
     tie_embeddings: bool | None = flag(None, "One matrix for embedding and head; default: with over 1,024 tokens.")
-    dropout: float | None = flag(None, "Share of each block's output to drop; default: 0 to 0.2, by text and run.")
+    dropout: Share | None = flag(None, "Share of each block's output to drop; default: 0 to 0.2, by text and run.")
 
     max_steps: Count | None = flag(None, "Steps of the whole run; default: by the size and the length of the text.")
     max_minutes: Annotated[float, Meta(ge=0.01, le=1e6)] | None = flag(
@@ -149,9 +151,9 @@ class Plan:
 
     data: Path  # the prepared folder
     out: Path
-    block_size: int  # no longer than the text, or than what the model to fine-tune takes
-    max_steps: int
-    dropout: float
+    block_size: Count  # no longer than the text, or than what the model to fine-tune takes
+    max_steps: Count
+    dropout: Share
     dtype: Literal["float32", "bfloat16"]
     compile: Literal["on", "off"]
     data_sha256: str

@@ -9,7 +9,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli import command, given, parse, refuse, run
-
 from corpus import PrepareConfig, prepare
 
 

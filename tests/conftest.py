@@ -17,11 +17,10 @@ from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU is what these tests are about
 
-import cli
-
 import pytest
 import torch
 
+import cli
 import corpus
 import train
 from checkpoint import save_weights

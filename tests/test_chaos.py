@@ -17,8 +17,6 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from cli import UserError
-
 import pytest
 import torch
 from conftest import ROOT, end_well, fork_train, free_port, random_model, refused
@@ -27,6 +25,7 @@ from test_train import SMALL, assert_same_checkpoint, assert_same_run
 import sample
 import train
 from checkpoint import STATE, load_model, read_safetensors, read_state, training_tensors, write_tensors
+from cli import UserError
 
 TRAIN = [*SMALL, "--max-steps", "60"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]

@@ -1,6 +1,7 @@
 """What the user types, right and wrong: a mistake costs one line and exit code 2, and no file."""
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import resource
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import prepare
 import pytest
@@ -22,6 +24,7 @@ import corpus
 import quantize
 import sample
 import train
+from cli import Count, NonNegative, Threads, UserError, flag, given, parse
 
 TINY = ["--n-layer", 1, "--n-embd", 16, "--n-head", 2, "--block-size", 16, "--batch-size", 4, "--max-steps", 2,
         "--eval-tokens", 500, "--threads", 1, "--device", "cpu"]
@@ -29,6 +32,41 @@ TINY = ["--n-layer", 1, "--n-embd", 16, "--n-head", 2, "--block-size", 16, "--ba
 
 def tree(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------- flags
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    size: Literal["tiny", "small"] = flag("tiny", "A positional.", positional=True)
+    steps: Count | None = flag(None, "A range.")
+    rate: NonNegative = flag(0.1, "A number.")
+    out: Path | None = flag(None, "A path.")
+    threads: tuple[Threads, ...] = flag((1, 2), "Several.")
+    compare: bool = flag(True, "Yes or no.")
+    name: str | None = flag(None, "Any text.")
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ([], {}), (["small", "--steps", "3"], {"size": "small", "steps": 3}), (["--rate=.5"], {"rate": 0.5}),
+    (["--rate", "1e-3"], {"rate": 0.001}), (["--threads", "1", "4"], {"threads": (1, 4)}),
+    (["--out", "a"], {"out": Path("a")}), (["--no-compare"], {"compare": False}),
+    (["--name=-x", "--out=null"], {"name": "-x", "out": Path("null")})])
+def test_flags_are_what_their_annotations_say(words, expected):
+    assert given(Flags, args=words) == expected
+    assert parse(Flags, "", words) == dataclasses.replace(Flags(), **expected)
+    assert parse(Flags, "", [], default=Flags(steps=7)).steps == 7
+
+
+@pytest.mark.parametrize("words", [
+    "--steps 0", "--steps 1.5", "--steps x", "--steps null", "--rate nan", "--rate inf", "--rate -1", "--rate 1e999",
+    "--threads 1 4097", "--out=", "--steps", "--threads", "--name", "--size x", "--stepz 1", "--compare=x", "big",
+    "tiny small", "--out=--", "--name=\udcff", "--threads=--"])
+def test_what_no_flag_takes_is_one_line(words):
+    with pytest.raises(UserError) as refusal:
+        given(Flags, args=words.split())
+    named = words.split()[0 if words.startswith("--") else -1].partition("=")[0]
+    assert "\n" not in str(refusal.value) and named in str(refusal.value)
 
 
 # ---------------------------------------------------------------- prepare

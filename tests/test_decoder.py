@@ -3,13 +3,12 @@
 import math
 from concurrent.futures import ThreadPoolExecutor
 
-from cli import UserError
-
 import pytest
 import torch
 from conftest import assert_same_choice, random_model, step_by_step
 
 import int8
+from cli import UserError
 from generate import generate
 from int8 import Int8GPT, KernelGPT
 

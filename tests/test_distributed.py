@@ -5,13 +5,12 @@ import subprocess
 import sys
 import time
 
-from cli import UserError
-
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, forks, free_port
 
+from cli import UserError
 from distributed import CAN_SHARE
 
 pytestmark = pytest.mark.skipif(not CAN_SHARE, reason="no shared memory here")

@@ -10,8 +10,6 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from cli import UserError
-
 import pytest
 from conftest import ROOT, free_port, make_text, random_model, save_model
 
@@ -20,6 +18,7 @@ import fetch
 import from_gguf
 import sample
 from checkpoint import load_model
+from cli import UserError
 from to_gguf import write_gguf
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

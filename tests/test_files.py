@@ -8,8 +8,6 @@ import subprocess
 import sys
 import threading
 
-from cli import StopSignals, UserError
-
 import pytest
 import torch
 from conftest import ROOT
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 from checkpoint import read_safetensors, write_tensors
+from cli import StopSignals, UserError
 from files import atomic_folder, atomic_path, write_text
 
 

@@ -16,14 +16,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import cli
-
 import prepare
 import pytest
 import torch
 from conftest import forks, make_text
 from tokenizers import Tokenizer, decoders, models
 
+import cli
 import corpus
 import quantize
 import sample

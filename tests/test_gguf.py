@@ -3,8 +3,6 @@
 import dataclasses
 import json
 
-from cli import UserError
-
 import gguf
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ import corpus
 import from_gguf
 import quantize
 from checkpoint import load_model, read_tokenizer
+from cli import UserError
 from to_gguf import WORDS, interleave_pairs, write_gguf
 
 TEXT = "Owl sees Fox at ten.\n\n  ä, naïve — 日本 12345, don't!\r\n\t \x0b🦉 Wren."

@@ -13,8 +13,6 @@ import threading
 import time
 from pathlib import Path
 
-import cli
-
 import numpy as np
 import prepare
 import pytest
@@ -23,6 +21,7 @@ from conftest import ROOT, end_well, fork_train, make_text, random_model, refuse
 from test_fuzz import run_script
 
 import checkpoint
+import cli
 import corpus
 import machine
 import picture

@@ -8,8 +8,6 @@ import re
 import shutil
 import subprocess
 
-from cli import UserError
-
 import pytest
 import torch
 from conftest import ROOT, make_text, random_model, refused, save_model
@@ -19,6 +17,7 @@ import corpus
 import quantize
 import to_html
 from checkpoint import read_tokenizer
+from cli import UserError
 from generate import generate
 from int8 import load_quantized, save_quantized
 from to_gguf import WORDS

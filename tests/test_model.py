@@ -4,8 +4,6 @@ import json
 import math
 from dataclasses import replace
 
-from cli import UserError
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 from checkpoint import config_from_hf, config_to_hf, load_model
+from cli import UserError
 from generate import StaticKVCache, generate, random_keys, sample_next
 from model import GPT, Block, GPTConfig, KVCache
 

@@ -4,8 +4,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from cli import UserError
-
 import numpy as np
 import pytest
 from conftest import make_text
@@ -13,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import corpus
+from cli import UserError
 from corpus import PrepareConfig, clean_plain, encode, pieces, plain_markdown, train_tokenizer
 from dataloader import TokenData
 

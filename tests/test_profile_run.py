@@ -11,11 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cli import handling
-
 import pytest
 
 import profile_run
+from cli import handling
 
 ROOT = Path(__file__).resolve().parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"

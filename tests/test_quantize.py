@@ -5,8 +5,6 @@ import math
 import multiprocessing
 from pathlib import Path
 
-from cli import UserError
-
 import pytest
 import torch
 from conftest import assert_same_choice, forks, random_model, save_model, step_by_step
@@ -19,6 +17,7 @@ import int8
 import quantize
 import train
 from checkpoint import load_model, weights_size
+from cli import UserError
 from dataloader import TokenData, evaluate
 from generate import generate
 from int8 import int8_linear_reference, quantize_rows, quantize_tokens

@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from cli import UserError
-
 import numpy as np
 import pytest
 import torch
@@ -23,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import corpus
 import train
 from checkpoint import STATE, load_model, read_safetensors, read_state, weights_of
+from cli import UserError
 from dataloader import TokenData, evaluate
 from distributed import Ranks
 from machine import can_compile, pick_dtype

@@ -6,8 +6,6 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cli import UserError
-
 import pytest
 import torch
 from conftest import random_model, save_model
@@ -15,6 +13,7 @@ from conftest import random_model, save_model
 import int8
 import sample
 from checkpoint import copy_companions
+from cli import UserError
 from generate import generate, random_keys, sample_next
 from int8 import KernelGPT
 from model import GPT

@@ -20,15 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from report import machine_name, publish, random_model, table, take_turns
-from cli import Count, UserError, flag, parse, run
-
 import torch
 import torch.nn.functional as F
+from report import machine_name, publish, random_model, table, take_turns
 from msgspec import Meta
 from torch import Tensor
 
 import int8
+from cli import Count, UserError, flag, parse, run
 from generate import generate
 from int8 import quantize_rows, quantize_tokens
 from machine import peak_flops

@@ -15,14 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from report import ROOT, machine_name, publish, table, take_turns
-from cli import Count, NonNegative, Threads, UserError, flag, parse, run
-
 import torch
+from report import ROOT, machine_name, publish, table, take_turns
 from msgspec import Meta
 from torch import Tensor
 
 from checkpoint import newest_model, read_tokenizer, token_ids
+from cli import Count, NonNegative, Threads, UserError, flag, parse, run
 from generate import generate
 from int8 import KernelGPT, load_quantized
 

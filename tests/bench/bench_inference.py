@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from report import GPT2_VOCAB, OUT, THREADS, picture, publish, random_model, sizes, summary, table, uncaptured
-
 import pytest
 import torch
+from report import GPT2_VOCAB, OUT, THREADS, picture, publish, random_model, sizes, summary, table, uncaptured
 from probe import Limits, int8_machine
 from torch import Tensor
 

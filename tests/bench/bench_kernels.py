@@ -9,11 +9,10 @@ in a model: a single matrix would stay in the second-level cache. The table is p
 import functools
 from collections.abc import Callable, Iterator
 
-from report import GPT2_VOCAB, OUT, THREADS, publish, sizes, table, uncaptured
-
 import pytest
 import torch
 import torch.nn.functional as F
+from report import GPT2_VOCAB, OUT, THREADS, publish, sizes, table, uncaptured
 from probe import Limits, int8_machine
 from torch import Tensor, nn
 

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
-from report import OUT, machine_name, publish, table, take_turns
-from cli import Count, flag, parse, run
-
 import torch
 import torch.nn.functional as F
+from report import OUT, machine_name, publish, table, take_turns
 from msgspec import Meta
 from probe import Limits, compiled, owlet_kernels
 from torch import Tensor
 
+from cli import Count, flag, parse, run
 from int8 import int8_linear_reference, quantize_rows, quantize_tokens
 from machine import cores
 

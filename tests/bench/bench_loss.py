@@ -17,14 +17,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from report import ROOT, machine_name, picture, publish, table, take_turns
-from cli import Count, UserError, flag, parse, run
-
 import gpt2
 import torch
+from report import ROOT, machine_name, picture, publish, table, take_turns
 from safetensors.torch import load_model as load_weights
 
 from checkpoint import load_model
+from cli import Count, UserError, flag, parse, run
 from dataloader import TokenData, evaluate
 from files import newest
 

@@ -22,16 +22,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from report import GPT2_VOCAB, machine_name, picture, publish, random_model, summary, table, take_turns
-from cli import Count, UserError, flag, parse, run
-
 import numpy as np
 import torch
+from report import GPT2_VOCAB, machine_name, picture, publish, random_model, summary, table, take_turns
 from engines import ENGINES, Engine
 from msgspec import Meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from checkpoint import load_model, save_weights
+from cli import Count, UserError, flag, parse, run
 from files import beside, write_json
 from model import GPT
 

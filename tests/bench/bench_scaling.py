@@ -27,16 +27,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 from unittest import mock
 
-from report import machine_name, picture, publish, summary, table, take_turns
-from cli import Count, NonNegative, UserError, flag, parse, run
-
 import numpy as np
 import torch
 import torch.distributed as dist
+from report import machine_name, picture, publish, summary, table, take_turns
 from msgspec import Meta
 from torch import Tensor
 
 import muon
+from cli import Count, NonNegative, UserError, flag, parse, run
 from dataloader import forward_loss
 from distributed import Ranks, average, gather, parallelize
 from model import GPT, SIZES, GPTConfig

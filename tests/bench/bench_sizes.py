@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from report import ROOT, machine_name, picture, publish, table
-from cli import UserError, flag, parse, run
-
 import torch
+from report import ROOT, machine_name, picture, publish, table
 from msgspec import Meta
 
 from checkpoint import load_model
+from cli import UserError, flag, parse, run
 from dataloader import TokenData, evaluate
 from files import write_json
 

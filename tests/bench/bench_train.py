@@ -19,12 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from report import machine_name, publish, table, take_turns
-from cli import Count, Threads, flag, parse, run
-
 import torch
+from report import machine_name, publish, table, take_turns
 from torch import Tensor, nn
 
+from cli import Count, Threads, flag, parse, run
 from dataloader import forward_loss
 from distributed import Ranks, parallelize
 from machine import can_compile, peak_flops

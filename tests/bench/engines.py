@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import report  # noqa: F401  makes the modules below importable
-
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -15,11 +15,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import ROOT, table
-from cli import Count, UserError, flag, parse, run
-
 import torch
+from report import ROOT, table
 
+from cli import Count, UserError, flag, parse, run
 from files import write_text
 
 PYTHON = sys.executable

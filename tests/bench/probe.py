@@ -8,9 +8,8 @@ import importlib
 import sys
 from types import ModuleType
 
-from report import ROOT, machine_name
-
 import pytest
+from report import ROOT, machine_name
 from setuptools import Distribution
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
