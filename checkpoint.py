@@ -307,6 +307,10 @@ class StoredTensors(Mapping):
         return len(self.files)
 
 
+def stored_tensors(folder: Path) -> StoredTensors:
+    return StoredTensors(weight_files(folder))
+
+
 def read_safetensors(path: Path, expected: str = "the model's weights") -> tuple[dict[str, Tensor], dict]:
     """The tensors of one file, and the facts that write_tensors put beside them; checked where it has our checksum."""
     try:

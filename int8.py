@@ -7,23 +7,14 @@ found as the model runs ("dynamic"). Products are summed exactly in int32.
 import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import (
-    StoredTensors,
-    check_tensors,
-    config_from_hf,
-    empty_model,
-    read_config,
-    read_tensors,
-    weight_files,
-    write_model,
-)
+from checkpoint import check_tensors, config_from_hf, empty_model, read_config, read_tensors, stored_tensors, write_model
 from cli import UserError, note
 from files import checked
 from generate import StaticKVCache
@@ -172,7 +163,7 @@ def torch_ao(model: GPT) -> GPT:
 
 # ---------------------------------------------------------------- the model as a flat list
 
-def arrays(config: GPTConfig, state: dict[str, Tensor] | StoredTensors, slices: int,
+def arrays(config: GPTConfig, state: Mapping[str, Tensor], slices: int,
            fine_head: bool) -> Iterator[Tensor]:
     """The arrays of the int8 model in the order of use, from quantize_state's tensors.
 
@@ -339,7 +330,7 @@ def quantize_state(model: GPT, slices: int = 1) -> dict[str, Tensor]:
     return state
 
 
-def build(config: GPTConfig, state: dict[str, Tensor] | StoredTensors, backend: str, device: torch.device,
+def build(config: GPTConfig, state: Mapping[str, Tensor], backend: str, device: torch.device,
           slices: int = 1, fine_head: bool = False) -> GPT | Int8GPT | KernelGPT:
     """The int8 model from quantize_state's tensors, on the device."""
     if backend == "torch.ao":
@@ -357,7 +348,7 @@ def build(config: GPTConfig, state: dict[str, Tensor] | StoredTensors, backend: 
     return model
 
 
-def dequantized(config: GPTConfig, state: dict[str, Tensor] | StoredTensors) -> GPT:
+def dequantized(config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:
     """The fp32 model of quantize_state's tensors."""
     model, full = empty_model(config), {}
     for name, like in model.state_dict().items():
@@ -383,7 +374,7 @@ def save_quantized(model: GPT, folder: Path, fine_head: bool = False, slices: in
     write_model(folder, quantize_state(model, slices), model.config, quantization_config=form)
 
 
-def read_quantized(folder: Path) -> tuple[GPTConfig, StoredTensors, int, bool]:
+def read_quantized(folder: Path) -> tuple[GPTConfig, Mapping[str, Tensor], int, bool]:
     """Config, tensors, slices and whether the head is fine, of an int8 folder written by save_quantized."""
     hf = read_config(folder)
     where = f"{folder}/config.json: quantization_config"
@@ -398,7 +389,7 @@ def read_quantized(folder: Path) -> tuple[GPTConfig, StoredTensors, int, bool]:
         shape = (len(like), slices) if slices > 1 and name.endswith("down_proj.weight") else len(like)
         expected[name], expected[f"{name}_scale"] = like.to(torch.int8), torch.empty(shape, device="meta")
     check_tensors(folder / "model.safetensors", expected, read_tensors(folder))
-    return config, StoredTensors(weight_files(folder)), slices, bool(fine)
+    return config, stored_tensors(folder), slices, bool(fine)
 
 
 def load_quantized(folder: Path, backend: str = "auto",

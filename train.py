@@ -275,7 +275,7 @@ def parts_of(config: TrainConfig, ranks: Ranks) -> int:
 def new_folder(config: TrainConfig, data: Path) -> Path:
     """--out, which must hold no model yet, or the first free out/DATA-NAME, out/DATA-NAME-2, ..."""
     if config.out is not None:
-        if (config.out / "run.json").exists():
+        if (config.out / STATE).exists():
             raise UserError(f"{config.out}: holds a run already; --resume continues it, another --out starts afresh")
         if any(config.out.glob("*.safetensors")):
             raise UserError(f"{config.out}: holds a model already; name another --out")

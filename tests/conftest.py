@@ -133,7 +133,7 @@ def _train(log: Path, rank: int, ranks: int, port: int, changes: str, words: lis
                        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                        "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
     sys.argv = ["train.py", *words]
-    exec(changes, {"rank": rank, "train": train, "die": lambda *_: os.kill(os.getpid(), signal.SIGKILL)})
+    exec(changes, {"rank": rank, "train": train, "die": lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)})
     cli.run(train.main)
 
 

@@ -385,7 +385,8 @@ def test_every_tensor_of_a_state_is_checked(script, folder, name, change):
     ("flags", None, "flags"), ("plan", {}, "plan"), ("flags", {"muon_lr": "fast"}, "muon_lr"),
     ("flags", {"batch_size": -1}, "batch_size"), ("flags", {"size": "huge"}, "size"),
     ("flags", {"muon_lr": []}, "muon_lr"), ("plan", {"max_steps": -1}, "max_steps"),
-    ("plan", {"block_size": 17}, "block_size"), ("plan", {"dropout": 1}, "dropout"), ("plan", {"dtype": "int4"}, "dtype"),
+    ("plan", {"block_size": 17}, "block_size"), ("plan", {"dropout": 1}, "dropout"),
+    ("plan", {"dtype": "int4"}, "dtype"),
     ("flags", {"data": ""}, "data"), ("flags", {"qk_norm": 1}, "qk_norm"), ("flags", {"dropout": 1}, "dropout"),
     ("plan", {"data_sha256": 5}, "data_sha256"), ("plan", {"data": "a\0b"}, "data")], ids=str)
 def test_what_run_json_says_is_checked_as_flags_are(script, folder, part, change, word):
