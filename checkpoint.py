@@ -307,7 +307,7 @@ class StoredTensors(Mapping):
         return len(self.files)
 
 
-def stored_tensors(folder: Path) -> StoredTensors:
+def stored(folder: Path) -> StoredTensors:
     return StoredTensors(weight_files(folder))
 
 

@@ -127,12 +127,13 @@ def checked(value: Any, kind: Any, where: object, strict: bool = True) -> Any:
     Not strict: words may stand for numbers. Raises UserError, which names the field in `where`.
     """
     try:
-        for word in [] if strict else value if isinstance(value, list) else [value]:
-            str(word).encode()  # the command line may hold other bytes than UTF-8, which could not be printed
+        if not strict:  # the command line may hold other bytes than UTF-8, which could not be printed
+            " ".join(map(str, value if isinstance(value, list) else [value])).encode()
         return msgspec.convert(value, kind, strict=strict, dec_hook=_decode)
     except (ValueError, RuntimeError) as error:  # RuntimeError: a ~ where there is no home
-        what, _, field = str(error if strict else str(error).split(", got")[0]).partition(" - at `$.")
-        raise UserError(f"{where}: {field.strip('`') + ': ' * bool(field)}{what[0].lower()}{what[1:]}") from None
+        what, _, field = str(error).partition(" - at `$.")
+        what = what if strict else what.split(", got")[0]  # `where` has the word; msgspec says that it got a `str`
+        raise UserError(": ".join(filter(None, [str(where), field.strip("`"), what[0].lower() + what[1:]]))) from None
 
 
 def _decode(kind: type, value: object) -> Any:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import check_tensors, config_from_hf, empty_model, read_config, read_tensors, stored_tensors, write_model
+from checkpoint import check_tensors, config_from_hf, empty_model, read_config, read_tensors, stored, write_model
 from cli import UserError, note
 from files import checked
 from generate import StaticKVCache
@@ -389,7 +389,7 @@ def read_quantized(folder: Path) -> tuple[GPTConfig, Mapping[str, Tensor], int, 
         shape = (len(like), slices) if slices > 1 and name.endswith("down_proj.weight") else len(like)
         expected[name], expected[f"{name}_scale"] = like.to(torch.int8), torch.empty(shape, device="meta")
     check_tensors(folder / "model.safetensors", expected, read_tensors(folder))
-    return config, stored_tensors(folder), slices, bool(fine)
+    return config, stored(folder), slices, bool(fine)
 
 
 def load_quantized(folder: Path, backend: str = "auto",
