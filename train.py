@@ -127,7 +127,6 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = flag("ddp", "Each rank has the whole model (ddp) or a part of it (fsdp).")
 
 
-
 RATES = {"muon_lr": 0.01, "adam_lr": 1.5e-3}  # of small, and a guess for larger models
 SIZE_DEFAULTS = {"tiny": {}, "small": RATES, "base": RATES, "medium": RATES}
 # docs/log.md, "Fine-tuning". grad_accum None: parts_of() looks at the ranks.
@@ -333,216 +332,194 @@ def progress(config: TrainConfig, plan: Plan, step: int, seconds: float) -> floa
     return max(step / plan.max_steps, seconds / 60 / config.max_minutes if config.max_minutes else 0.0)
 
 
+# ---------------------------------------------------------------- the run
+
 class Run:
     """A training run as this rank sees it. train() calls its steps: train_step, report, evaluate, save."""
 
     def __init__(self, config: TrainConfig, plan: Plan, ranks: Ranks, state: TrainState | None) -> None:
-        self.config, self.plan, self.ranks = config, plan, ranks
-        self.first, self.seconds, self.best = 0, 0.0, math.inf  # step to begin with; of the run; validation loss
+        self.config, self.plan, self.ranks, self.dtype = config, plan, ranks, getattr(torch, plan.dtype)
+        self.step, self.seconds, self.best = 0, 0.0, math.inf  # steps done, their time; lowest validation loss
         if state is not None:
-            self.first, self.seconds, self.best = state["step"], state["seconds"], state["best"] or math.inf
+            self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"] or math.inf
+        self.first = self.step  # the step that this process begins with
+        self.share = config.batch_size // ranks.world  # sequences of a step on this rank
+        self.step_tokens = config.batch_size * plan.block_size  # on all ranks together
 
-        # data, model, optimizers
         ranks.threads.adapt()
         torch.manual_seed(config.seed)
         self.data = TokenData(plan.data, plan.block_size, ranks.device, config.seed)
         if self.data.meta["train"]["sha256"] != plan.data_sha256:
             raise UserError(f"--resume: {plan.out} was trained on other data than {plan.data} now holds")
         self.tokenizer = read_tokenizer(plan.data)
-        if config.init_from is not None and state is None:
-            self.model = load_model(config.init_from)
-            self.model.config.eos = shape(config, self.data.meta).eos
-        else:
-            self.model = GPT(state["model_config"] if state is not None else shape(config, self.data.meta))
-        self.model.config.dropout = plan.dropout
-        self.dtype = getattr(torch, plan.dtype)
+        shaped = shape(config, self.data.meta) if state is None else state["model_config"]
+        self.model = load_model(config.init_from) if config.init_from and state is None else GPT(shaped)
+        self.model.config.dropout, self.model.config.eos = plan.dropout, shaped.eos
         self.wrapped = parallelize(self.model, ranks, config.parallel, self.dtype).train()
         self.optimizers = make_optimizers(self.model, config.muon_lr, self.dtype)
         if state is not None:
             load_tensors(training_tensors(self.model, self.optimizers), plan.out, state["tensors"])
 
-        # what is measured
         self.peak = peak_flops(ranks.device, self.dtype) * ranks.world
-        self.eval_tokens = min(config.eval_tokens, self.data.tokens["val"])
-        # by default 8 evaluations (fine-tuning: 2), but no fewer than one in 250 steps, nor so many that they take more
-        # than a fifth of the time (a token takes 0.4 of what it takes in training)
+        self.epoch = self.data.tokens["train"] / self.step_tokens  # in steps
+        # by default 8 evaluations (fine-tuning: 2), but at least one in 250 steps, and not so many that they take more
+        # than a fifth of the time (of a token an evaluation takes 0.4 of a step's time)
         apart = 250 if config.max_minutes else math.ceil(plan.max_steps / (2 if config.init_from else 8))
-        self.every = config.eval_every or min(250, max(apart, math.ceil(2 * self.eval_tokens / self.step_tokens)))
-        self.train_loss, self.pace, self.eval_seconds = math.nan, 0.0, 0.0  # of the last report, and evaluation
-        self.step_seconds, self.lately = 0.0, deque(maxlen=20)  # of a step: the median of the last reports
-        self.losses, self.before = [], (math.inf, math.inf)  # training losses since the last evaluation; what it saw
-        self.better = False
+        eval_steps = min(config.eval_tokens, self.data.tokens["val"]) / self.step_tokens
+        self.every = config.eval_every or min(250, max(apart, math.ceil(2 * eval_steps)))
+        self.signals, self.log = StopSignals(), None
+        self.loss_sum = torch.zeros((), device=ranks.device)  # since the last report
+        self.train_losses, self.before = [], (math.inf, math.inf)  # since the last evaluation, and what that one saw
+        self.eval_seconds, self.step_seconds = 0.0, 0.0  # of the last evaluation; of a step, lately
+        self.lately, self.better = deque(maxlen=20), False
 
-    def start(self, at_exit: contextlib.ExitStack) -> None:
-        """Take the folder, open the log, say what runs, compile."""
+    def begin(self) -> None:
+        """Open the log, say what runs, compile."""
         config, plan, ranks = self.config, self.plan, self.ranks
-        epoch = self.data.tokens["train"] / (config.batch_size * plan.block_size)  # in steps
-        self.log = None
+        size = f"{self.model.num_params() / 1e6:.2f}M parameters"
         if ranks.is_main:
-            at_exit.enter_context(lock(plan.out, launch()))
-            if not self.first:
+            if not self.step:
                 for source in filter(None, (config.init_from, plan.data)):
                     copy_companions(source, plan.out)
-            title = f"{plan.out.name}: {self.model.num_params() / 1e6:.1f}M parameters on {plan.data.name}"
-            self.log = RunLog(plan.out, self.first, self.data.bits_per_nat, epoch, title)
-        self.signals = StopSignals()
-        at_exit.enter_context(self.signals.heard())
-        what = f"fine-tuning {config.init_from}" if config.init_from else config.size
-        steps = f"steps {self.first} to {plan.max_steps} ({plan.max_steps / epoch:.1f} passes)"
-        if config.max_minutes:
-            steps = f"{config.max_minutes:g} minutes, at most {steps}"
+            self.log = RunLog(plan.out, self.step, self.data.bits_per_nat, self.epoch,
+                              f"{plan.out.name}: {size} on {plan.data.name}")
+        minutes = f"{config.max_minutes:g} minutes, at most " if config.max_minutes else ""
         self.say(
-            f"{plan.out}: {what}, {self.model.num_params() / 1e6:.2f}M parameters, {plan.data.name} "
-            f"({self.data.tokens['train']:,} tokens), {steps} of {self.step_tokens:,} tokens\n"
-            f"{ranks.world} x {ranks.device.type}, {torch.get_num_threads()} threads each, {plan.dtype}, dropout "
-            f"{plan.dropout:g}, matmul peak {self.peak / 1e9:,.0f} GFLOP/s"
-            f"{'; compiling first, some 10 seconds' * (plan.compile == 'on')}")
+            f"{plan.out}: {f'fine-tuning {config.init_from}' if config.init_from else config.size}, {size}, "
+            f"{plan.data.name} ({self.data.tokens['train']:,} tokens), {minutes}steps {self.step} to {plan.max_steps} "
+            f"({plan.max_steps / self.epoch:.1f} passes) of {self.step_tokens:,} tokens\n"
+            f"{ranks.world} x {ranks.device.type}, {torch.get_num_threads()} threads each, {plan.dtype}, "
+            f"dropout {plan.dropout:g}, matmul peak {self.peak / 1e9:,.0f} GFLOP/s"
+            + "; compiling first, some 10 seconds" * (plan.compile == "on"))
         if plan.compile == "on":
             self.compile_blocks()
-        self.bar = tqdm(total=1, initial=self.done(self.first), dynamic_ncols=True, bar_format="{l_bar}{bar}|{postfix}",
+        self.bar = tqdm(total=1, initial=self.done(), dynamic_ncols=True, bar_format="{l_bar}{bar}|{postfix}",
                         disable=None if ranks.is_main else True)
-        self.loss_sum = torch.zeros((), device=ranks.device)
-        self.reported = self.timed = self.first  # steps whose loss, and whose time, has been reported
+        self.reported = self.timed = self.step  # steps whose loss, and whose time, has been reported
         self.clock = self.began = self.spoke = time.perf_counter()
-        if config.init_from and not self.first:
-            self.evaluate(0)
+        if config.init_from and not self.step:
+            self.evaluate()
             self.best = math.inf  # the first save is of a trained model
 
     def compile_blocks(self) -> None:
         """Compile the blocks, which have the same code, in a step whose gradients are dropped."""
-        blocks = self.model.model.layers
         help_inductor()
-        for block in blocks:
+        for block in self.model.model.layers:
             block.forward = torch.compile(block.forward)
         x, y = self.data.batch(0, self.share // parts_of(self.config, self.ranks), 1)[0]
         try:
             forward_loss(self.wrapped, x, y, self.dtype).backward()
         except torch._dynamo.exc.TorchDynamoException as error:
             note(f"torch.compile failed ({one_line(error)}); going on without it, more slowly")
-            for block in blocks:
+            for block in self.model.model.layers:
                 del block.forward  # uncovers the method of the class
         self.model.zero_grad()
 
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of a step, over all ranks together."""
-        return self.config.batch_size * self.plan.block_size
-
-    @property
-    def share(self) -> int:
-        """Sequences of a step on this rank."""
-        return self.config.batch_size // self.ranks.world
-
-    def done(self, step: int) -> float:
-        return progress(self.config, self.plan, step, self.seconds + self.eval_seconds)  # the last evaluation is ahead
+    def done(self) -> float:
+        """The share of the run that is done. The evaluation that ends it takes as long as the last one did."""
+        return progress(self.config, self.plan, self.step, self.seconds + self.eval_seconds)
 
     def say(self, text: str) -> None:
         if self.ranks.is_main:
             with optional("standard output"):
                 tqdm.write(text)
 
-    def train_step(self, step: int) -> None:
+    def train_step(self) -> None:
         """Forward and backward over this rank's share of the batch, part by part, and a step of the optimizers."""
         config, ranks = self.config, self.ranks
-        if self.model.config.dropout:  # drawn from (seed, step, rank), so that a resume repeats it
-            torch.manual_seed(int(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)[0]))
-        parts = self.data.batch(step * config.batch_size + ranks.rank * self.share, self.share, parts_of(config, ranks))
+        if self.plan.dropout:  # drawn from (seed, step, rank), so that a resume repeats it
+            torch.manual_seed(int(np.random.SeedSequence([config.seed, self.step, ranks.rank]).generate_state(1)[0]))
+        first = self.step * config.batch_size + ranks.rank * self.share
+        parts = self.data.batch(first, self.share, parts_of(config, ranks))
         for i, (x, y) in enumerate(parts):
             sync_gradients(self.wrapped, on=i == len(parts) - 1)  # summed over the ranks once they are whole
             loss = forward_loss(self.wrapped, x, y, self.dtype) / len(parts)
             loss.backward()
             self.loss_sum += loss.detach()
-        self.lr_scale = lr_scale(self.done(step), step, config)
-        rates = config.muon_lr * self.lr_scale, config.adam_lr * self.lr_scale
-        update(self.model, self.optimizers, rates, config.weight_decay, config.grad_clip)
-        if step == self.first:  # it warmed up: no measure of the others
-            self.timed, self.began = step + 1, time.perf_counter()
+        self.lr_scale = lr_scale(self.done(), self.step, config)
+        update(self.model, self.optimizers, (config.muon_lr * self.lr_scale, config.adam_lr * self.lr_scale),
+               config.weight_decay, config.grad_clip)
+        self.step += 1
+        if self.step == self.first + 1:  # it warmed up: no measure of the others
+            self.timed, self.began = self.step, time.perf_counter()
 
-    def evaluation_due(self, step: int) -> bool:
-        return step % self.every == 0 or self.done(step) >= 1
+    def evaluation_due(self) -> bool:
+        return self.step % self.every == 0 or self.done() >= 1
 
-    def report_due(self, step: int) -> bool:
+    def report_due(self) -> bool:
         """Whether the ranks exchange losses, times and signals after this step; they all come to the same answer."""
         minutes = self.config.max_minutes
-        return (self.evaluation_due(step) or step % 10 == 0 or bool(minutes and not self.step_seconds)
-                or self.step_seconds > (min(1.0, 0.6 * minutes) if minutes else 1.0)
+        return (self.evaluation_due() or self.step % 10 == 0 or bool(minutes and not self.step_seconds)
+                or self.step_seconds > (min(1.0, 0.3 * minutes) if minutes else 1.0)
                 or (self.ranks.world == 1 and self.signals.asked is not None))
 
-    def report(self, step: int) -> bool:
+    def report(self) -> bool:
         """Loss and speed of the steps since the last report; whether a signal asked any rank to stop."""
-        ranks, steps = self.ranks, step - self.timed
         self.signals.say_once(self.say)
         loss = self.loss_sum.item()  # waits for the device
-        now = time.perf_counter()
-        total, stops, interval, elapsed = (x / ranks.world for x in ranks.sum(
-            loss, float(self.signals.asked is not None), now - self.began, now - self.clock))
-        self.train_loss = total / (step - self.reported)
-        self.losses.append(self.train_loss)
-        if not math.isfinite(self.train_loss):
-            raise diverged(self, step, f"the loss is {self.train_loss}")
-        self.seconds += elapsed
-        self.clock, self.bar.n = now, self.done(step)
+        now, steps = time.perf_counter(), self.step - self.timed
+        loss, stops, interval, elapsed = (x / self.ranks.world for x in self.ranks.sum(
+            loss / (self.step - self.reported), self.signals.asked is not None, now - self.began, now - self.clock))
+        if not math.isfinite(loss):
+            raise self.diverged(f"the loss is {loss}")
+        self.train_losses.append(loss)
+        self.seconds, self.clock = self.seconds + elapsed, now
         if steps:
-            self.pace = self.step_tokens * steps / interval
             self.lately.append(interval / steps)
-            self.step_seconds = statistics.median(self.lately)
+            self.step_seconds = statistics.median(self.lately)  # of a pause nothing remains
         if self.log:
-            self.log.add(step=step, train_loss=self.train_loss, lr_scale=self.lr_scale,
-                         **{"tokens_per_second": self.pace} if self.pace else {})
-            self.bar.set_postfix_str(f"{self.at(step)}, loss {self.train_loss:.3f}{self.speed(step)}")
-            if self.bar.disable and now - self.spoke > 20 and not self.evaluation_due(step):
+            pace = {"tokens_per_second": self.step_tokens * steps / interval} if steps else {}
+            self.log.add(step=self.step, train_loss=loss, lr_scale=self.lr_scale, **pace)
+            self.bar.n = min(1, self.done())
+            self.bar.set_postfix_str(f"{self.at()}, loss {loss:.3f}{self.speed()}")
+            if self.bar.disable and now - self.spoke > 20 and not self.evaluation_due():
                 self.spoke = now
-                self.say(f"{self.at(step)}: train {self.train_loss:.3f} nats = "
-                         f"{self.train_loss * self.data.bits_per_nat:.3f} bits/byte{self.speed(step)}")
+                self.say(f"{self.at()}: train {loss:.3f} nats = {loss * self.data.bits_per_nat:.3f} bits/byte"
+                         f"{self.speed()}")
         self.loss_sum.zero_()
-        self.reported = self.timed = step
-        self.began = time.perf_counter()
+        self.reported, self.timed, self.began = self.step, self.step, time.perf_counter()
         return stops > 0
 
-    def at(self, step: int) -> str:
-        of = f" ({min(1, self.done(step)):.0%})" if self.config.max_minutes else f"/{self.plan.max_steps}"
-        return f"step {step}{of}"
+    def at(self) -> str:
+        of = f" ({min(1, self.done()):.0%})" if self.config.max_minutes else f"/{self.plan.max_steps}"
+        return f"step {self.step}{of}"
 
-    def speed(self, step: int) -> str:
+    def speed(self) -> str:
         """Speed, and the time left after an evaluation at this step."""
-        if not self.pace:
+        if not self.step_seconds:
             return ""
-        evaluations = len(range(step - step % self.every + self.every, self.plan.max_steps, self.every))
-        evaluations += step < self.plan.max_steps
-        left = (self.plan.max_steps - step) * self.step_seconds + evaluations * self.eval_seconds
+        evaluations = math.ceil(self.plan.max_steps / self.every) - self.step // self.every
+        left = (self.plan.max_steps - self.step) * self.step_seconds
+        left += evaluations * self.eval_seconds * (self.step < self.plan.max_steps)
         if self.config.max_minutes:
             left = min(left, max(0.0, 60 * self.config.max_minutes - self.seconds))
-        return (f", {self.pace:,.0f} tokens/s ({self.model.estimate_mfu(self.pace, self.peak):.0%} of peak), "
-                f"{duration(left)} left")
+        pace = self.step_tokens / self.step_seconds
+        return f", {pace:,.0f} tokens/s ({self.model.estimate_mfu(pace, self.peak):.0%} of peak), {duration(left)} left"
 
-    def evaluate(self, step: int) -> None:
+    def evaluate(self) -> None:
         """The validation loss, and a sample of the model's text."""
-        config, ranks, start = self.config, self.ranks, time.perf_counter()
+        ranks, start = self.ranks, time.perf_counter()
         if ranks.threads.adapt():
             self.peak = peak_flops(ranks.device, self.dtype) * ranks.world
-        val_loss = evaluate(self.model, self.data, config.eval_tokens, ranks, self.dtype)
+        val_loss = evaluate(self.model, self.data, self.config.eval_tokens, ranks, self.dtype)
         if not math.isfinite(val_loss):
-            raise diverged(self, step, f"the validation loss is {val_loss}")
+            raise self.diverged(f"the validation loss is {val_loss}")
         self.better, self.best = val_loss < self.best, min(self.best, val_loss)
-        train_loss, self.losses = sum(self.losses) / max(1, len(self.losses)), []
-        overfits = not self.better and val_loss > self.before[1] and train_loss < self.before[0]
-        self.before = train_loss, val_loss
         bits, text = val_loss * self.data.bits_per_nat, ""
-        if ranks.is_main and config.parallel != "fsdp":  # whose ranks would all have to write
+        if ranks.is_main and self.config.parallel != "fsdp":  # whose ranks would all have to write
             with optional("a sample of the model's text"):
                 text = self.sample()
         self.eval_seconds = ranks.sum(time.perf_counter() - start)[0] / ranks.world
+        train_loss = sum(self.train_losses) / max(1, len(self.train_losses))
         if self.log:
-            trained = f"train {self.train_loss:.3f}, " if step else ""
-            self.log.add(step=step, val_loss=val_loss, val_bits_per_byte=bits, **{"sample": text} if text else {})
-            self.say(f"{self.at(step)}: {trained}validation {val_loss:.4f} nats = {bits:.4f} bits/byte"
-                     f"{'' if self.better else ' (no better)'}{self.speed(step)}")
-            if text:
-                self.say(f"  {text}")
-        if overfits:
+            trained = f"train {self.train_losses[-1]:.3f}, " if self.train_losses else ""
+            self.log.add(step=self.step, val_loss=val_loss, val_bits_per_byte=bits, **{"sample": text} if text else {})
+            self.say(f"{self.at()}: {trained}validation {val_loss:.4f} nats = {bits:.4f} bits/byte"
+                     f"{'' if self.better else ' (no better)'}{self.speed()}" + f"\n  {text}" * bool(text))
+        if not self.better and train_loss < self.before[0] and val_loss > self.before[1]:
             note("the validation loss rises while the training loss falls: the model learns its text by heart; "
                  f"{self.plan.out} keeps the best model; more --dropout, a smaller size or fewer steps may do better")
-        self.began = time.perf_counter()
+        self.train_losses, self.before, self.began = [], (train_loss, val_loss), time.perf_counter()
 
     @torch.no_grad()
     def sample(self) -> str:
@@ -561,8 +538,8 @@ class Run:
         text = " / ".join(filter(None, map(str.strip, text.splitlines())))
         return "".join(letter for letter in text if letter.isprintable())
 
-    def save(self, step: int) -> None:
-        """model.safetensors where the model is the best so far, run.json, and all else that a resume needs.
+    def save(self) -> None:
+        """run.json, all that a resume needs, and the model where it is the best so far.
 
         The state comes before the model: after a crash between the two, a resume takes the model from the state. All
         ranks must call this: each may hold a part.
@@ -571,40 +548,38 @@ class Run:
         if self.ranks.is_main:
             weights = weights_of(tensors)
             if not all(weight.sum().isfinite() for weight in weights.values()):
-                raise diverged(self, step, "a weight is not finite")
+                raise self.diverged("a weight is not finite")
             better = self.better or not holds_model(out)
             write_json(out / "run.json", {"flags": plain(self.config), "plan": plain(self.plan)})
-            write_tensors(out / STATE, tensors, step=step, seconds=self.seconds, better=better,
+            write_tensors(out / STATE, tensors, step=self.step, seconds=self.seconds, better=better,
                           best=self.best if math.isfinite(self.best) else None, model_config=vars(self.model.config))
             if better:
                 save_weights(weights, self.model.config, out)
             self.log.plot()
         self.better, self.began = False, time.perf_counter()
 
-    def finish(self, step: int) -> int:
+    def finish(self) -> int:
         """Say what came of the run; the exit code."""
         self.bar.close()
+        out, done = self.plan.out, self.done() >= 1
         if self.log:
             self.log.close()
-        out = self.plan.out
-        if self.done(step) < 1:
-            self.say(f"stopped at step {step}; go on with: {command('python', 'train.py', '--resume', '--out', out)}")
-            return 128 + (self.signals.asked or signal.SIGTERM)
-        if self.log:
-            self.say(f"{out}: best validation {self.best:.4f} nats, {self.best * self.data.bits_per_nat:.4f} "
-                     f"bits/byte\n{self.log.curve()} the whole curve: {out / 'loss.png'}\n"
-                     f"next: {command('python', 'sample.py', '--checkpoint', out)}")
-        return 0
+            bits = self.best * self.data.bits_per_nat
+            self.say(f"{out}: best validation {self.best:.4f} nats, {bits:.4f} bits/byte\n"
+                     f"{self.log.curve()} the whole curve: {out / 'loss.png'}\n"
+                     f"next: {command('python', 'sample.py', '--checkpoint', out)}" if done else
+                     f"stopped at step {self.step}; go on with: "
+                     f"{command('python', 'train.py', '--resume', '--out', out)}")
+        return 0 if done else 128 + (self.signals.asked or signal.SIGTERM)
+
+    def diverged(self, what: str) -> UserError:
+        left = "keeps its last checkpoint" if holds_model(self.plan.out) else "has no checkpoint yet"
+        return UserError(f"step {self.step}: {what}; {self.plan.out} {left}. Try lower --muon-lr and "
+                         f"--adam-lr (now {self.config.muon_lr:g} and {self.config.adam_lr:g})")
 
 
 def plain(record: TrainConfig | Plan) -> dict:
     return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in vars(record).items()}
-
-
-def diverged(run: Run, step: int, what: str) -> UserError:
-    left = "keeps its last checkpoint" if holds_model(run.plan.out) else "has no checkpoint yet"
-    return UserError(f"step {step}: {what}; {run.plan.out} {left}. Try lower --muon-lr and "
-                     f"--adam-lr (now {run.config.muon_lr:g} and {run.config.adam_lr:g})")
 
 
 def duration(seconds: float) -> str:
@@ -642,24 +617,22 @@ def train(config: TrainConfig, ranks: Ranks, plan: Plan | None = None, state: Tr
     """
     if not may_begin(config, plan, ranks, state):
         return 0
-    with contextlib.ExitStack() as at_exit:  # what must be done however the run ends
-        plan = plan or ranks.main_does(lambda: decide(config, ranks.device))
-        run = Run(config, plan, ranks, state)
-        run.start(at_exit)
-        step = run.first
-        while run.done(step) < 1:
-            run.train_step(step)
-            step += 1
-            if not run.report_due(step):
+    plan = plan or ranks.main_does(lambda: decide(config, ranks.device))
+    run = Run(config, plan, ranks, state)
+    with lock(plan.out, launch()) if ranks.is_main else contextlib.nullcontext(), run.signals.heard():
+        run.begin()
+        while run.done() < 1:
+            run.train_step()
+            if not run.report_due():
                 continue
-            stop, due = run.report(step), run.evaluation_due(step)
+            stop, due = run.report(), run.evaluation_due()
             if due:
-                run.evaluate(step)
+                run.evaluate()
             if due or stop:
-                run.save(step)
+                run.save()
             if stop:
                 break
-        return run.finish(step)
+        return run.finish()
 
 
 def main() -> None:

@@ -424,9 +424,9 @@ def clock(monkeypatch):
     """A clock that training steps alone move: clock[0] seconds, clock[1] more with each step."""
     now, step = [0.0, 1.0], train.Run.train_step
 
-    def timed_step(self, number: int) -> None:
+    def timed_step(self) -> None:
         now[0] += now[1]
-        step(self, number)
+        step(self)
 
     monkeypatch.setattr(train.Run, "train_step", timed_step)
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
