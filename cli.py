@@ -199,7 +199,9 @@ def run(main: Callable[[], None]) -> None:
     """Run a script and exit. An error that is no bug is one line and exit code 2; Ctrl-C is one line and 130."""
     _interrupt.heard, end_at_once.code = False, 1  # the exit code after a bug
     # what TensorBoard's thread cannot write, on a full disk, does not end a run
-    threading.excepthook = lambda thread: note(f"{thread.exc_type.__name__}: {thread.exc_value}; going on without")
+    threading.excepthook = lambda failed: (
+        note(f"{one_line(failed.exc_value)}; going on without") if isinstance(failed.exc_value, OSError)
+        else threading.__excepthook__(failed))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the terminal's encoding may lack letters that a book has
     profiled = signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # profile_run.py has its own
