@@ -118,7 +118,8 @@ def open_tokens(path: Path, meta: Split, itemsize: int) -> BinaryIO:
 
 def forward_loss(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """Mean loss in nats a token of x, y (B, T); matrix products in dtype, weights and delicate operations in fp32."""
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+    # each weight is used once, so no cache of those in dtype
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
         return model(x, y)[1]
 
 

@@ -21,6 +21,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from msgspec import Meta
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from checkpoint import (
@@ -393,6 +395,9 @@ class Run:
             + "; compiling first, some 10 seconds" * (plan.compile == "on"))
         if plan.compile == "on":
             self.compile_blocks()
+        if config.init_from:  # a block's activations are computed again for its backward pass, to save memory
+            for block in self.model.model.layers:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         self.bar = tqdm(total=1, initial=self.done(), dynamic_ncols=True, bar_format="{l_bar}{bar}|{postfix}",
                         disable=None if ranks.is_main else True)
         self.reported = self.timed = self.step  # steps whose loss, and whose time, has been reported
