@@ -28,6 +28,8 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
     return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 

@@ -8,10 +8,12 @@ import re
 import shlex
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 from cli import UserError, note
 
@@ -55,15 +57,17 @@ def cxx() -> str | None:
     return shutil.which(words[-1]) if words else None
 
 
-def help_inductor() -> None:
-    """What torch.compile makes of CXX and of its own path: one word each. Ours are to hold several."""
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compile blocks that have the same code, which then is compiled once, when the first of them is called."""
     import torch._inductor.config
     import torch.utils.cpp_extension as extension
 
-    if cxx():
+    if cxx():  # torch takes CXX and its own path for one word each
         torch._inductor.config.cpp.cxx = (None, cxx())
     if " " in extension.TORCH_LIB_PATH and "'" not in extension.TORCH_LIB_PATH:
         extension.TORCH_LIB_PATH = shlex.quote(extension.TORCH_LIB_PATH)
+    for block in blocks:
+        block.forward = torch.compile(block.forward)
 
 
 def cores() -> int:

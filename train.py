@@ -73,7 +73,7 @@ from distributed import Ranks, gather_to_main, launch, parallelize, restart_fold
 from fetch import model_folder
 from files import lock, newest, read_json, write_json
 from generate import generate
-from machine import can_compile, help_inductor, peak_flops, pick_dtype
+from machine import can_compile, compile_blocks, peak_flops, pick_dtype
 from model import GPT, SIZES, GPTConfig
 from muon import make_optimizers, update
 from runlog import RunLog
@@ -394,7 +394,7 @@ class Run:
             f"dropout {plan.dropout:g}, matmul peak {self.peak / 1e9:,.0f} GFLOP/s"
             + "; compiling first, some 10 seconds" * (plan.compile == "on"))
         if plan.compile == "on":
-            self.compile_blocks()
+            self.compile()
         if config.init_from:  # a block's activations are computed again for its backward pass, to save memory
             for block in self.model.model.layers:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -406,11 +406,9 @@ class Run:
             self.evaluate()
             self.best = math.inf  # the first save is of a trained model
 
-    def compile_blocks(self) -> None:
-        """Compile the blocks, which have the same code, in a step whose gradients are dropped."""
-        help_inductor()
-        for block in self.model.model.layers:
-            block.forward = torch.compile(block.forward)
+    def compile(self) -> None:
+        """Compile the blocks, in a step whose gradients are dropped. Where that fails they stay as they are."""
+        compile_blocks(self.model.model.layers)
         x, y = self.data.batch(0, self.share // parts_of(self.config, self.ranks), 1)[0]
         try:
             forward_loss(self.wrapped, x, y, self.dtype).backward()

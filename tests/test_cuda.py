@@ -17,6 +17,7 @@ from dataloader import TokenData, forward_loss
 from generate import StaticKVCache, generate
 from int8 import tiles
 from machine import gpu_has_bf16
+from model import GPT
 from muon import make_optimizers, update
 
 if not torch.cuda.is_available():
@@ -217,7 +218,7 @@ def test_the_loss_is_that_of_the_cpu(data):
     for device in ("cpu", "cuda:0"):
         config = train.TrainConfig(dtype="float32", n_embd=64, n_layer=2)
         torch.manual_seed(0)
-        model = train.build_model(config, 256).to(device)
+        model = GPT(train.shape(config, {"vocab_size": 256})).to(device)
         tokens = TokenData(data, config.block_size, device)
         optimizers = make_optimizers(model, config.muon_lr, torch.float32)
         losses[device] = []

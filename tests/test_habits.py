@@ -169,8 +169,8 @@ def test_benchmarks_take_the_flags_of_pytest_benchmark(tmp_path, flag):
 def test_what_cannot_be_written_in_the_middle_of_a_run_is_a_note(script, data, tmp_path, monkeypatch, lost):
     step, out = train.Run.train_step, tmp_path / "run"
 
-    def lose(run: train.Run, number: int) -> None:
-        if number == 12:
+    def lose(run: train.Run) -> None:
+        if run.step == 12:
             path = out / lost
             if path.is_dir():
                 for file in path.iterdir():
@@ -179,7 +179,7 @@ def test_what_cannot_be_written_in_the_middle_of_a_run_is_a_note(script, data, t
             else:
                 path.unlink(missing_ok=True)
             (path.write_text if lost == "runs" else lambda _: path.mkdir())("x")
-        step(run, number)
+        step(run)
 
     monkeypatch.setattr(train.Run, "train_step", lose)
     code, said, err = script(train.main, "--data", data, "--out", out, *TINY, *QUICK, "--max-steps", 30,

@@ -123,7 +123,7 @@ def test_exit_codes(tmp_path, code, expected, said):
     ([], "expected a script"),
     (["--top", "3"], "expected a script"),
     (["nowhere.py", "--x"], "nowhere.py: No such file"),
-    (["--top", "0", "script.py"], "--top: expected 1 or more, got 0"),
+    (["--top", "0", "script.py"], "--top '0': expected `int` >= 1"),
     (["--tip", "3", "script.py"], "--tip"),
     (["--out", "no/where", "script.py"], "--out"),
     (["--compare", "text.prof"], "expected two .prof files"),

@@ -191,7 +191,7 @@ def test_models_of_others_can_be_quantized_and_still_end(script, quick, tmp_path
 
 def test_base_size_shrinks_to_a_quarter(tmp_path):
     torch.manual_seed(0)
-    base = train.build_model(train.defaults("base"), 256)
+    base = GPT(train.shape(train.defaults("base"), {"vocab_size": 256}))
     save_model(base, tmp_path / "fp32")
     int8.save_quantized(base, tmp_path / "int8")
     before, after = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "int8"))

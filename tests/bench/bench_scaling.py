@@ -38,8 +38,9 @@ import muon
 from cli import Count, NonNegative, UserError, flag, parse, run
 from dataloader import forward_loss
 from distributed import Ranks, average, gather, parallelize
+from machine import pick_dtype
 from model import GPT, SIZES, GPTConfig
-from muon import COEFFICIENTS, make_optimizers, orthogonalize, pick_dtypes, update
+from muon import COEFFICIENTS, make_optimizers, orthogonalize, update
 
 CONFIGS = {"tiny-64": GPTConfig(**SIZES["tiny"] | {"block_size": 64}), "small": GPTConfig(**SIZES["small"]),
            "base": GPTConfig(**SIZES["base"])}
@@ -85,10 +86,9 @@ class Rank:
         self.device, self.world = ranks.device, ranks.world
         torch.manual_seed(0)
         self.model = GPT(CONFIGS[size]).train()
-        tokens = BATCHES[size] // self.world * self.model.config.block_size
-        self.dtype, muon_dtype = ranks.all_values(pick_dtypes(self.model, self.device, tokens))[0]
+        self.dtype = pick_dtype("auto", self.device)
         self.wrapped = parallelize(self.model, ranks, "ddp", self.dtype)  # not compiled: turns differ in shape
-        self.optimizers = make_optimizers(self.model, RATES[0], muon_dtype)
+        self.optimizers = make_optimizers(self.model, RATES[0], self.dtype)
         self.tokens = torch.randint(256, (2, BATCHES[size], self.model.config.block_size), device=self.device)
         self.matrices = [torch.randn(count, *shape, device=self.device)
                          for shape, count in matrix_shapes(self.model).items()]

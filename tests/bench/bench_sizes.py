@@ -42,12 +42,12 @@ def cell(size: str, folder: Path, minutes: float, out: Path) -> dict:
     if code:
         raise UserError(f"train.py ended with {code}; its output is in {log}")
     seconds, records = time.perf_counter() - start, [json.loads(line) for line in (out / "log.jsonl").open()]
-    model, settings = load_model(out), json.loads((out / "run.json").read_text())["settings"]
+    model, run = load_model(out), json.loads((out / "run.json").read_text())
     data = TokenData(folder, model.config.block_size)
     steps = records[-1]["step"]
     row = {"size": size, "text": folder.name, "bytes": data.meta["train"]["bytes"], "minutes": minutes,
            "seconds": seconds, "steps": steps, "parameters": model.num_params(),
-           "passes": steps * settings["batch_size"] * settings["block_size"] / data.tokens["train"],
+           "passes": steps * run["flags"]["batch_size"] * run["plan"]["block_size"] / data.tokens["train"],
            "bits_per_byte": evaluate(model, data) * data.bits_per_nat}
     write_json(result, row)
     return row

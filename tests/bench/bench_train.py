@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from cli import Count, Threads, flag, parse, run
 from dataloader import forward_loss
 from distributed import Ranks, parallelize
-from machine import can_compile, peak_flops
+from machine import can_compile, compile_blocks, peak_flops, pick_dtype
 from model import GPT, SIZES, GPTConfig
-from muon import make_optimizers, pick_dtypes, update
+from muon import make_optimizers, update
 
 BATCH = 32 if torch.cuda.is_available() else 16
 VOCABULARY = 256
@@ -44,9 +44,11 @@ def new_model(size: str) -> GPT:
 
 def owlet_step(size: str, ranks: Ranks, name: Literal["auto", "float32"]) -> Step:
     model = new_model(size)
-    dtype, muon_dtype = pick_dtypes(model, ranks.device, BATCH * model.config.block_size, name)
-    wrapped = parallelize(model, ranks, dtype=dtype, compile=can_compile(ranks.device))
-    optimizers = make_optimizers(model, RATES[0], muon_dtype)
+    dtype = pick_dtype(name, ranks.device)
+    wrapped = parallelize(model, ranks, dtype=dtype)
+    if can_compile(ranks.device):
+        compile_blocks(model.model.layers)
+    optimizers = make_optimizers(model, RATES[0], dtype)
 
     def step(x: Tensor, y: Tensor) -> None:
         forward_loss(wrapped, x, y, dtype).backward()
@@ -84,7 +86,7 @@ def seconds(step: Step, x: Tensor, y: Tensor) -> float:
 def measure(size: str, ranks: Ranks, rounds: int) -> list[dict]:
     """A row for each way to take a step."""
     device, block = ranks.device, SIZES[size]["block_size"]
-    auto, _ = pick_dtypes(new_model(size), device, BATCH * block)
+    auto = pick_dtype("auto", device)
     plain = auto if device.type == "cuda" else torch.float32
     compiled = {"plain compiled": (plain, plain_step(size, ranks, plain, compile=True))}
     steps = {"plain": (plain, plain_step(size, ranks, plain)),
