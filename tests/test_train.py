@@ -247,6 +247,21 @@ def test_a_stop_under_torchrun_saves_and_resumes(run, data, tmp_path):
     assert losses(out)[10] == pytest.approx(losses(whole)[10], abs=SAME)
 
 
+def test_a_busy_core_changes_no_weight(data, tmp_path):
+    """Two threads, which a third process delays; no flag names what a run decides."""
+    flags, log = [*SMALL[:-6], "--threads", 2, "--max-steps", 20, "--data", data], tmp_path / "log"
+    assert "--dtype" not in flags
+    end_well(fork_train(log, *flags, "--out", tmp_path / "quiet"), log)
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        end_well(fork_train(log, *flags, "--out", tmp_path / "busy"), log)
+    finally:
+        busy.kill()
+        busy.wait()
+    assert_same_run(tmp_path / "quiet", tmp_path / "busy")
+    assert plan(tmp_path / "quiet") | {"out": ""} == plan(tmp_path / "busy") | {"out": ""}
+
+
 def test_every_world_sees_the_same_batches(data):
     def seen(world: int) -> list[list[int]]:
         share = 12 // world
