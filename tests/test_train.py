@@ -249,7 +249,7 @@ def test_a_stop_under_torchrun_saves_and_resumes(run, data, tmp_path):
 
 def test_a_busy_core_changes_no_weight(data, tmp_path):
     """Two threads, which a third process delays; no flag names what a run decides."""
-    flags, log = [*SMALL[:-6], "--threads", 2, "--max-steps", 20, "--data", data], tmp_path / "log"
+    flags, log = [*SMALL[:-8], "--threads", 2, "--max-steps", 20, "--data", data], tmp_path / "log"
     assert "--dtype" not in flags
     end_well(fork_train(log, *flags, "--out", tmp_path / "quiet"), log)
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
