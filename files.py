@@ -95,7 +95,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Paths in the value become absolute."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=lambda path: str(path.resolve())) + "\n")
 
 
 # ---------------------------------------------------------------- reading

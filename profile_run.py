@@ -39,7 +39,7 @@ PHASE_OF = {function: phase for phase, functions in {
     "evaluation": ["dataloader.py:evaluate"],
     "checkpoint and log": ["train.py:Run.save", "runlog.py:RunLog.add"],
     "waiting for other ranks": ["distributed.py:Ranks.all_values"],
-    "set-up": ["distributed.py:Ranks.__init__", "train.py:decide", "train.py:Run.compile",
+    "set-up": ["distributed.py:Ranks.__init__", "recipe.py:decide", "train.py:Run.compile",
                "machine.py:peak_flops", "muon.py:make_optimizers", "runlog.py:RunLog.__init__"],
     "load": ["checkpoint.py:load_model", "checkpoint.py:read_tokenizer", "int8.py:load_quantized"],
     "quantize": ["smooth.py:smooth", "int8.py:save_quantized", "int8.py:torch_ao", "to_gguf.py:write_gguf"],

@@ -22,6 +22,7 @@ import torch
 
 import cli
 import corpus
+import recipe
 import train
 from checkpoint import save_weights
 from int8 import int8_linear_reference
@@ -240,7 +241,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def checkpoint_folder(data, tmp_path_factory):
     """A checkpoint of two steps, never changed."""
     out = tmp_path_factory.mktemp("out") / "wood"
-    config = train.TrainConfig(data=data, out=out, n_layer=1, n_embd=16, n_head=2, block_size=16, batch_size=4,
+    config = recipe.TrainConfig(data=data, out=out, n_layer=1, n_embd=16, n_head=2, block_size=16, batch_size=4,
                                tie_embeddings=True, max_steps=2, eval_tokens=500, device="cpu")
     assert train.train(config, train.Ranks("cpu", threads=1)) == 0
     return out

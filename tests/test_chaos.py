@@ -254,8 +254,9 @@ def test_another_launch_of_the_same_name_is_another_run(data, tmp_path):
 
 def test_ranks_that_found_different_states_do_not_begin(trained, tmp_path):
     changes, log = """
-read_state = train.read_state
-train.read_state = lambda out: (state := read_state(out)) | {"step": state["step"] - 10 * rank, "sha256": str(rank)}
+import recipe
+read_state = recipe.read_state
+recipe.read_state = lambda out: (state := read_state(out)) | {"step": state["step"] - 10 * rank, "sha256": str(rank)}
 """, tmp_path / "log"
     processes = fork_train(log, "--resume", "--out", trained, "--max-steps", 70, ranks=2, changes=changes)
     for process in processes:

@@ -11,8 +11,8 @@ from conftest import full_range, make_linear, random_int8, random_model, save_mo
 from torch import library
 
 import int8
+import recipe
 import sample
-import train
 from dataloader import TokenData, forward_loss
 from generate import StaticKVCache, generate
 from int8 import tiles
@@ -216,9 +216,9 @@ def test_the_loss_is_that_of_the_cpu(data):
     """One step's loss and the next one's, in fp32: the same model, batch and optimizers."""
     losses = {}
     for device in ("cpu", "cuda:0"):
-        config = train.TrainConfig(dtype="float32", n_embd=64, n_layer=2)
+        config = recipe.TrainConfig(dtype="float32", n_embd=64, n_layer=2)
         torch.manual_seed(0)
-        model = GPT(train.shape(config, {"vocab_size": 256})).to(device)
+        model = GPT(recipe.shape(config, {"vocab_size": 256})).to(device)
         tokens = TokenData(data, config.block_size, device)
         optimizers = make_optimizers(model, config.muon_lr, torch.float32)
         losses[device] = []

@@ -25,12 +25,13 @@ from tokenizers import Tokenizer, decoders, models
 import cli
 import corpus
 import quantize
+import recipe
 import sample
 import train
 
 SECONDS = 20  # after which a script is interrupted, as a user would
 MAINS = {"prepare": prepare.main, "train": train.main, "sample": sample.main, "quantize": quantize.main}
-CONFIGS = {"prepare": corpus.PrepareConfig, "train": train.TrainConfig, "sample": sample.SampleConfig,
+CONFIGS = {"prepare": corpus.PrepareConfig, "train": recipe.TrainConfig, "sample": sample.SampleConfig,
            "quantize": quantize.QuantizeConfig}
 QUICK = ["--max-steps", "3", "--batch-size", "2", "--eval-tokens", "100", "--eval-every", "2", "--threads", "1",
          "--device", "cpu", "--compile", "off"]
@@ -61,7 +62,7 @@ def whole(data, tmp_path_factory) -> Path:
     """data/, model/ (a run of two steps), model-int8/, tokenizers/KIND/, all in order."""
     root = tmp_path_factory.mktemp("whole")
     shutil.copytree(data, root / "data")
-    config = train.TrainConfig(data=root / "data", out=root / "model", n_layer=1, n_embd=16, n_head=2, block_size=16,
+    config = recipe.TrainConfig(data=root / "data", out=root / "model", n_layer=1, n_embd=16, n_head=2, block_size=16,
                                batch_size=2, max_steps=2, eval_tokens=100, device="cpu")
     assert train.train(config, train.Ranks("cpu", threads=1)) == 0
     from checkpoint import copy_companions, load_model

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 import profile_run
-import train
+import recipe
 
 SCRIPTS = {"train", "sample", "quantize", "profile_run", "prepare", "setup"}
 FILES = {path.stem: path for path in [*ROOT.glob("*.py"), ROOT / "data" / "prepare.py"]}
@@ -80,7 +80,7 @@ def test_pointers_into_the_log_of_decisions_resolve():
     assert not [pointer for pointer in pointers if pointer[1] not in headings]
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(train.TrainConfig)])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(recipe.TrainConfig)])
 def test_every_default_of_training_is_explained(name):
     text = "".join((ROOT / "docs" / file).read_text() for file in ("log.md", "training.md"))
     assert re.search(rf"`{name}\b|--{name.replace('_', '-')}\b", text)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import int8
 import quantize
+import recipe
 import train
 from checkpoint import load_model, weights_size
 from cli import UserError
@@ -22,7 +23,7 @@ from dataloader import TokenData, evaluate
 from generate import generate
 from int8 import int8_linear_reference, quantize_rows, quantize_tokens
 from model import GPT, GPTConfig, attention
-from train import TrainConfig
+from recipe import TrainConfig
 
 BACKENDS = ["owlet", "torch.ao", "reference"]
 # Relative error of one product of random numbers. torch.ao has one scale for all tokens, and on
@@ -191,7 +192,7 @@ def test_models_of_others_can_be_quantized_and_still_end(script, quick, tmp_path
 
 def test_base_size_shrinks_to_a_quarter(tmp_path):
     torch.manual_seed(0)
-    base = GPT(train.shape(train.defaults("base"), {"vocab_size": 256}))
+    base = GPT(recipe.shape(recipe.defaults("base"), {"vocab_size": 256}))
     save_model(base, tmp_path / "fp32")
     int8.save_quantized(base, tmp_path / "int8")
     before, after = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "int8"))

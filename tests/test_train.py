@@ -19,6 +19,7 @@ from conftest import ROOT, assert_same, end_well, fork_train, make_text, refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import corpus
+import recipe
 import train
 from checkpoint import STATE, load_model, read_safetensors, read_state, weights_of
 from cli import UserError
@@ -27,8 +28,8 @@ from distributed import Ranks
 from machine import can_compile, pick_dtype
 from model import GPT, SIZES
 from muon import make_optimizers
+from recipe import TrainConfig, lr_scale
 from runlog import RunLog
-from train import TrainConfig, lr_scale
 
 SMALL = ["--n-layer", "2", "--n-embd", "32", "--block-size", "32", "--batch-size", "8", "--eval-every", "10",
          "--eval-tokens", "2000", "--dtype", "float32", "--device", "cpu", "--threads", "1", "--compile", "off"]
@@ -551,7 +552,7 @@ def test_a_short_text_is_not_read_too_often(script, text_file, tmp_path, monkeyp
 @pytest.mark.parametrize(("tokens", "passes", "dropout"), [
     (10**6, 8, 0.0), (10**5, 8, 0.1), (10**4, 8, 0.2), (10**4, 1.9, 0.0)])
 def test_dropout_follows_from_the_length_of_the_text_and_of_the_run(tokens, passes, dropout):
-    assert train.pick_dropout(900_000, tokens, passes) == dropout
+    assert recipe.pick_dropout(900_000, tokens, passes) == dropout
 
 
 @pytest.mark.parametrize(("length", "dropout"), [
@@ -578,7 +579,7 @@ def test_sizes_are_those_promised():
     counts = {}
     for name in SIZES:
         with torch.device("meta"):
-            counts[name] = GPT(train.shape(train.defaults(name), {"vocab_size": 256})).num_params() / 1e6
+            counts[name] = GPT(recipe.shape(recipe.defaults(name), {"vocab_size": 256})).num_params() / 1e6
     assert counts == pytest.approx({"tiny": 0.9, "small": 10.8, "base": 26.0, "medium": 85.3}, abs=0.1)
 
 
