@@ -35,8 +35,9 @@ class Phase:
     guesses: bool = False  # owlet guesses, in a text of random tokens, so that hardly any is right
 
     def fit(self, config: GPTConfig) -> "Phase":
-        prompt = min(self.prompt, config.block_size - (self.new if self.prompt > config.block_size else 0))
-        return replace(self, prompt=prompt, new=min(self.new, config.block_size - prompt))
+        new = min(self.new, config.block_size // 2) if self.prompt > config.block_size else self.new
+        prompt = min(self.prompt, config.block_size - (new if self.prompt > config.block_size else 0))
+        return replace(self, prompt=prompt, new=min(new, config.block_size - prompt))
 
     def start(self, model: GPT) -> Iterator[Tensor]:
         """A generation of which only what is timed is left to do."""
