@@ -46,9 +46,12 @@ data/shakespeare/meta.json: | .venv/requirements
 	@echo "== the book becomes tokens"
 	$(BIN)/python data/prepare.py
 
+# As many each time, so that the loss is the same each time.
+THREADS := $(shell getconf _NPROCESSORS_ONLN | sed 's/^[2-9]$$\|^[0-9][0-9].*/2/')
+
 out/demo/.trained: | data/shakespeare/meta.json .venv/requirements
 	@echo; echo "== a model is trained"
-	$(BIN)/python train.py tiny --data data/shakespeare --out out/demo $$(test -e out/demo/train_state.safetensors && echo --resume)
+	$(BIN)/python train.py tiny --data data/shakespeare --out out/demo --threads $(THREADS) $$(test -e out/demo/train_state.safetensors && echo --resume)
 	@touch $@
 
 out/demo-int8/comparison.json: out/demo/.trained | build/kernels
