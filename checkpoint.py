@@ -401,7 +401,7 @@ def trained_on(folder: Path) -> tuple[Path, str] | None:
     """The prepared folder that a model was trained on, and its hash; of runs of earlier versions too."""
     if not (folder / "run.json").exists():
         return None
-    run = read_json(folder / "run.json")
-    plan = checked(run.get("plan") or run.get("settings"), dict, f"{folder}/run.json: plan")
-    data = {"data": plan.get("data"), "sha256": plan.get("data_sha256", run.get("data_sha256"))}
-    return tuple(checked(data, TypedDict("Data", {"data": Path, "sha256": str}), folder / "run.json").values())
+    run, where = read_json(folder / "run.json"), f"{folder}/run.json: data"
+    plan = checked(run.get("plan") or run.get("settings"), dict, where)
+    sha256 = plan.get("data_sha256", run.get("data_sha256"))
+    return checked(plan.get("data"), Path, where), checked(sha256, str, f"{where}_sha256")

@@ -35,9 +35,11 @@ elif sys.platform == "linux":
     cxx_flags.append("-fopenmp")
 
 # GPUs older than Turing have no int8 tensor cores. CUDA_HOME is None where torch is built without CUDA.
+nvcc = Path(CUDA_HOME or "", "bin/nvcc")
+release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc.exists() else ""
 too_old = any(torch.cuda.get_device_capability(i) < (7, 5) for i in range(torch.cuda.device_count()))
-if CUDA_HOME is None or not Path(CUDA_HOME, "bin/nvcc").exists() or too_old:
-    print("setup.py: no CUDA kernels: they need a CUDA build of torch, nvcc, and no GPU older than Turing")
+if f"release {str(torch.version.cuda).split('.')[0]}." not in release or too_old:
+    print("setup.py: no CUDA kernels: they need a CUDA build of torch, its version of nvcc, no GPU older than Turing")
     extension = CppExtension
 else:
     extension = CUDAExtension
