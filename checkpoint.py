@@ -317,10 +317,10 @@ def read_safetensors(path: Path, expected: str = "the model's weights") -> tuple
         with safe_open(plain_file(path, expected), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
             metadata = file.metadata() or {}
-        sha256, facts = metadata.get("owlet_sha256"), json.loads(metadata.get("owlet", "{}"))
+        sha256, facts = metadata.get("owlet_sha256"), checked(json.loads(metadata.get("owlet", "{}")), dict, path)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: not a whole safetensors file: {one_line(error)}") from error
-    if sha256 not in (None, checksum(tensors | facts)):
+    if sha256 is not None and sha256 != checksum(tensors | facts):
         raise UserError(f"{path}: damaged: its checksum is not that of what it holds")
     return tensors, facts | {"sha256": sha256}
 

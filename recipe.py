@@ -30,6 +30,7 @@ DESCRIPTION = "Train a GPT on prepared tokens, in one process or under torchrun.
 # ---------------------------------------------------------------- flags
 
 Share = Annotated[float, Meta(ge=0, lt=1)]
+Rate = Annotated[float, Meta(ge=0, le=1e37)]  # fp32 holds it
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ class TrainConfig:
     max_steps: Count | None = flag(None, "Steps of the whole run; default: by the size and the length of the text.")
     max_minutes: Annotated[float, Meta(ge=0.01, le=1e6)] | None = flag(
         None, "Minutes of the whole run, in place of --max-steps.")
-    batch_size: Count = flag(16, "Sequences a step, over all ranks together.")
+    batch_size: Annotated[int, Meta(ge=1, le=2**20)] = flag(16, "Sequences a step, over all ranks together.")
     grad_accum: Count | None = flag(1, "Parts of a rank's batch, in turn: same result, less memory; fine-tuning: all.")
-    muon_lr: NonNegative = flag(0.02, "Learning rate of Muon, for the blocks' matrices; 0: AdamW takes them.")
-    adam_lr: NonNegative = flag(1e-2, "Learning rate of AdamW, for embedding, head and norms.")
-    weight_decay: NonNegative = flag(0.0, "Decoupled weight decay of Muon.")
+    muon_lr: Rate = flag(0.02, "Learning rate of Muon, for the blocks' matrices; 0: AdamW takes them.")
+    adam_lr: Rate = flag(1e-2, "Learning rate of AdamW, for embedding, head and norms.")
+    weight_decay: Rate = flag(0.0, "Decoupled weight decay of Muon.")
     grad_clip: NonNegative = flag(1.0, "Largest gradient norm; 0: no clipping.")
     warmup_steps: Annotated[int, Meta(ge=0, le=10**12)] = flag(
         0, "First steps, over which the learning rates rise linearly.")
@@ -118,6 +119,8 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, Plan | None, TrainState | 
         refuse(flags, ["parallel"], "in one process; start several: torchrun --nproc_per_node=2 train.py ...")
     if "max_minutes" in flags:
         refuse(flags, ["max_steps"], "beside --max-minutes")
+    if first.resume and without_help != args:
+        parse(TrainConfig, DESCRIPTION, args)  # prints the help, for which no run is needed
     restarted = restart_folder(first.out)
     if restarted is not None:
         note(f"going on in {restarted}, where this launch of torchrun ({launch()}) trained before")
@@ -152,13 +155,15 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, Plan, 
                         f"got {plan.block_size}")
     if "init_from" in flags:
         flags["init_from"] = model_folder(flags["init_from"]).resolve()
-    if saved.init_from is not None and flags.get("block_size", 0) > plan.block_size:
-        flags["block_size"] = plan.block_size  # the text or the model is shorter, as it was for the new run
+    if flags.get("block_size") == saved.block_size:
+        flags["block_size"] = plan.block_size  # the text or the model may be shorter
     for name in FIXED:
         kept = plan.block_size if name == "block_size" else getattr(model if name in SHAPE else saved, name)
         if flags.get(name, kept) != kept:
             raise UserError(f"--resume: {name} is {kept} in {out}, expected the same, got {flags[name]}")
     config = dataclasses.replace(parse(TrainConfig, DESCRIPTION, args, saved), init_from=saved.init_from)
+    if not config.muon_lr:
+        refuse(flags, ["weight_decay"], "with --muon-lr 0")
     if bool(config.muon_lr) != bool(saved.muon_lr):
         raise UserError(f"--resume: muon_lr is {saved.muon_lr:g} in {out}, got {config.muon_lr:g}; expected 0 for "
                         "both or for neither: the matrices have the state of one optimizer")
@@ -168,13 +173,14 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, Plan, 
     if "max_steps" in flags:
         config = dataclasses.replace(config, max_minutes=None)
     elif config.max_minutes:
-        decided["max_steps"] = most_steps(config, plan.block_size, read_meta(plan.data)["train"]["tokens"])
+        meta = read_meta(decided.get("data", plan.data))
+        decided["max_steps"] = most_steps(config, plan.block_size, meta["train"]["tokens"])
     new = dataclasses.replace(plan, **decided | {"out": out})
-    if new.max_steps != plan.max_steps:
-        rates = [lr_scale(progress(c, p, state["step"], state["seconds"]), state["step"], c)
-                 for c, p in ((saved, plan), (config, new))]
+    if plan.max_steps != new.max_steps > state["step"]:
+        step, seconds = state["step"], state["seconds"]
+        rates = [lr_scale(progress(c, p, step, seconds), step, c) for c, p in ((saved, plan), (config, new))]
         note(f"{new.max_steps} steps instead of {plan.max_steps}: the learning rates go on at {rates[1]:.0%} "
-             f"of their peak instead of {max(0, rates[0]):.0%}")
+             f"of their peak instead of {rates[0]:.0%}")
     return config, new, state
 
 
@@ -185,6 +191,8 @@ def decide(config: TrainConfig, device: torch.device) -> Plan:
     data = config.data or newest(Path("data"), "meta.json", "python data/prepare.py")[0]
     if not data.exists():
         raise UserError(f"--data {data}: expected a text or a folder made by data/prepare.py, found neither")
+    if config.out is not None:
+        new_folder(config, data)  # refused before a text is prepared
     if data.is_file():
         data = prepared(data, config.init_from)
     meta = read_meta(data)
@@ -272,7 +280,7 @@ def lr_scale(done: float, step: int, config: TrainConfig) -> float:
     done: the share of the run that lies behind.
     """
     up = (step + 1) / max(1, config.warmup_steps)
-    return min(1.0, up, (1 - done) / max(config.warmdown, 1e-12))
+    return max(0.0, min(1.0, up, (1 - done) / max(config.warmdown, 1e-12)))
 
 
 def progress(config: TrainConfig, plan: Plan, step: int, seconds: float) -> float:

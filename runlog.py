@@ -28,7 +28,7 @@ class RunLog:
         self.epoch = epoch  # steps that read the text once
         self.records: list[Record] = []  # of the steps before the resume
         with optional(self.path):
-            self.records = [record for record in read_records(self.path) if record["step"] <= step]
+            self.records = [record for record in read_records(self.path) if record["step"] <= step > 0]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         with optional(folder / "runs"):
             from torch.utils.tensorboard import SummaryWriter

@@ -123,13 +123,17 @@ class Run:
             self.best = math.inf  # the first save is of a trained model
 
     def compile(self) -> None:
-        """Compile the blocks, in a step whose gradients are dropped. Where that fails they stay as they are."""
+        """Compile the blocks, in a step whose gradients are dropped. Where a rank fails, all leave them as they are."""
         compile_blocks(self.model.model.layers)
         x, y = self.data.batch(0, self.share // parts_of(self.config, self.ranks), 1)[0]
+        sync_gradients(self.wrapped, on=False)  # a rank that fails would leave the others waiting
+        failed = ""
         try:
             forward_loss(self.wrapped, x, y, self.dtype).backward()
         except torch._dynamo.exc.TorchDynamoException as error:
-            note(f"torch.compile failed ({one_line(error)}); going on without it, more slowly")
+            failed = one_line(error)
+        if failed := max(self.ranks.all_values(failed)):
+            note(f"torch.compile failed ({failed}); going on without it, more slowly")
             for block in self.model.model.layers:
                 del block.forward  # uncovers the method of the class
         self.model.zero_grad()
@@ -238,7 +242,9 @@ class Run:
         if not self.better and train_loss < self.before[0] and val_loss > self.before[1]:
             note("the validation loss rises while the training loss falls: the model learns its text by heart; "
                  f"{self.plan.out} keeps the best model; more --dropout, a smaller size or fewer steps may do better")
-        self.train_losses, self.before, self.began = [], (train_loss, val_loss), time.perf_counter()
+        self.train_losses, self.before = [], (train_loss, val_loss)
+        self.seconds += self.eval_seconds
+        self.clock = self.began = time.perf_counter()
 
     @torch.no_grad()
     def sample(self) -> str:
@@ -257,12 +263,13 @@ class Run:
         text = " / ".join(filter(None, map(str.strip, text.splitlines())))
         return "".join(letter for letter in text if letter.isprintable())
 
-    def save(self) -> None:
+    def save(self, last: bool) -> None:
         """run.json, all that a resume needs, and the model where it is the best so far.
 
         The state comes before the model: after a crash between the two, a resume takes the model from the state. All
-        ranks must call this: each may hold a part.
+        ranks must call this: each may hold a part. last: the run is done, whatever its clock says.
         """
+        seconds = max(self.seconds, 60 * (self.config.max_minutes or 0.0)) if last else self.seconds
         tensors, out = gather_to_main(training_tensors(self.model, self.optimizers), self.ranks), self.plan.out
         if self.ranks.is_main:
             weights = weights_of(tensors)
@@ -270,17 +277,17 @@ class Run:
                 raise self.diverged("a weight is not finite")
             better = self.better or not holds_model(out)
             write_json(out / "run.json", {"flags": vars(self.config), "plan": vars(self.plan)})
-            write_tensors(out / STATE, tensors, step=self.step, seconds=self.seconds, better=better,
+            write_tensors(out / STATE, tensors, step=self.step, seconds=seconds, better=better,
                           best=self.best if math.isfinite(self.best) else None, model_config=vars(self.model.config))
             if better:
                 save_weights(weights, self.model.config, out)
             self.log.plot()
         self.better, self.began = False, time.perf_counter()
 
-    def finish(self) -> int:
+    def finish(self, done: bool) -> int:
         """Say what came of the run; the exit code."""
         self.bar.close()
-        out, done = self.plan.out, self.done() >= 1
+        out = self.plan.out
         if self.log:
             self.log.close()
             bits = self.best * self.data.bits_per_nat
@@ -336,18 +343,17 @@ def train(config: TrainConfig, ranks: Ranks, plan: Plan | None = None, state: Tr
     run = Run(config, plan, ranks, state)
     with lock(plan.out, launch()) if ranks.is_main else contextlib.nullcontext(), run.signals.heard():
         run.begin()
-        while run.done() < 1:
+        stop = last = False
+        while not stop and not last:
             run.train_step()
             if not run.report_due():
                 continue
-            stop, due = run.report(), run.evaluation_due()
+            stop, due, last = run.report(), run.evaluation_due(), run.done() >= 1
             if due:
                 run.evaluate()
             if due or stop:
-                run.save()
-            if stop:
-                break
-        return run.finish()
+                run.save(last)
+        return run.finish(last)
 
 
 def main() -> None:

@@ -199,6 +199,13 @@ def test_two_ranks_give_the_losses_of_one(run, data, tmp_path, flags, changes):
     assert all(torch.allclose(first[name], second[name], atol=SAME) for name in first)
 
 
+def test_where_one_rank_cannot_compile_all_go_on_without(data, tmp_path):
+    flags, log = [*SMALL[:-1], "on", "--max-steps", 20, "--data", data, "--out", tmp_path / "two"], tmp_path / "log"
+    changes = "import machine; found = machine.cxx; machine.cxx = lambda: '/bin/false' if rank else found()"
+    said = end_well(fork_train(log, *flags, ranks=2, changes=changes), log)
+    assert said.count("torch.compile failed") == 1 and "step 20/20" in said
+
+
 def test_fsdp_in_bfloat16_learns_like_ddp(data, tmp_path):
     flags, log = ["--data", data, *SMALL, "--max-steps", 20, "--dtype", "bfloat16"], tmp_path / "log"
     for parallel in ("ddp", "fsdp"):
@@ -480,6 +487,44 @@ def test_a_run_of_minutes_reads_a_short_text_no_more_often_than_another(script, 
     assert code == 0 and clock[0] < 1000 and f"60 minutes, at most steps 0 to {steps} (8.0 passes)" in out_, err
     assert read_state(out)["step"] == steps == max(losses(out, "val_loss"))
     assert min(losses(out, "lr_scale").values()) < 0.1
+
+
+def test_a_run_whose_minutes_are_over_is_done(script, data, tmp_path, clock, monkeypatch):
+    """Also where its last evaluation was quicker than the one before."""
+    seconds = iter([20, 20, 1, 1])
+
+    def quicker(*args: object) -> float:
+        clock[0] += next(seconds)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", quicker)
+    flags = ["--data", data, "--out", tmp_path / "run", *SMALL, "--eval-every", 40, "--max-minutes", 2]
+    code, _, err = script(train.main, *flags)
+    assert code == 0 and clock[0] < 122, err
+    code, said, err = script(train.main, "--resume", "--out", tmp_path / "run")
+    assert code == 0 and "steps already; raise --max-minutes" in said, said + err
+
+
+def test_a_fine_tuning_of_less_time_than_its_first_evaluation_leaves_a_model(run, script, data, tmp_path, clock):
+    base = run(tmp_path / "base", "--max-steps", 10)
+    clock[1] = 60.0
+    tuned = run(tmp_path / "tuned", "--init-from", base, "--max-minutes", 0.01)
+    assert load_model(tuned) and read_state(tuned)["step"] == 1 and min(losses(tuned, "lr_scale").values()) >= 0
+
+
+def test_what_a_resume_is_given_counts(run, script, data, tmp_path):
+    base = run(tmp_path / "base", "--max-steps", 10)
+    tuned = run(tmp_path / "tuned", "--init-from", base, "--block-size", 16, "--muon-lr", 0, "--max-minutes", 0.01)
+    resume = [train.main, "--resume", "--out", tuned, "--max-steps", 40]
+    refused(script(*resume, "--block-size", 32), "block_size is 16")
+    refused(script(*resume, "--weight-decay", 0.5), "weight-decay", "no effect")
+    run_file = json.loads((tuned / "run.json").read_text())
+    run_file["plan"]["data"] = str(tmp_path / "gone")
+    (tuned / "run.json").write_text(json.dumps(run_file))
+    code, _, err = script(train.main, "--resume", "--out", tuned, "--data", data, "--max-minutes", 0.02)
+    assert code == 0, err
+    code, out, _ = script(train.main, "--resume", "--out", "nowhere", "--help")
+    assert code == 0 and "--max-minutes" in out
 
 
 def test_a_slower_machine_ends_a_run_of_minutes_in_time(script, data, tmp_path, clock, monkeypatch):
