@@ -109,7 +109,7 @@ def test_prepare_refuses(script, tmp_path, monkeypatch, flags, words):
     (["--n-layer", 0], ["n_layer", "1 or more"]),
     (["--n-kv-head", -1], ["n_kv_head", "1 or more"]),
     (["--dropout", 1], ["dropout"]),
-    (["--muon-lr", "1e39"], ["--muon-lr", "1e39"]),
+    (["--muon-lr", "1e39"], ["--muon-lr", "1e+39"]),
     (["--batch-size", 2**31], ["--batch-size", "1048576"]),
     (["--adam-lr", "nan"], ["--adam-lr", "nan"]),
     (["--seed", -1], ["--seed", "-1"]),
