@@ -388,13 +388,13 @@ def read_state(folder: Path) -> TrainState:
 
 
 @torch.no_grad()
-def load_tensors(live: dict[str, Tensor], folder: Path, stored: Mapping[str, Tensor]) -> None:
+def load_tensors(live: dict[str, Tensor], folder: Path, saved: Mapping[str, Tensor]) -> None:
     """Copy a state's tensors into those of this process, which training_tensors() named."""
     from distributed import shard_like  # imports torch.distributed, which sample.py has no use for
 
-    check_tensors(folder / STATE, live, stored)
+    check_tensors(folder / STATE, live, saved)
     for name, x in live.items():
-        x.copy_(shard_like(stored[name], x))
+        x.copy_(shard_like(saved[name], x))
 
 
 def trained_on(folder: Path) -> tuple[Path, str] | None:

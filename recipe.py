@@ -124,19 +124,20 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, Plan | None, TrainState | 
     restarted = restart_folder(first.out)
     if restarted is not None:
         note(f"going on in {restarted}, where this launch of torchrun ({launch()}) trained before")
-    out = restarted or first.out
+    out, plan, state = restarted or first.out, None, None
     if first.resume or (restarted is not None and (restarted / STATE).exists()):
-        return resume(out or newest(Path("out"), STATE, "python train.py")[0], args, flags)
-    base = defaults(first.size)
-    if first.init_from is not None:
-        refuse(flags, (*SHAPE, "size"), f"beside --init-from {first.init_from}, which has its own")
-        base = dataclasses.replace(base, **FINE_TUNING)
-    config = parse(TrainConfig, DESCRIPTION, args, base)
+        config, plan, state = resume(out or newest(Path("out"), STATE, "python train.py")[0], args, flags)
+    else:
+        base = defaults(first.size)
+        if first.init_from is not None:
+            refuse(flags, (*SHAPE, "size"), f"beside --init-from {first.init_from}, which has its own")
+            base = dataclasses.replace(base, **FINE_TUNING)
+        config = dataclasses.replace(parse(TrainConfig, DESCRIPTION, args, base), out=out)
     if not config.muon_lr:
         refuse(flags, ["weight_decay"], "with --muon-lr 0")
-    if config.init_from is not None:
+    if state is None and config.init_from is not None:
         config = dataclasses.replace(config, init_from=model_folder(config.init_from))
-    return dataclasses.replace(config, out=out), None, None
+    return config, plan, state
 
 
 class RunFile(TypedDict):
@@ -162,8 +163,6 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, Plan, 
         if flags.get(name, kept) != kept:
             raise UserError(f"--resume: {name} is {kept} in {out}, expected the same, got {flags[name]}")
     config = dataclasses.replace(parse(TrainConfig, DESCRIPTION, args, saved), init_from=saved.init_from)
-    if not config.muon_lr:
-        refuse(flags, ["weight_decay"], "with --muon-lr 0")
     if bool(config.muon_lr) != bool(saved.muon_lr):
         raise UserError(f"--resume: muon_lr is {saved.muon_lr:g} in {out}, got {config.muon_lr:g}; expected 0 for "
                         "both or for neither: the matrices have the state of one optimizer")
@@ -191,8 +190,7 @@ def decide(config: TrainConfig, device: torch.device) -> Plan:
     data = config.data or newest(Path("data"), "meta.json", "python data/prepare.py")[0]
     if not data.exists():
         raise UserError(f"--data {data}: expected a text or a folder made by data/prepare.py, found neither")
-    if config.out is not None:
-        new_folder(config, data)  # refused before a text is prepared
+    out = new_folder(config, data) if config.out is not None else None  # refused before a text is prepared
     if data.is_file():
         data = prepared(data, config.init_from)
     meta = read_meta(data)
@@ -213,7 +211,8 @@ def decide(config: TrainConfig, device: torch.device) -> Plan:
         long = config.max_minutes >= 2 if config.max_minutes else steps >= 1000
         compile = "on" if long and can_compile(device) else "off"
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
-    return Plan(data, new_folder(config, data), block_size, steps, dropout, dtype, compile, meta["train"]["sha256"])
+    out = out or new_folder(config, data)
+    return Plan(data, out, block_size, steps, dropout, dtype, compile, meta["train"]["sha256"])
 
 
 def most_steps(config: TrainConfig, block_size: int, tokens: int) -> int:
