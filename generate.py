@@ -200,7 +200,7 @@ class TokenGraph:
         self.model, self.cache, self.draw = model, StaticKVCache(cache), draw
         self.token = torch.zeros(B, 1, dtype=torch.long, device=model.device)  # the last one, not in the cache yet
         self.seen = torch.zeros(B, length, dtype=torch.long, device=model.device)
-        self.keys = torch.zeros_like(self.seen[:, 0])  # of this position
+        self.keys = torch.zeros_like(self.seen[:, 0])  # the random_keys of this position
         self.replay = capture(self)
         draw.done.zero_()
 

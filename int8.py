@@ -157,7 +157,7 @@ def tiles(w: Tensor) -> Tensor:
 
 def torch_ao(model: GPT) -> GPT:
     """PyTorch's dynamic int8 of an fp32 model: one scale for all tokens of a call, the embedding stays fp32."""
-    with warnings.catch_warnings(action="ignore"):  # of the deprecation
+    with warnings.catch_warnings(action="ignore"):  # torch.ao is deprecated
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
 
 
@@ -225,7 +225,7 @@ class Int8GPT(nn.Module):
             return logits, None
         cache = self.new_cache(B, T) if cache is None else cache
         mask, cos, sin = cache.mask(T), self.cos[cache.positions(T)], self.sin[cache.positions(T)]
-        weight, scale = self.flat[-2:]  # of the embedding, which is the head's where they are tied
+        weight, scale = self.flat[-2:]  # the embedding's, which are the head's too where they are tied
         q = weight[idx] if weight.dim() == 2 else weight[idx // 8, :, idx % 8].flatten(-2)[..., :c.n_embd]
         x, take = q * scale[idx].unsqueeze(-1), iter(self.flat)  # (B, T, C)
 
@@ -273,7 +273,7 @@ class Int8GPT(nn.Module):
 class KernelGPT(nn.Module):
     """The int8 model in csrc/decoder.cpp and csrc/writer.cpp, on a CPU; to callers it is like a GPT."""
 
-    device, guesses = torch.device("cpu"), (0, 0)  # of the last text: how many there were, and how many were right
+    device, guesses = torch.device("cpu"), (0, 0)  # guesses checked in the last text, and those that were right
 
     def __init__(self, config: GPTConfig, flat: Iterator[Tensor]) -> None:
         super().__init__()

@@ -126,7 +126,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """Of Zhang and Sennrich, 2019. The weight takes x's dtype: one fused operation in bf16 under a CPU's autocast."""
+    """Zhang and Sennrich, 2019. The weight takes x's dtype: one fused operation in bf16 under a CPU's autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

@@ -41,12 +41,12 @@ class Optimizer:
         self.state = [self.new_state(p) for p in self.params]
 
     def part(self, name: str) -> list[Tensor]:
-        """This rank's part of what is remembered under a name, of all parameters."""
+        """What is remembered under a name, for each parameter; of a sharded one, this rank's part."""
         return [local(state[name]) for state in self.state]
 
 
 class AdamW(Optimizer):
-    """Of Loshchilov and Hutter, 2017, without weight decay."""
+    """AdamW (Loshchilov and Hutter, 2017), here without weight decay."""
 
     def __init__(self, params: Iterable[Tensor], betas: tuple[float, float] = (0.9, 0.95)) -> None:
         super().__init__(params)
@@ -68,7 +68,7 @@ class Muon(Optimizer):
     """For matrices, the same on all ranks or sharded (DTensor). Raises ValueError for anything else.
 
     Nesterov momentum; decoupled weight decay; steps of tall matrices are larger by sqrt(rows / columns).
-    dtype: of the matrix products in the Newton-Schulz iteration.
+    dtype: the matrix products of the Newton-Schulz iteration are computed in it.
     """
 
     def __init__(self, params: Iterable[Tensor], momentum: float = 0.85, dtype: torch.dtype = torch.float32) -> None:
@@ -136,7 +136,7 @@ def update(model: GPT, optimizers: tuple[Muon, AdamW], rates: tuple[float, float
            grad_clip: float = 1.0) -> None:
     """Clip the gradients, take a step of each optimizer at its rate, clear the gradients. grad_clip 0: no clipping.
 
-    weight_decay: of Muon, decoupled.
+    weight_decay: Muon's decoupled weight decay.
     """
     if grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)

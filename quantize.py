@@ -209,13 +209,13 @@ def main() -> None:
         print(f"{folder} -> {path}: {size / 1e6:.2f} MB ({size / before:.1%})")
     with atomic_folder(out, "config.json") as new:
         copy_companions(folder, new)
-        form, brought = smooth(model)
-        save_quantized(model, new, **form)
-        for name in ("comparison.json", "comparison.png"):  # of the model that was there
+        options, report = smooth(model)
+        save_quantized(model, new, **options)
+        for name in ("comparison.json", "comparison.png"):  # they describe the model that was there
             (out / name).unlink(missing_ok=True)
     del model
     after = weights_size(out)
-    print(f"{folder} -> {out}: {before / 1e6:.2f} -> {after / 1e6:.2f} MB ({after / before:.1%})\n{brought}")
+    print(f"{folder} -> {out}: {before / 1e6:.2f} -> {after / 1e6:.2f} MB ({after / before:.1%})\n{report}")
     if config.html:
         path = beside(config.out or folder, ".html")
         write_html(out, path)

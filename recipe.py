@@ -57,7 +57,7 @@ class TrainConfig:
     max_minutes: Annotated[float, Meta(ge=0.01, le=1e6)] | None = flag(
         None, "Minutes of the whole run, in place of --max-steps.")
     batch_size: Annotated[int, Meta(ge=1, le=2**20)] = flag(16, "Sequences a step, over all ranks together.")
-    grad_accum: Count | None = flag(1, "Parts of a rank's batch, in turn: same result, less memory; fine-tuning: all.")
+    grad_accum: Count | None = flag(1, "Parts of a rank's batch: same result, less memory; fine-tuning: all.")
     muon_lr: Rate = flag(0.02, "Learning rate of Muon, for the blocks' matrices; 0: AdamW takes them.")
     adam_lr: Rate = flag(1e-2, "Learning rate of AdamW, for embedding, head and norms.")
     weight_decay: Rate = flag(0.0, "Decoupled weight decay of Muon.")
@@ -70,19 +70,19 @@ class TrainConfig:
     eval_tokens: Count = flag(100_000, "Validation tokens of an evaluation, always the same, evenly spread.")
     seed: Seed = flag(1337, "Draws the weights and the order of the data.")
     device: str = flag("auto", "auto, cpu, cuda or mps.")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of products; auto: bfloat16 where hardware has it.")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Products' format; auto: bfloat16 if hardware has it.")
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile (10 seconds); auto: for 1000 steps or more.")
     threads: Threads | None = flag(None, "CPU threads of each rank; default: as many as cores are free.")
     parallel: Literal["ddp", "fsdp"] = flag("ddp", "Each rank has the whole model (ddp) or a part of it (fsdp).")
 
 
-RATES = {"muon_lr": 0.01, "adam_lr": 1.5e-3}  # of small, and a guess for larger models
+RATES = {"muon_lr": 0.01, "adam_lr": 1.5e-3}  # measured on small; a guess for larger models
 SIZE_DEFAULTS = {"tiny": {}, "small": RATES, "base": RATES, "medium": RATES}
 # docs/log.md, "Fine-tuning". grad_accum None: parts_of() looks at the ranks.
 FINE_TUNING = {"batch_size": 4, "grad_accum": None, "block_size": 512, "muon_lr": 0.0, "adam_lr": 1e-4,
                "warmup_steps": 5, "warmdown": 0.9, "dropout": 0.0}
 FINE_TUNING_PASSES = 2
-# Of a default run at most: steps, and passes through the text (docs/log.md, "Length of a run")
+# A default run ends after so many steps or passes through the text (docs/log.md, "Length of a run")
 STEPS, PASSES = {"tiny": 2000, "small": 3000, "base": 5000, "medium": 10_000}, 8
 # The flags that shape a new model have the names of GPTConfig's fields. A fine-tuned model has its own shape.
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "qk_norm", "tie_embeddings")
@@ -216,13 +216,13 @@ def decide(config: TrainConfig, device: torch.device) -> Plan:
 
 
 def most_steps(config: TrainConfig, block_size: int, tokens: int) -> int:
-    """Of a text of so many tokens, unless --max-steps says otherwise: the passes before it is learned by heart."""
+    """Steps of the most passes through a text of so many tokens that do not learn it by heart."""
     passes = FINE_TUNING_PASSES if config.init_from else PASSES
     return math.ceil(passes * tokens / (config.batch_size * block_size))
 
 
 def parts_of(config: TrainConfig, ranks: Ranks) -> int:
-    """Of each rank's share of a batch, one after another; None: single sequences."""
+    """How many parts each rank's share of a batch is cut into; grad_accum None: single sequences."""
     return config.grad_accum or max(1, config.batch_size // ranks.world)
 
 
@@ -242,11 +242,11 @@ def new_folder(config: TrainConfig, data: Path) -> Path:
 
 
 def shape(config: TrainConfig, meta: dict) -> GPTConfig:
-    """Of a new model as the flags say, or of the one to fine-tune."""
+    """The shape of a new model as the flags say, or that of the model to fine-tune."""
     vocab_size, eos = meta["vocab_size"], meta.get("eos")
     if config.init_from is None:
         fields = {name: getattr(config, name) for name in (*SHAPE, "block_size")}
-        if config.tie_embeddings is None:  # of bytes a matrix is small (docs/log.md, "Architecture")
+        if config.tie_embeddings is None:  # a vocabulary of bytes makes a small matrix (docs/log.md, "Architecture")
             fields["tie_embeddings"] = vocab_size > 1024
         try:
             return GPTConfig(vocab_size, eos=eos, **fields)
@@ -262,7 +262,7 @@ def shape(config: TrainConfig, meta: dict) -> GPTConfig:
 
 
 def pick_dropout(parameters: int, tokens: int, passes: float) -> float:
-    """For a new model, by its parameters for each token of the text; none below two passes through it.
+    """The dropout of a new model, by its parameters per token of text; 0 below two passes through the text.
 
     docs/log.md, "Regularization".
     """

@@ -17,16 +17,16 @@ class Record(TypedDict, total=False):
     val_bits_per_byte: float
     lr_scale: float
     tokens_per_second: float
-    sample: str  # of the model's text
+    sample: str  # text that the model wrote
 
 
 class RunLog:
     """One record a line in log.jsonl: {"step": ..., "train_loss": ...} or {"step": ..., "val_loss": ...}."""
 
-    def __init__(self, folder: Path, step: int, bits_per_nat: float, epoch: float, title: str) -> None:
+    def __init__(self, folder: Path, step: int, bits_per_nat: float, epoch_steps: float, title: str) -> None:
         self.path, self.bits_per_nat, self.title, self.board = folder / "log.jsonl", bits_per_nat, title, None
-        self.epoch = epoch  # steps that read the text once
-        self.records: list[Record] = []  # of the steps before the resume
+        self.epoch_steps = epoch_steps  # steps that read the text once
+        self.records: list[Record] = []  # a resume begins with those of the steps before
         with optional(self.path):
             self.records = [record for record in read_records(self.path) if record["step"] <= step > 0]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
@@ -72,7 +72,7 @@ class RunLog:
                 kept = min(evaluated)[1]
                 axes.axvline(kept, color="#08519c", lw=0.8, ls=":", label=f"kept: step {kept:,}")
             axes.set(title=self.title, xlabel="step", ylabel="bits per byte")
-            passes = axes.secondary_xaxis("top", (lambda step: step / self.epoch, lambda times: times * self.epoch))
+            passes = axes.secondary_xaxis("top", (lambda step: step / self.epoch_steps, lambda n: n * self.epoch_steps))
             passes.set_xlabel("passes through the text")
             axes.grid(alpha=0.3)
             axes.legend()

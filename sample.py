@@ -51,7 +51,7 @@ class SampleConfig:
     repetition_penalty: float = flag(1.0, "Above 1: tokens already in the context become less likely.")
     seed: Seed | None = flag(None, "Same seed, same text; default: a new one, shown at the end.")
     device: str = flag("auto", "auto, cpu, cuda or mps.")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "Of fp32 folders; auto: bfloat16 on GPUs with it.")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "For fp32 folders; auto: bfloat16 on GPUs with it.")
     backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag("auto", "Int8 arithmetic; auto: the fastest.")
     draft: str | None = flag(None, "Smaller int8 folder with the same tokenizer, which guesses tokens: the same text "
                              "sooner. auto: the newest in out/. Default: guesses from the text itself.")
@@ -105,7 +105,7 @@ LONGEST_PROMPT = 10**7  # bytes: more than any context holds
 
 
 def read_prompt(config: SampleConfig) -> str:
-    """The text to continue; of a file or pipe as prepare.py reads books: no byte order mark, newlines as \\n."""
+    """The text to continue. A file or pipe is read as prepare.py reads books: no byte order mark, newlines as \\n."""
     if config.prompt is not None and config.prompt_file is not None:
         raise UserError("--prompt and --prompt-file: expected one of them, got both")
     if config.prompt_file is None and config.prompt != "-":

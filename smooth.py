@@ -21,8 +21,8 @@ from model import GPT
 
 # docs/log.md, "Smoothing"
 ALPHAS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8)  # shares of a channel's size that are tried
-CLEARLY = 0.9  # a share is taken if it leaves less than this of the error
-COARSE = 0.02  # products that are further off than this share, smoothed, take the remedies behind
+CLEARLY = 0.9  # a share is taken if the error falls below this part of what it was
+COARSE = 0.02  # a relative error above this, after smoothing, calls for slices and the fine head
 SLICES = 4
 TEXTS, LENGTH = 16, 256  # the model writes so many texts of so many tokens to learn the sizes from
 TRIED = 256  # tokens on which the shares are tried
@@ -60,28 +60,29 @@ def sites(model: GPT) -> list[Site]:
 
 @torch.no_grad()
 def smooth(model: GPT, tokens: Tensor | None = None) -> tuple[dict, str]:
-    """Change an fp32 model in place: its logits stay, its int8 loses less. Save_quantized's options; what each brought.
+    """Change an fp32 model in place, so that int8 loses less; its logits stay.
 
-    tokens (n, T) int64: text to learn the channels' sizes from; None: the model writes it.
+    tokens (n, T) int64: text to learn the channels' sizes from; None: the model writes it. Returns the options for
+    save_quantized, and a line of text on what each remedy gained.
     """
     inputs = observe(model, written(model) if tokens is None else tokens)
     found = sites(model)
-    plans = [search(site, *of) for site, of in zip(found, inputs, strict=True)]
-    rounds = [[plan.plain for plan in plans], [plan.off for plan in plans]]
+    trials = [search(site, *seen) for site, seen in zip(found, inputs, strict=True)]
+    rounds = [[trial.plain_error for trial in trials], [trial.error for trial in trials]]
     downs = [i for i, site in enumerate(found) if site.gate is not None]
-    coarse = sum(plans[i].off for i in downs) > COARSE * len(downs)
+    coarse = sum(trials[i].error for i in downs) > COARSE * len(downs)
     slices = SLICES if model.config.n_hidden % SLICES == 0 and coarse else 1
-    for i, (site, of) in enumerate(zip(found, inputs, strict=True)):
+    for i, (site, seen) in enumerate(zip(found, inputs, strict=True)):
         if site.gate is not None and slices > 1:
-            plans[i] = search(site, *of, slices)
-            apply(site, plans[i].factors, by_size(of[1] / plans[i].factors))
+            trials[i] = search(site, *seen, slices)
+            apply(site, trials[i].factors, by_size(seen[1] / trials[i].factors))
         elif site.source is not None:
-            apply(site, plans[i].factors)
-    fine_head = plans[-1].off > COARSE
+            apply(site, trials[i].factors)
+    fine_head = trials[-1].error > COARSE
     before, after = (sum(errors) / len(errors) for errors in rounds)
     said = f"int8 products are {before:.1%} off, after smoothing {after:.1%}"
     if slices > 1:
-        then = [sum(errors[i] for i in downs) / len(downs) for errors in (rounds[1], [plan.off for plan in plans])]
+        then = [sum(errors[i] for i in downs) / len(downs) for errors in (rounds[1], [trial.error for trial in trials])]
         said += f"; down_proj in {slices} slices: {then[0]:.1%} -> {then[1]:.1%}"
     return {"slices": slices, "fine_head": fine_head}, said + "; the head takes its input in two parts" * fine_head
 
@@ -96,9 +97,9 @@ def written(model: GPT) -> Tensor:
 
 
 def observe(model: GPT, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of each site's input: the largest size of each channel (K,), and TRIED tokens of it (TRIED or less, K)."""
+    """For each site, the largest size of each input channel (K,), and at most TRIED tokens of its input (TRIED, K)."""
     seen, hooks, every = [], [], math.ceil(tokens.numel() / TRIED)
-    taken = math.ceil(tokens.size(1) / every)  # of each text
+    taken = math.ceil(tokens.size(1) / every)  # from each text
     for site in sites(model):
         largest = torch.zeros(len(site.rows))
         some = torch.empty(len(tokens) * taken, len(site.rows))
@@ -119,13 +120,13 @@ def observe(model: GPT, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 @dataclass
-class Plan:
-    plain: float  # relative error of the int8 product as it is
-    off: float  # ... with the factors
+class Trial:
+    plain_error: float  # relative error of the int8 product without factors
+    error: float  # ... with them
     factors: Tensor  # for the rows of the source
 
 
-def search(site: Site, largest: Tensor, some: Tensor, slices: int = 1) -> Plan:
+def search(site: Site, largest: Tensor, some: Tensor, slices: int = 1) -> Trial:
     """The alpha with the least error of the site's int8 product."""
     weight, found = site.weight, []
     for alpha in ALPHAS if site.source is not None else (0.0,):
@@ -134,14 +135,14 @@ def search(site: Site, largest: Tensor, some: Tensor, slices: int = 1) -> Plan:
         if slices > 1:
             order = by_size(x)
         q, x_scale = quantize_tokens(x[:, order].unflatten(1, (slices, -1)))
-        rounded, off = (q * x_scale).flatten(1), torch.zeros(2)
-        for rows in weight.split(4096):  # of a head: its copies take as much memory as the model
+        rounded, sums = (q * x_scale).flatten(1), torch.zeros(2)
+        for rows in weight.split(4096):  # copies of a whole head would take as much memory as the model
             w_q, scale = quantize_rows((rows * factors[site.rows])[:, order].reshape(len(rows) * slices, -1))
             exact = some @ rows.T
-            off += torch.stack([rounded @ (w_q * scale[:, None]).view_as(rows).T - exact, exact]).square().sum((1, 2))
-        found.append(((off[0] / off[1].clamp(min=1e-30)).sqrt().item(), factors))
+            sums += torch.stack([rounded @ (w_q * scale[:, None]).view_as(rows).T - exact, exact]).square().sum((1, 2))
+        found.append(((sums[0] / sums[1].clamp(min=1e-30)).sqrt().item(), factors))
     best, plain = min(found, key=lambda each: each[0]), found[0]
-    return Plan(plain[0], *(best if best[0] < CLEARLY * plain[0] else plain))
+    return Trial(plain[0], *(best if best[0] < CLEARLY * plain[0] else plain))
 
 
 def balance(inputs: Tensor, weights: Tensor, rows: Tensor, alpha: float) -> Tensor:

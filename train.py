@@ -79,16 +79,16 @@ class Run:
             load_tensors(training_tensors(self.model, self.optimizers), plan.out, state["tensors"])
 
         self.peak = peak_flops(ranks.device, self.dtype) * ranks.world
-        self.epoch = self.data.tokens["train"] / self.step_tokens  # in steps
-        # by default 8 evaluations (fine-tuning: 2), but at least one in 250 steps, and not so many that they take more
-        # than a fifth of the time (of a token an evaluation takes 0.4 of a step's time)
+        self.epoch_steps = self.data.tokens["train"] / self.step_tokens
+        # By default 8 evaluations (fine-tuning: 2), at least one every 250 steps. They take at most a fifth of the
+        # time: evaluating a token takes 0.4 of the time that training on it does.
         apart = 250 if config.max_minutes else math.ceil(plan.max_steps / (2 if config.init_from else 8))
         eval_steps = min(config.eval_tokens, self.data.tokens["val"]) / self.step_tokens
         self.every = config.eval_every or min(250, max(apart, math.ceil(2 * eval_steps)))
         self.signals, self.log = StopSignals(), None
         self.loss_sum = torch.zeros((), device=ranks.device)  # since the last report
         self.train_losses, self.before = [], (math.inf, math.inf)  # since the last evaluation, and what that one saw
-        self.eval_seconds, self.step_seconds = 0.0, 0.0  # of the last evaluation; of a step, lately
+        self.eval_seconds, self.step_seconds = 0.0, 0.0  # the last evaluation's; the median step's
         self.lately, self.better = deque(maxlen=20), False
 
     def begin(self) -> None:
@@ -99,13 +99,13 @@ class Run:
             if not self.step:
                 for source in filter(None, (config.init_from, plan.data)):
                     copy_companions(source, plan.out)
-            self.log = RunLog(plan.out, self.step, self.data.bits_per_nat, self.epoch,
+            self.log = RunLog(plan.out, self.step, self.data.bits_per_nat, self.epoch_steps,
                               f"{plan.out.name}: {size} on {plan.data.name}")
         minutes = f"{config.max_minutes:g} minutes, at most " if config.max_minutes else ""
         self.say(
             f"{plan.out}: {f'fine-tuning {config.init_from}' if config.init_from else config.size}, {size}, "
             f"{plan.data.name} ({self.data.tokens['train']:,} tokens), {minutes}steps {self.step} to {plan.max_steps} "
-            f"({plan.max_steps / self.epoch:.1f} passes) of {self.step_tokens:,} tokens\n"
+            f"({plan.max_steps / self.epoch_steps:.1f} passes) of {self.step_tokens:,} tokens\n"
             f"{ranks.world} x {ranks.device.type}, {torch.get_num_threads()} threads each, {plan.dtype}, "
             f"dropout {plan.dropout:g}, matmul peak {self.peak / 1e9:,.0f} GFLOP/s"
             + "; compiling first, some 10 seconds" * (plan.compile == "on"))
@@ -189,7 +189,7 @@ class Run:
         self.seconds, self.clock = self.seconds + elapsed, now
         if steps:
             self.lately.append(interval / steps)
-            self.step_seconds = statistics.median(self.lately)  # of a pause nothing remains
+            self.step_seconds = statistics.median(self.lately)  # the median forgets a pause
         if self.log:
             pace = {"tokens_per_second": self.step_tokens * steps / interval} if steps else {}
             self.log.add(step=self.step, train_loss=loss, lr_scale=self.lr_scale, **pace)

@@ -47,7 +47,7 @@ class Cache {
 struct Step {
   const int64_t* tokens;  // (batch, stride): the first `count` of each row are used
   int64_t batch, count, stride;
-  int64_t pos;  // of the first token: the cache holds the positions before it, and these are added
+  int64_t pos;  // the first token's position: the cache holds those before it
   Cache* cache;
   float* logits;     // (batch, vocab_size), or null to fill the cache only
   bool all = false;  // logits after every token, (batch, count, vocab_size), with the bits of one token at a time. A
@@ -86,7 +86,7 @@ class Decoder {
   std::vector<std::unique_ptr<Thread>> threads_;
   std::unique_ptr<Team> team_;
   Choice with_;
-  std::vector<double> seconds_;  // of the first tokens, by the variants in turns
+  std::vector<double> seconds_;  // what the first tokens took, the variants in turn
   int timed_for_ = 0;            // threads
 };
 

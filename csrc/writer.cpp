@@ -82,7 +82,7 @@ float Sampler::least_kept() {
     sorted_.resize(k);
   }
   if (settings_.top_p >= 1) return sorted_.back();
-  double rest = 0;  // of what is to be kept
+  double rest = 0;  // probability still to be kept
   for (const float x : sorted_) rest += settings_.top_p * std::exp(double{x});
   std::make_heap(sorted_.begin(), sorted_.end());
   float least = 0;
@@ -118,7 +118,7 @@ int64_t Writer::step(int64_t end, int64_t limit, int threads) {
     if (const int64_t length = model->cache->length; end - model->start > length)
       model->start = end - std::max<int64_t>(1, length / 2), model->known = 0;
   const int64_t room = std::min({limit - end - 1, model_.start + model_.cache->length - end, most_guesses_});
-  const bool first = model_.start + model_.known < end - 1;  // of a window
+  const bool first = model_.start + model_.known < end - 1;  // the first pass over a window
   const auto [count, source] = first ? std::pair<int64_t, Source*>{} : guess(end, room, threads);
   read(model_, end + count, count > 0, threads);
 

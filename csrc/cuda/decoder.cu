@@ -23,7 +23,7 @@ struct Attention {
   float eps;
   const float *cos, *sin;
   const int64_t* pos;
-  int8_t *keys, *values;  // of this layer
+  int8_t *keys, *values;  // this layer's
   float *key_scales, *value_scales;
   int64_t length;
   float* y;  // (batch, n_head * head_dim)
@@ -188,7 +188,7 @@ cudaError_t decode(const DecoderModel& m, const Step& step, const Workspace& w, 
     if (error != cudaSuccess) return;
     error = int8_linear({x, step.batch, norm, m.norm_eps}, linear, residual, y, w.scratch, stream);
   };
-  const int64_t rows = step.batch * m.n_kv_head * step.length, cache = rows * m.head_dim;  // of the caches, per layer
+  const int64_t rows = step.batch * m.n_kv_head * step.length, cache = rows * m.head_dim;  // per layer
   for (size_t layer = 0; layer < m.blocks.size(); ++layer) {
     const DecoderBlock& block = m.blocks[layer];
     multiply(w.x, block.input_norm, block.qkv, nullptr, w.qkv);

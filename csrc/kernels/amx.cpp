@@ -72,7 +72,7 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
 // A process must ask Linux for permission before it uses tile registers.
 bool supported() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  constexpr unsigned kTileAndInt8 = 3u << 24;  // of leaf 7's edx: older compilers have no names for them
+  constexpr unsigned kTileAndInt8 = 3u << 24;  // bits of leaf 7's edx; older compilers have no names for them
   unsigned eax, ebx, ecx, edx;
   return avx512_vnni.supported() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
          (edx & kTileAndInt8) == kTileAndInt8 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

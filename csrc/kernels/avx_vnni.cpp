@@ -21,7 +21,7 @@ TARGET inline __m256i add(__m256i sum, __m256i w, __m256i x) { return _mm256_dpb
 #include "dot_panel.inl"
 
 bool supported() {
-  constexpr unsigned kAvxVnni = 1u << 4;  // of leaf 7, 1's eax: older compilers have no name for it
+  constexpr unsigned kAvxVnni = 1u << 4;  // a bit of leaf 7.1's eax; older compilers have no name for it
   unsigned eax, ebx, ecx, edx;
   return avx2.supported() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnni);
 }

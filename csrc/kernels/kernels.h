@@ -71,7 +71,7 @@ struct Variant {
 
 struct Kernel {
   const char* name;
-  bool (*supported)();                  // by this CPU and its operating system
+  bool (*supported)();                  // whether this CPU and its operating system run it
   int tile_tokens;                      // the most tokens of a call: one load of the weights serves all of them
   DotPanel* dot_panel[kMaxTileTokens];  // [tokens - 1]
   const Variant* once = nullptr;        // for one token; null: dot_panel[0]

@@ -16,7 +16,7 @@ void quantize_rows(const float* x, int64_t stride, int64_t count, int64_t K, int
                    int32_t* q_sum) {
   for (int64_t t = 0; t < count; ++t, x += stride, q += bytes) {
     int32_t amax = 0;
-    uint32_t sum = 0;  // of a row that is not finite it overflows
+    uint32_t sum = 0;  // overflows where the row is not finite
     for (int64_t k = 0; k < K; ++k) amax = std::max(amax, abs_bits(x[k]));
     const Scale s = scale_for(amax);
     for (int64_t k = 0; k < K; ++k) {
