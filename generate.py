@@ -36,7 +36,7 @@ def sample_next(logits: Tensor, seen: Tensor, keys: Tensor, temperature: float, 
             if top_p < 1:  # nucleus (Holtzman et al., 2019): the likeliest token always stays
                 p = largest.double().exp()
                 largest = largest.masked_fill(p.cumsum(dim=-1) - p >= top_p * p.sum(dim=-1, keepdim=True), math.inf)
-            x = x.masked_fill(x < largest.amin(dim=-1, keepdim=True), -math.inf)  # what is as likely as the least stays
+            x = x.masked_fill(x < largest.amin(dim=-1, keepdim=True), -math.inf)  # ties with the smallest one stay
         token = (x.double() + gumbel(keys, V)).argmax(dim=-1, keepdim=True)  # a draw by the softmax of x (Gumbel, 1954)
     return torch.where(top.isfinite(), token, -1).squeeze(1)
 
@@ -82,7 +82,7 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float
     Raises UserError for a prompt or setting out of range, before any work, and for logits that are not finite.
     """
     T, block, vocab = idx.size(1), model.config.block_size, model.config.vocab_size
-    ends = [end for end in ([eos] if isinstance(eos, int) else eos or []) if 0 <= end < vocab]  # others never come
+    ends = [end for end in ([eos] if isinstance(eos, int) else eos or []) if 0 <= end < vocab]  # the model has no others
     for name, good, expected, got in (
             ("the prompt", 1 <= T <= block, f"1 to {block} tokens (the model's context)", T),
             ("temperature", 0 <= temperature < math.inf, "0 (greedy) or more", temperature),
@@ -124,7 +124,7 @@ def _write(model: GPT, idx: Tensor, max_new_tokens: int, draft: GPT | None, **se
     writer, seconds = model.new_writer(idx, max_new_tokens, draft, settings), 0.0
     try:
         while not writer.done:
-            tokens, seconds = writer.write(seconds), 0.02  # the first token alone, then what a reader takes as one
+            tokens, seconds = writer.write(seconds), 0.02  # the first call returns one token, later ones what 20 ms bring
             if tokens is None:
                 raise UserError(NOT_FINITE)
             yield from tokens.unbind(dim=1)

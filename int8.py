@@ -208,7 +208,7 @@ class Int8GPT(nn.Module):
         super().__init__()
         sizes, eps, self.cos, self.sin, *self.flat = flat
         self.config, self.backend, self.device, self.eps = config, backend, self.cos.device, eps.item()
-        *_, self.slices, self.fine_head, _ = sizes.tolist()
+        self.slices, self.fine_head = sizes[9:11].tolist()  # the order of Sizes in csrc/layout.h
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         return Int8KVCache(self.config, batch_size, length, self.device)
@@ -251,7 +251,7 @@ class Int8GPT(nn.Module):
         x = rms_norm(x if every else x[:, -1:])
         take = iter([next(take), next(take)] * 2)
         logits = linear(x)
-        if self.fine_head:  # x in int8, and what that leaves of x in int8 again: some 15 bits
+        if self.fine_head:  # x's rounding error goes through the head too: about 15 bits in all
             q, scale = quantize_tokens(x)
             logits = logits + linear(x - q * scale)
         return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -341,7 +341,7 @@ def build(config: GPTConfig, state: Mapping[str, Tensor], backend: str, device: 
     if backend == "owlet" and device.type == "cpu":
         return KernelGPT(config, flat)
     if backend == "reference":
-        return Int8GPT(config, [t.clone().to(device) for t in flat], backend)  # a tensor of a file keeps all of it
+        return Int8GPT(config, [t.clone().to(device) for t in flat], backend)  # a tensor read from a file keeps the whole file in memory
     flat = [(tiles(t) if t.dtype == torch.int8 else t).to(device) for t in flat]
     model = Int8GPT(config, flat, f"owlet ({device.type})")
     model.add_decoder(flat)

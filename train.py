@@ -163,7 +163,7 @@ class Run:
         update(self.model, self.optimizers, (config.muon_lr * self.lr_scale, config.adam_lr * self.lr_scale),
                config.weight_decay, config.grad_clip)
         self.step += 1
-        if self.step == self.first + 1:  # it warmed up: no measure of the others
+        if self.step == self.first + 1:  # it includes the warm-up and is not timed
             self.timed, self.began = self.step, time.perf_counter()
 
     def evaluation_due(self) -> bool:

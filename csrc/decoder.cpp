@@ -140,7 +140,8 @@ struct Decoder::Rows {
 
 struct Decoder::Thread {
   explicit Thread(const DecoderModel& m)
-      : quantized(m, 2), normed(std::max(m.n_embd, m.head_dim)), queries(kQueries, m.head_dim), weights(kQueries, kPanelRows) {}
+      : quantized(m, 2), normed(std::max(m.n_embd, m.head_dim)), queries(kQueries, m.head_dim),
+        weights(kQueries, kPanelRows) {}
   Rows quantized;  // for a single token, which every thread quantizes for itself; two rows for a fine head
   std::vector<float> normed;
   // attention's
@@ -148,12 +149,12 @@ struct Decoder::Thread {
   std::vector<float> scores;  // (kQueries, length)
 };
 
-Decoder::Decoder(DecoderModel model) : model(std::move(model)), with_{&owlet::kernel()} {}
+Decoder::Decoder(DecoderModel model) : model(std::move(model)), choice_{&owlet::kernel()} {}
 Decoder::~Decoder() = default;
 
 std::string Decoder::kernel() const {
-  const Kernel& kernel = *with_.kernel;
-  return std::string(kernel.name) + (kernel.once ? std::string(", ") + kernel.once[with_.variant].name : "");
+  const Kernel& kernel = *choice_.kernel;
+  return std::string(kernel.name) + (kernel.variants ? std::string(", ") + kernel.one_token[choice_.variant].name : "");
 }
 
 void Decoder::prepare(const Step& step, int threads) {
@@ -202,26 +203,27 @@ class Decoder::Pass {
   bool attention(int64_t layer, bool last) {
     const DecoderBlock& block = m.blocks[layer];
     multiply(block.qkv, norm(block.input_norm), d.qkv_.data());
-    // A row of attention is a query head of a token; those of a key/value head of a sequence go in blocks. Where there
-    // is one block, the thread that computes it appends the keys and values that it needs itself.
+    // One row of attention is one query head of one token. Rows that share a key/value head form blocks of kQueries. If
+    // all fit one block, the thread that computes it also appends the keys and values that it needs.
     const bool only_last = last && !step.all;  // the last layer needs only the last token's output
     const int64_t begin = only_last ? (step.count - 1) * m.group() : 0, end = step.count * m.group();
     const int64_t blocks = ceil_div(end - begin, kQueries), heads = step.batch * m.n_kv_head;
-    const bool alone = end <= kQueries;
+    const bool one_block = end <= kQueries;
     const auto append_row = [&](int64_t i) { append(layer, i / m.n_kv_head, i % m.n_kv_head); };
-    if (!alone) {
+    if (!one_block) {
       share(rows * m.n_kv_head, append_row);
       barrier.wait();
     }
     for (int64_t i = index; i < heads * blocks; i += threads) {
       const int64_t b = i / blocks / m.n_kv_head, kv_head = i / blocks % m.n_kv_head;
-      for (int64_t t = 0; alone && t < step.count; ++t) append_row((b * step.count + t) * m.n_kv_head + kv_head);
+      for (int64_t t = 0; one_block && t < step.count; ++t) append_row((b * step.count + t) * m.n_kv_head + kv_head);
       if (last && !step.logits) continue;
-      const int64_t first = begin + (i + i / blocks) % blocks * kQueries;  // later blocks see more keys: all threads in turn
+      // Later blocks see more keys. The rotation gives each thread early and late ones.
+      const int64_t first = begin + (i + i / blocks) % blocks * kQueries;
       attend(layer, b, kv_head, first, std::min(kQueries, end - first), only_last);
     }
     if (last && !step.logits) return false;
-    if (only_last) {
+    if (only_last) {  // each sequence's last row moves to the front
       for (int64_t b = 0; index == 0 && b < step.batch; ++b) std::copy_n(x((b + 1) * step.count - 1), m.n_embd, x(b));
       rows = step.batch;
     }
@@ -237,11 +239,11 @@ class Decoder::Pass {
       for (size_t s = 0; s < block.down.size(); ++s)
         out.hidden[s].quantize(i, &d.hidden_[i * m.n_hidden + s * block.down[s].K]);
     });
-    for (size_t s = 0; s < block.down.size(); ++s) multiply_own(block.down[s], out.hidden[s], x(0), x(0));
+    for (size_t s = 0; s < block.down.size(); ++s) multiply_part(block.down[s], out.hidden[s], x(0), x(0));
     barrier.wait();
   }
 
-  // Row 2 i is x; row 2 i + 1 is what the int8 values of row 2 i leave of it. The logits are the sum of both.
+  // Row 2 i holds x in int8, row 2 i + 1 its rounding error in int8. The logits are the sum of both products.
   void fine_head() {
     Rows& out = inputs();
     each_row([&](int64_t i) {
@@ -293,13 +295,14 @@ class Decoder::Pass {
     return own.normed.data();
   }
 
-  void multiply_own(const Int8Linear& linear, const QuantizedTokens& x, float* y, const float* residual) {
+  // This thread's part of a product; the caller waits for the others.
+  void multiply_part(const Int8Linear& linear, const QuantizedTokens& x, float* y, const float* residual) {
     const int64_t tasks = linear.tasks(rows);
-    linear.forward(d.with_, x, rows, residual, tasks * index / threads, tasks * (index + 1) / threads, y);
+    linear.forward(d.choice_, x, rows, residual, tasks * index / threads, tasks * (index + 1) / threads, y);
   }
 
   void multiply(const Int8Linear& linear, const QuantizedTokens& x, float* y, const float* residual = nullptr) {
-    multiply_own(linear, x, y, residual);
+    multiply_part(linear, x, y, residual);
     barrier.wait();
   }
 
@@ -323,7 +326,7 @@ class Decoder::Pass {
     norm_and_rope(key, block.k_norm);
 
     const HeadCache cache = step.cache->head(layer, row / step.count, kv_head);
-    const QuantizedTokens& quantized = own.queries;
+    const QuantizedTokens& quantized = own.queries;  // free here: row 0 takes the key, row 1 the value
     own.queries.quantize(0, key, 2, m.n_kv_head * size);
     cache.key_scales[pos] = quantized.scale[0], cache.value_scales[pos] = quantized.scale[1];
     const int8_t *const k = quantized.q.get(), *const v = k + row_bytes(quantized.quads);
@@ -353,9 +356,9 @@ class Decoder::Pass {
     const float factor = 1.0f / std::sqrt(static_cast<float>(size));
     const auto scores = [&](int64_t i) { return &own.scores[i * cache.length]; };
     for (int64_t p = 0; p < visible(count - 1); p += kPanelRows)
-      d.with_.multiply(q.q.get(), q.q_sum.get(), count, cache.keys + packed_at(p, 0, size), q.quads, kPanelRows,
-                       [&](int64_t t, int64_t tile, const int32_t* acc) {
-                         scale_sums(acc, tile, &q.scale[t], factor, cache.key_scales + p, scores(t) + p, cache.length);
+      d.choice_.multiply(q.q.get(), q.q_sum.get(), count, cache.keys + packed_at(p, 0, size), q.quads, kPanelRows,
+                       [&](int64_t t, int64_t tokens, const int32_t* acc) {
+                         scale_sums(acc, tokens, &q.scale[t], factor, cache.key_scales + p, scores(t) + p, cache.length);
                        });
 
     float* y[kQueries], inverse[kQueries];
@@ -365,16 +368,16 @@ class Decoder::Pass {
       std::fill_n(y[i], size, 0.0f);
     }
     for (int64_t p = 0; p < visible(count - 1); p += kPanelRows) {
-      const int64_t quads = std::min(weights.quads, ceil_div(visible(count - 1) - p, 4));  // rows stay 64 bytes apart
+      const int64_t quads = std::min(weights.quads, ceil_div(visible(count - 1) - p, 4));  // the last block may be short
       int64_t from = 0;
-      while (visible(from) <= p) ++from;  // the tokens before see nothing from here on
+      while (visible(from) <= p) ++from;  // the rows before `from` do not see these positions
       own.weights.quantize(from, scores(from) + p, count - from, cache.length);
       for (int64_t n = 0; n < size; n += kPanelRows) {
         const int rows = std::min<int64_t>(kPanelRows, size - n);
-        d.with_.multiply(&weights.q[from * row_bytes(weights.quads)], &weights.q_sum[from], count - from,
+        d.choice_.multiply(&weights.q[from * row_bytes(weights.quads)], &weights.q_sum[from], count - from,
                          cache.values + packed_at(n, p, cache.length), quads, rows,
-                         [&](int64_t t, int64_t tile, const int32_t* acc) {
-                           add_sums(acc, tile, &weights.scale[from + t], &inverse[from + t], n, rows, &y[from + t]);
+                         [&](int64_t t, int64_t tokens, const int32_t* acc) {
+                           add_sums(acc, tokens, &weights.scale[from + t], &inverse[from + t], n, rows, &y[from + t]);
                          });
       }
     }
@@ -406,15 +409,15 @@ void Decoder::forward(Step step, int threads) {
 // The sums are exact, so the tokens are the same in each.
 void Decoder::choose_variant(const Step& step, int threads) {
   constexpr size_t kTurns = 8;
-  const size_t variants = with_.kernel->variants, trials = variants * kTurns;
+  const size_t variants = choice_.kernel->variants, trials = variants * kTurns;
   if (threads != timed_for_) seconds_.clear(), timed_for_ = threads;
   if (seconds_.size() == trials) return run(step, threads);
-  with_.variant = seconds_.size() % variants;
+  choice_.variant = seconds_.size() % variants;
   const auto start = std::chrono::steady_clock::now();
   run(step, threads);
   seconds_.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   if (seconds_.size() == trials)
-    with_.variant = (std::min_element(seconds_.begin(), seconds_.end()) - seconds_.begin()) % variants;
+    choice_.variant = (std::min_element(seconds_.begin(), seconds_.end()) - seconds_.begin()) % variants;
 }
 
 void Decoder::run(const Step& step, int threads) {

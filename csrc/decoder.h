@@ -50,7 +50,7 @@ struct Step {
   int64_t pos;  // the first token's position: the cache holds those before it
   Cache* cache;
   float* logits;     // (batch, vocab_size), or null to fill the cache only
-  bool all = false;  // logits after every token, (batch, count, vocab_size), with the bits of one token at a time. A
+  bool all = false;  // logits after every token, (batch, count, vocab_size), bit for bit those of one token per call. A
                      // batch of more than one sequence has at most kMaxRows tokens then.
 };
 
@@ -85,9 +85,9 @@ class Decoder {
   std::unique_ptr<Rows> quantized_;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::unique_ptr<Team> team_;
-  Choice with_;
-  std::vector<double> seconds_;  // what the first tokens took, the variants in turn
-  int timed_for_ = 0;            // threads
+  Choice choice_;
+  std::vector<double> seconds_;  // the times of the first tokens; the variants alternate
+  int timed_for_ = 0;            // the number of threads that the times are of
 };
 
 }  // namespace owlet

@@ -35,15 +35,17 @@ struct DecoderModelOf : Sizes {
   const float *cos, *sin;  // (block_size, head_dim / 2)
   std::vector<DecoderBlockOf<Linear>> blocks;
   const float* norm;  // (n_embd)
-  Linear head;        // (vocab_size, n_embd). A fine head takes x in int8, and what that leaves of x in int8 again.
+  Linear head;        // (vocab_size, n_embd). A fine head takes x in int8, then x's rounding error.
   Linear embedding;   // (vocab_size, n_embd), read by rows; tied: the head
   int64_t width() const { return n_head * head_dim; }
   int64_t group() const { return n_head / n_kv_head; }                      // query heads of a key/value head
   int64_t qkv_width() const { return (n_head + 2 * n_kv_head) * head_dim; }
 };
 
-// Source has Linear; number(name), floats(name, rows, columns) and matrix(name, N, K), the next array or the next two (the
-// packed matrix, its scales); and require(condition, name, what was expected, what came), which refuses a size.
+// A Source provides the type Linear and
+//   number(name), floats(name, rows, columns)      the next array
+//   matrix(name, N, K)                             the next two: a matrix and its scales
+//   require(condition, name, expected, got)        refuses a size
 template <typename Source>
 DecoderModelOf<typename Source::Linear> read_model(Source& source, const Sizes& sizes) {
   DecoderModelOf<typename Source::Linear> m{};

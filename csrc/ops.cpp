@@ -88,10 +88,10 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, c
   });
   const Int8Linear linear{{N, K, weight_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(),
                            swiglu ? Activation::swiglu : Activation::none}};
-  const Choice with{&kernel()};
+  const Choice choice{&kernel()};
   const int64_t tasks = linear.tasks(tokens), task_work = tokens * N * K / tasks;
   at::parallel_for(0, tasks, 1 + kGrain / (1 + task_work), [&](int64_t begin, int64_t end) {
-    linear.forward(with, q, tokens, data_or_null(residual_), begin, end, y.mutable_data_ptr<float>());
+    linear.forward(choice, q, tokens, data_or_null(residual_), begin, end, y.mutable_data_ptr<float>());
   });
   return y;
 }
@@ -201,7 +201,7 @@ class PyWriter {
                  how["repetition_penalty"].cast<float>(), static_cast<uint64_t>(how["seed"].cast<int64_t>())},
                 how["stops"].cast<std::vector<int64_t>>(), how["most_guesses"].cast<int64_t>(),
                 tokens_.mutable_data_ptr<int64_t>(), tokens_.size(0), tokens_.size(1)) {}
-  // New tokens (B, n), n >= 1 and no more after `seconds`; none where the model's logits are not finite.
+  // New tokens (B, n), n >= 1; no pass starts after `seconds`. None: the model's logits are not finite.
   std::optional<Tensor> write(double seconds) {
     std::mutex alone;
     const std::scoped_lock lock(model_->mutex, draft_ ? draft_->mutex : alone);

@@ -24,7 +24,7 @@ uint32_t random_bits(uint64_t key, uint32_t token) {  // murmur3's finalizer, ke
   return x ^ x >> 16;
 }
 
-// [n] = 2^32 e^-n: where 2^32 - 1 - bits is not less, the Gumbel number of these bits does not exceed n.
+// [n] = 2^32 e^-n. If ~bits is at least this, the Gumbel number of `bits` is at most n.
 std::array<uint64_t, 24> gumbel_bounds() {
   std::array<uint64_t, 24> bounds;
   for (size_t n = 0; n < bounds.size(); ++n) bounds[n] = static_cast<uint64_t>(0x1p32 * std::exp(-1.0 * n)) + 1;
@@ -51,7 +51,8 @@ int64_t Sampler::draw(const float* logits, const int64_t* seen, int64_t count, u
       x = x > 0 ? x / settings_.repetition_penalty : x * settings_.repetition_penalty;
     }
   }
-  const auto less = [](float a, float b) { return a < b || (std::isnan(b) && !std::isnan(a)); };  // a NaN is the most
+  // A NaN counts as the largest.
+  const auto less = [](float a, float b) { return a < b || (std::isnan(b) && !std::isnan(a)); };
   int64_t best = std::max_element(x_.begin(), x_.end(), less) - x_.begin();
   const float top = x_[best];
   if (!std::isfinite(top)) return -1;
@@ -82,14 +83,14 @@ float Sampler::least_kept() {
     sorted_.resize(k);
   }
   if (settings_.top_p >= 1) return sorted_.back();
-  double rest = 0;  // probability still to be kept
-  for (const float x : sorted_) rest += settings_.top_p * std::exp(double{x});
+  double needed = 0;  // probability that is still to be kept
+  for (const float x : sorted_) needed += settings_.top_p * std::exp(double{x});
   std::make_heap(sorted_.begin(), sorted_.end());
   float least = 0;
-  for (auto end = sorted_.end(); end != sorted_.begin() && rest > 0; --end) {
+  for (auto end = sorted_.end(); end != sorted_.begin() && needed > 0; --end) {
     std::pop_heap(sorted_.begin(), end);
     least = end[-1];
-    rest -= std::exp(double{least});
+    needed -= std::exp(double{least});
   }
   return least;
 }
@@ -118,9 +119,9 @@ int64_t Writer::step(int64_t end, int64_t limit, int threads) {
     if (const int64_t length = model->cache->length; end - model->start > length)
       model->start = end - std::max<int64_t>(1, length / 2), model->known = 0;
   const int64_t room = std::min({limit - end - 1, model_.start + model_.cache->length - end, most_guesses_});
-  const bool first = model_.start + model_.known < end - 1;  // the first pass over a window
-  const auto [count, source] = first ? std::pair<int64_t, Source*>{} : guess(end, room, threads);
-  read(model_, end + count, count > 0, threads);
+  const bool prefill = model_.start + model_.known < end - 1;  // the cache lacks more than one token
+  const auto [count, source] = prefill ? std::pair<int64_t, Source*>{} : guess(end, room, threads);
+  run_model(model_, end + count, count > 0, threads);
 
   int64_t matched = -1;
   for (bool match = true; match && !ended();) {
@@ -173,7 +174,7 @@ std::pair<int64_t, Writer::Source*> Writer::guess(int64_t end, int64_t room, int
   const bool drafts = of_draft > of_text;
   const int64_t count = std::max(of_draft, of_text);
   for (int64_t i = end; i < end + count; ++i) {
-    if (drafts) read(*draft_, i, false, threads);
+    if (drafts) run_model(*draft_, i, false, threads);
     for (int64_t b = 0; b < batch_; ++b) {
       const bool drawn = drafts || done_[b];
       text(b)[i] = drawn ? std::max<int64_t>(0, draw(b, &logits_[b * vocab_size_], i, true)) : text(b)[from[b] + i - end];
@@ -191,8 +192,9 @@ int64_t Writer::draw(int64_t b, const float* logits, int64_t pos, bool guess) {
   return token;
 }
 
-// The logits after the last token before `end`, or (all) after each that is not in the cache yet.
-void Writer::read(CachedModel& model, int64_t end, bool all, int threads) {
+// Runs the model over the tokens before `end` that its cache lacks: logits after the last of them or, with `all`, after
+// each.
+void Writer::run_model(CachedModel& model, int64_t end, bool all, int threads) {
   const int64_t from = model.start + model.known;
   model.decoder->forward({tokens_ + from, batch_, end - from, stride_, model.known, model.cache, logits_.data(), all},
                          threads);

@@ -50,8 +50,8 @@ class Writer {
   // Continues tokens (batch, stride). A text ends with one of `stops`, and repeats the first of them.
   Writer(CachedModel model, std::optional<CachedModel> draft, const Sampling& sampling, std::vector<int64_t> stops,
          int64_t most_guesses, int64_t* tokens, int64_t batch, int64_t stride);
-  // Adds tokens at [end, limit), at least one and no more after `seconds`; returns the new end. -1: the logits were not
-  // finite.
+  // Adds tokens at [end, limit), at least one; starts no pass after `seconds`. Returns the new end; -1: the logits were
+  // not finite.
   int64_t write(int64_t end, int64_t limit, double seconds, int threads);
   bool ended() const { return done_count_ == batch_; }
   int64_t guessed = 0, right = 0;
@@ -68,7 +68,7 @@ class Writer {
 
   int64_t step(int64_t end, int64_t limit, int threads);
   std::pair<int64_t, Source*> guess(int64_t end, int64_t room, int threads);
-  void read(CachedModel& model, int64_t end, bool all, int threads);
+  void run_model(CachedModel& model, int64_t end, bool all, int threads);
   int64_t draw(int64_t b, const float* logits, int64_t pos, bool guess = false);
   std::pair<int64_t, int64_t> earlier(const int64_t* text, int64_t end) const;
   int64_t* text(int64_t b) const { return tokens_ + b * stride_; }

@@ -83,8 +83,9 @@ struct Softmax {  // over part of the keys (Milakov and Gimelshein, 2018)
 constexpr float kNone = -1e30f;  // is below every score, and unlike -inf, kNone - kNone is 0
 constexpr int kBlock = 64;       // positions whose weights have one scale, as on a CPU
 
-// Attention of one token, for head blockIdx.x of sequence blockIdx.y. A warp takes 64 positions at a time: a lane has
-// the scores of two of them, and then sums of some of the dimensions. Each warp has a softmax of its own, joined last.
+// Attention of one token, for head blockIdx.x of sequence blockIdx.y. A warp takes 64 positions at a time. Each lane
+// computes the scores of two of them and then sums every 32nd dimension. Each warp has its own softmax; they are joined
+// at the end.
 template <int kPieces>
 __global__ void __launch_bounds__(kThreads) attention_kernel(Attention in) {
   constexpr int head_dim = kPieces * 16, kDims = (head_dim + kWarp - 1) / kWarp;

@@ -1,9 +1,9 @@
 // Compile with -fmad=false: a fused multiply-add would round differently from the CPU.
 //
 // Both kernels multiply on the tensor cores, 16 tokens x 8 output channels x 32 k at a time. The order of k is free as
-// long as both operands have the same. Lane (g, t) loads 16 bytes of a channel from k = 16t on with one instruction and
-// passes them as if they were k = 4t .. 4t+3 and 16+4t .. 19+4t of two products. The quantized tokens are stored in
-// the order of the registers of those products.
+// long as both operands have the same. With one instruction, lane (g, t) loads 16 bytes of a channel, from k = 16t on.
+// They serve as its operands of two products: k = 4t .. 4t+3 and 16+4t .. 19+4t of each. The quantized tokens are stored
+// in the order of those operands.
 #include "int8_linear.h"
 #include "primitives.cuh"
 

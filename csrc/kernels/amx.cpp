@@ -80,7 +80,7 @@ bool supported() {
 
 template <int... Tokens>
 constexpr Kernel with_tiles(std::integer_sequence<int, Tokens...>) {
-  return {"amx", supported, kMaxTileTokens, {dot_panel<Tokens + 1>...}, avx512_once, std::size(avx512_once)};
+  return {"amx", supported, kMaxTileTokens, {dot_panel<Tokens + 1>...}, avx512_one_token, std::size(avx512_one_token)};
 }
 
 }  // namespace

@@ -38,12 +38,12 @@ TARGET inline void add_quad(__m512i sum[4], const uint8_t* w, const int8_t* q, i
 
 // For one token. Each stream reads its own part of the panel: hardware prefetchers follow a stream only to the end of a
 // 4 KB page, and other streams bridge that gap on some machines. Weights are prefetched Ahead bytes before their use;
-// from the end of a stream the prefetches run on to its start in the next panel.
+// from near_end on that is past the end of the stream, so the prefetches go to its start in the next panel.
 template <int kStreams, int64_t Ahead, int Locality>
-TARGET void dot_panel_once(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int,
+TARGET void dot_panel_one_token(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int,
                            int32_t* acc) {
   const int64_t part = quads / kStreams, near_end = std::max<int64_t>(0, part - Ahead / kQuadBytes);
-  const int64_t next_panel = (quads - part) * kQuadBytes;  // from the end of a stream to its start in the next panel
+  const int64_t next_panel = (quads - part) * kQuadBytes;
   __m512i sum[kStreams][4];
   for (int s = 0; s < kStreams; ++s)
     for (int v = 0; v < 4; ++v) sum[s][v] = _mm512_set1_epi32(s == 0 ? -128 * q_sum[0] : 0);
@@ -65,13 +65,13 @@ TARGET void dot_panel_once(const int8_t* q, const int32_t* q_sum, const uint8_t*
 }  // namespace
 
 // docs/log.md, "Prefetch distance and streams"
-const Variant avx512_once[] = {{"4x2048 L1", dot_panel_once<4, 2048, kToL1>},
-                               {"1x4096 L2", dot_panel_once<1, 4096, kToL2>},
-                               {"1x0", dot_panel_once<1, 0, kToL1>}};
+const Variant avx512_one_token[] = {{"4x2048 L1", dot_panel_one_token<4, 2048, kToL1>},
+                               {"1x4096 L2", dot_panel_one_token<1, 4096, kToL2>},
+                               {"1x0", dot_panel_one_token<1, 0, kToL1>}};
 
 const Kernel avx512_vnni = make_kernel(
-    "avx512_vnni", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); }, avx512_once,
-    std::size(avx512_once));
+    "avx512_vnni", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); },
+    avx512_one_token, std::size(avx512_one_token));
 
 }  // namespace owlet
 #endif

@@ -5,8 +5,8 @@
 //   Inputs spread(quad)      four values of a token, for every row
 //   Register splat(int32_t)  the sums before the first product: -128 * q_sum, for weights that are stored as w + 128
 //   add(sum, weights, inputs)
-//   kAlone, kTogether        the registers of sums of one token, and of each of several, that a pass takes: a divisor
-//                            of kRegisters, so that all sums stay in registers
+//   kAlone, kTogether        how many Registers of sums a pass holds for a single token, and for each of several:
+//                            divisors of kRegisters, small enough that all sums stay in registers
 
 template <int Tokens>
 TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int rows,
@@ -32,7 +32,8 @@ TARGET void dot_panel(const int8_t* q, const int32_t* q_sum, const uint8_t* pane
   }
 }
 
-constexpr Kernel make_kernel(const char* name, bool (*supported)(), const Variant* once = nullptr, size_t variants = 0) {
+constexpr Kernel make_kernel(const char* name, bool (*supported)(), const Variant* one_token = nullptr,
+                             size_t variants = 0) {
   return {name, supported, 6,
-          {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}, once, variants};
+          {dot_panel<1>, dot_panel<2>, dot_panel<3>, dot_panel<4>, dot_panel<5>, dot_panel<6>}, one_token, variants};
 }

@@ -57,13 +57,13 @@ constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
 
 // ---- instruction sets
 
-// acc[t * 64 + n] = sum over k of q[t, k] * w[n, k], for the first `rows` n at least. q is (tokens, row_bytes(quads));
-// q_sum[t] is the sum of q[t, k] over k.
+// acc[t * 64 + n] = sum over k of q[t, k] * w[n, k], computed for at least the first `rows` n. q is (tokens,
+// row_bytes(quads)); q_sum[t] is the sum of q[t, k] over k.
 using DotPanel = void(const int8_t* q, const int32_t* q_sum, const uint8_t* panel, int64_t quads, int rows, int32_t* acc);
 
 constexpr int kMaxTileTokens = 32;  // docs/log.md, "Tokens per kernel call"
 
-// A way to read the weights for one token, which is bound by memory. The best differs from machine to machine.
+// A kernel for one token, which memory bandwidth limits. Which is the fastest differs from machine to machine.
 struct Variant {
   const char* name;  // "streams x bytes prefetched ahead, into which cache"
   DotPanel* dot_panel;
@@ -72,17 +72,17 @@ struct Variant {
 struct Kernel {
   const char* name;
   bool (*supported)();                  // whether this CPU and its operating system run it
-  int tile_tokens;                      // the most tokens of a call: one load of the weights serves all of them
+  int max_tokens;                       // the most tokens of a call: one load of the weights serves all of them
   DotPanel* dot_panel[kMaxTileTokens];  // [tokens - 1]
-  const Variant* once = nullptr;        // for one token; null: dot_panel[0]
-  size_t variants = 0;                  // how many of them
+  const Variant* one_token = nullptr;   // kernels for one token; null: dot_panel[0]
+  size_t variants = 0;                  // the number of them
 };
 
 extern const Kernel amx, avx512_vnni, avx_vnni, avx2;  // x86-64
 extern const Kernel neon;                              // 64-bit Arm
 extern const Kernel wasm;                              // WebAssembly
 extern const Kernel generic;
-extern const Variant avx512_once[3];
+extern const Variant avx512_one_token[3];
 
 const Kernel& kernel();                   // the best that this CPU supports, or $OWLET_ISA
 std::vector<std::string> kernel_names();  // those that this CPU supports, best first
@@ -92,16 +92,17 @@ struct Choice {
   const Kernel* kernel;
   size_t variant = 0;
 
-  // The sums of `tokens` rows of q and one panel, in tiles of about equal size: then(first token, tokens, acc).
+  // Computes the sums of `tokens` rows of q and one panel, in groups of about equal size. Calls
+  // then(first token, tokens of the group, acc) for each.
   template <typename Then>
   void multiply(const int8_t* q, const int32_t* q_sum, int64_t tokens, const uint8_t* panel, int64_t quads, int rows,
                 Then then) const {
-    for (int64_t t = 0, tile; t < tokens; t += tile) {
-      tile = ceil_div(tokens - t, ceil_div(tokens - t, kernel->tile_tokens));
+    for (int64_t t = 0, count; t < tokens; t += count) {
+      count = ceil_div(tokens - t, ceil_div(tokens - t, kernel->max_tokens));
       alignas(kLine) int32_t acc[kMaxTileTokens * kPanelRows];
-      (tile == 1 && kernel->once ? kernel->once[variant].dot_panel : kernel->dot_panel[tile - 1])(
+      (count == 1 && kernel->variants ? kernel->one_token[variant].dot_panel : kernel->dot_panel[count - 1])(
           q + t * row_bytes(quads), q_sum + t, panel, quads, rows, acc);
-      then(t, tile, acc);
+      then(t, count, acc);
     }
   }
 };
@@ -116,7 +117,8 @@ bool pack_panels(const int8_t* w, int64_t N, int64_t K, int64_t panel_begin, int
 class QuantizedTokens {
  public:
   QuantizedTokens(int64_t tokens, int64_t K);
-  // Quantizes rows of x, float (K), `stride` apart, as tokens t, t + 1, ... Where one is not finite, its scale is NaN.
+  // Quantizes rows of x, float (K), `stride` apart, as tokens t, t + 1, ... A row with a NaN or infinity gets the scale
+  // NaN.
   void quantize(int64_t t, const float* x, int64_t count = 1, int64_t stride = 0);
   struct Free {
     void operator()(int8_t* p) const { operator delete[](p, std::align_val_t(kLine)); }
@@ -145,7 +147,7 @@ struct Int8Linear : LinearOf<uint8_t> {
   int64_t tasks(int64_t tokens) const;
   // Computes tasks [begin, end) of y, float (tokens, columns), for the first `tokens` of x. residual has y's shape, may
   // be y itself, and may be null.
-  void forward(const Choice& with, const QuantizedTokens& x, int64_t tokens, const float* residual, int64_t begin,
+  void forward(const Choice& choice, const QuantizedTokens& x, int64_t tokens, const float* residual, int64_t begin,
                int64_t end, float* y) const;
   // y (K) = row n of the matrix, times its scale.
   void read_row(int64_t n, float* y) const;

@@ -6,17 +6,17 @@
 namespace owlet {
 namespace {
 
-// The tokens of one parallel task: many read a panel less often, few give every thread a task
+// The tokens of one parallel task. More tokens read each panel less often; fewer make enough tasks for all threads
 // (docs/log.md, "Rows per pass").
 constexpr int64_t kTaskTokens = 96;
 
 // Rounding needs no clamp: |x| <= amax, so |x * inverse| <= 127 (1 + 2^-23), which rounds to 127 at most.
 CLONES
-void quantize_rows(const float* x, int64_t stride, int64_t count, int64_t K, int64_t bytes, int8_t* q, float* scale,
+void quantize_rows(const float* x, int64_t stride, int64_t count, int64_t K, int64_t q_stride, int8_t* q, float* scale,
                    int32_t* q_sum) {
-  for (int64_t t = 0; t < count; ++t, x += stride, q += bytes) {
+  for (int64_t t = 0; t < count; ++t, x += stride, q += q_stride) {
     int32_t amax = 0;
-    uint32_t sum = 0;  // overflows where the row is not finite
+    uint32_t sum = 0;  // it overflows, and is not used, where the row is not finite
     for (int64_t k = 0; k < K; ++k) amax = std::max(amax, abs_bits(x[k]));
     const Scale s = scale_for(amax);
     for (int64_t k = 0; k < K; ++k) {
@@ -25,14 +25,14 @@ void quantize_rows(const float* x, int64_t stride, int64_t count, int64_t K, int
       sum += static_cast<uint32_t>(rounded);
     }
     const bool zero = s.inverse == 0;  // round_to_int cannot take a NaN or an inf
-    std::fill(q + (zero ? 0 : K), q + bytes, 0);
+    std::fill(q + (zero ? 0 : K), q + q_stride, 0);
     scale[t] = s.scale, q_sum[t] = zero ? 0 : static_cast<int32_t>(sum);
   }
 }
 
 // Here int8 sums become floats: y from the sums of a panel, for `tokens` tokens. scale has the panel's 64 rows, so that
-// loops have a fixed length and no remainder. residual and y start at the first token; each token fills `columns`,
-// `stride` apart.
+// loops have a fixed length and no remainder. residual and y start at the first token: `columns` values for each, their
+// rows `stride` apart.
 CLONES
 void epilogue(const int32_t* acc, int64_t tokens, const float* x_scale, const float* scale, Activation activation,
               const float* residual, int64_t columns, int64_t stride, float* y) {
@@ -84,7 +84,7 @@ void QuantizedTokens::quantize(int64_t t, const float* x, int64_t count, int64_t
 
 int64_t Int8Linear::tasks(int64_t tokens) const { return ceil_div(N, kPanelRows) * ceil_div(tokens, kTaskTokens); }
 
-void Int8Linear::forward(const Choice& with, const QuantizedTokens& x, int64_t tokens, const float* residual,
+void Int8Linear::forward(const Choice& choice, const QuantizedTokens& x, int64_t tokens, const float* residual,
                          int64_t begin, int64_t end, float* y) const {
   const int64_t blocks = ceil_div(tokens, kTaskTokens);
   const int rows_per_column = activation == Activation::swiglu ? 2 : 1;
@@ -93,12 +93,13 @@ void Int8Linear::forward(const Choice& with, const QuantizedTokens& x, int64_t t
     float scales[kPanelRows] = {};
     std::copy_n(scale + n, rows, scales);
     const int64_t block = task % blocks * kTaskTokens, count = std::min(kTaskTokens, tokens - block);
-    with.multiply(&x.q[block * row_bytes(x.quads)], &x.q_sum[block], count, packed + n * 4 * x.quads, x.quads, kPanelRows,
-                  [&](int64_t t, int64_t tile, const int32_t* acc) {
-                    const int64_t at = (block + t) * columns() + n / rows_per_column;
-                    epilogue(acc, tile, &x.scale[block + t], scales, activation, residual ? residual + at : nullptr,
-                             rows / rows_per_column, columns(), y + at);
-                  });
+    const auto finish = [&](int64_t t, int64_t n_tokens, const int32_t* acc) {
+      const int64_t at = (block + t) * columns() + n / rows_per_column;
+      epilogue(acc, n_tokens, &x.scale[block + t], scales, activation, residual ? residual + at : nullptr,
+               rows / rows_per_column, columns(), y + at);
+    };
+    choice.multiply(&x.q[block * row_bytes(x.quads)], &x.q_sum[block], count, packed + n * 4 * x.quads, x.quads,
+                    kPanelRows, finish);
   }
 }
 
