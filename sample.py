@@ -191,6 +191,7 @@ def main() -> None:
         row = itertools.takewhile(lambda token: token not in ends, (tokens[i] for tokens in rows))
         print(f"\n--- {i + 1} of {config.num_samples}\n{text}{''.join(map(detokenize, row))}{detokenize.rest()}")
 
+    sys.stdout.flush()  # the text comes first where one file takes both streams
     first, rest = times[1] - times[0], times[-1] - times[1]
     pace = f"{(len(rows) - 1) * config.num_samples / rest:,.0f} tokens/s" if len(rows) > 1 else "-"
     how = f"int8 by {model.backend}" if is_quantized(folder) else (
