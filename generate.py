@@ -82,7 +82,7 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float
     Raises UserError for a prompt or setting out of range, before any work, and for logits that are not finite.
     """
     T, block, vocab = idx.size(1), model.config.block_size, model.config.vocab_size
-    ends = [end for end in ([eos] if isinstance(eos, int) else eos or []) if 0 <= end < vocab]  # the model has no others
+    ends = [end for end in ([eos] if isinstance(eos, int) else eos or []) if 0 <= end < vocab]
     for name, good, expected, got in (
             ("the prompt", 1 <= T <= block, f"1 to {block} tokens (the model's context)", T),
             ("temperature", 0 <= temperature < math.inf, "0 (greedy) or more", temperature),
@@ -124,7 +124,7 @@ def _write(model: GPT, idx: Tensor, max_new_tokens: int, draft: GPT | None, **se
     writer, seconds = model.new_writer(idx, max_new_tokens, draft, settings), 0.0
     try:
         while not writer.done:
-            tokens, seconds = writer.write(seconds), 0.02  # the first call returns one token, later ones what 20 ms bring
+            tokens, seconds = writer.write(seconds), 0.02  # one token, then 20 ms' worth
             if tokens is None:
                 raise UserError(NOT_FINITE)
             yield from tokens.unbind(dim=1)
