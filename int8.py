@@ -341,7 +341,7 @@ def build(config: GPTConfig, state: Mapping[str, Tensor], backend: str, device: 
     if backend == "owlet" and device.type == "cpu":
         return KernelGPT(config, flat)
     if backend == "reference":
-        return Int8GPT(config, [t.clone().to(device) for t in flat], backend)  # a file's tensor keeps all of it in memory
+        return Int8GPT(config, [t.clone().to(device) for t in flat], backend)  # without clones the whole file stays
     flat = [(tiles(t) if t.dtype == torch.int8 else t).to(device) for t in flat]
     model = Int8GPT(config, flat, f"owlet ({device.type})")
     model.add_decoder(flat)
