@@ -1,7 +1,6 @@
 """Where does the time go? Runs any script of this repository under cProfile, with the script's own arguments.
 
     python profile_run.py train.py tiny --max-steps 50     -> profile-train.prof and profile-train.png
-    python profile_run.py --torch sample.py --max-new-tokens 100
     python profile_run.py --compare before.prof after.prof
     torchrun --nproc_per_node=2 profile_run.py train.py    one profile per rank; rank 0 reports
 
@@ -56,7 +55,6 @@ cProfile.label = lambda code: (  # cProfile's own leaves out the class of a meth
 class ProfileConfig:
     out: Path | None = flag(None, "Stem of the files to write; default: profile-SCRIPT in the current folder.")
     top: Count = flag(15, "Functions in each table.")
-    torch: bool = flag(False, "Profile PyTorch's operators too. Takes some 30 MB a training step: use --max-steps 20.")
     compare: tuple[Path, ...] = flag((), "Two .prof files, before and after, to compare. Takes no script.")
 
 
@@ -200,7 +198,7 @@ def main() -> None:
         end += 1 + {"--out": 1, "--top": 1, "--compare": 2}.get(args[end], 0)
     config, command = parse(ProfileConfig, "profile_run.py [OPTIONS] SCRIPT [ITS ARGUMENTS]", args[:end]), args[end:]
     if config.compare:
-        refuse(given(ProfileConfig, args=args[:end]), ["out", "torch"], "with --compare")
+        refuse(given(ProfileConfig, args=args[:end]), ["out"], "with --compare")
         if len(config.compare) != 2 or command:
             raise UserError(f"--compare: expected two .prof files and no script, got {' '.join(args)}")
         print(compare(*map(read_profile, config.compare), config.top))
@@ -214,27 +212,16 @@ def main() -> None:
         raise UserError(f"--out {config.out}: expected a folder to write to, {stem.parent} is none")
 
     profile = cProfile.Profile()
-    if config.torch:
-        import torch
-        operators = torch.profiler.profile()
-        operators.start()
     code = run_script(command, profile)
     if not profile.getstats():  # the script did not compile
         sys.exit(code)
     with atomic_path(Path(f"{stem}.prof")) as temporary:
         profile.dump_stats(temporary)
-    parts = [report(profile.stats, title, config.top)]
-    if config.torch:
-        operators.stop()
-        with atomic_path(Path(f"{stem}.trace.json")) as temporary:
-            operators.export_chrome_trace(str(temporary))
-        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        parts.append(operators.key_averages().table(by, config.top, max_name_column_width=48))
     if rank in (None, "0"):
         with optional(f"{stem}.png"):
             plot(profile.stats, title, config.top, Path(f"{stem}.png"))
         sys.stdout.flush()  # the report comes after the script's own output
-        print("", *parts, f"-> {stem}.prof, .png{', .trace.json' if config.torch else ''}", sep="\n\n", file=sys.stderr)
+        print("", report(profile.stats, title, config.top), f"-> {stem}.prof, .png", sep="\n\n", file=sys.stderr)
     sys.exit(code)
 
 

@@ -488,10 +488,9 @@ def test_flags_that_greedy_decoding_ignores_are_noted(script, folder):
 
 
 def test_profiles_take_no_flags_that_comparing_ignores(tmp_path):
-    for flag in (["--out", "x"], ["--torch"]):
-        done = subprocess.run([sys.executable, ROOT / "profile_run.py", *flag, "--compare", "a", "b"],
-                              capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 2 and flag[0] in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run([sys.executable, ROOT / "profile_run.py", "--out", "x", "--compare", "a", "b"],
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "--out" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_seeds_reach_as_far_in_every_script(script, data, folder, tmp_path):
