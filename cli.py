@@ -160,8 +160,8 @@ def handling(handler: Any, numbers: Iterable[int]) -> Iterator[None]:
             signal.signal(number, handler_before)
 
 
-def _interrupt(*_: object) -> NoReturn:
-    _interrupt.heard = True  # a library may turn KeyboardInterrupt into any other error
+def interrupt(*_: object) -> NoReturn:
+    interrupt.heard = True  # a library may turn KeyboardInterrupt into any other error
     raise KeyboardInterrupt
 
 
@@ -182,7 +182,7 @@ class StopSignals:
             self.asked, self.when = number, time.monotonic()
         # a second Ctrl-C stops at once; but torchrun and schedulers may send a signal twice in a row
         elif number == signal.SIGINT and time.monotonic() - self.when > 1:
-            _interrupt()
+            interrupt()
 
     def say_once(self, say: Callable[[str], None]) -> None:
         if self.asked is not None and not self.said:
@@ -199,19 +199,17 @@ def end_at_once() -> NoReturn:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script and exit. An error that is no bug is one line and exit code 2; Ctrl-C is one line and 130."""
-    _interrupt.heard, end_at_once.code = False, 1  # the exit code after a bug
+    interrupt.heard, end_at_once.code = False, 1  # the exit code after a bug
     # what TensorBoard's thread cannot write, on a full disk, does not end a run
     threading.excepthook = lambda failed: (
         note(f"{one_line(failed.exc_value)}; going on without") if isinstance(failed.exc_value, OSError)
         else threading.__excepthook__(failed))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the terminal's encoding may lack letters that a book has
-    profiled = signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # profile_run.py has its own
     code: int | str | None = 0
     try:
         # sys.exit raises an exception, so that no temporary file stays behind
-        with (handling(_interrupt, [] if profiled else [signal.SIGINT]),
-              handling(lambda number, _: sys.exit(128 + number), ENDS)):
+        with handling(interrupt, [signal.SIGINT]), handling(lambda number, _: sys.exit(128 + number), ENDS):
             main()
             sys.stdout.flush()
     except SystemExit as stop:
@@ -222,7 +220,7 @@ def run(main: Callable[[], None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         name, code = Path(sys.argv[0]).name, 2
         no_memory = re.search("allocate memory|out of memory", str(error))  # torch has no class for that on a CPU
-        if _interrupt.heard or isinstance(error, KeyboardInterrupt):
+        if interrupt.heard or isinstance(error, KeyboardInterrupt):
             print(f"\n{name}: interrupted", file=sys.stderr)
             code = 130
         elif no_memory or isinstance(error, (UserError, OSError, MemoryError)):

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FunctionType, MethodType, ModuleType
+from types import MethodType, ModuleType
 
-from cli import Count, UserError, flag, given, optional, parse, refuse, run
+from cli import Count, UserError, flag, given, interrupt, optional, parse, refuse, run
 from files import atomic_path, checked, plain_file
 
 Func = tuple[str, int, str]  # file, line, name
@@ -60,35 +60,30 @@ class ProfileConfig:
 
 def run_script(command: list[str], profile: cProfile.Profile) -> int | str | None:
     """Run a script as `python SCRIPT ARGS...` would, under the profiler. Returns the argument of its sys.exit()."""
-    interrupted = []
-
-    def interrupt(*_: object) -> None:
-        interrupted.append(True)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the report is still to be written
-        raise KeyboardInterrupt
-
-    path, our_path, main = Path(command[0]).resolve(), sys.path[:], ModuleType("__main__")
-    code, main.__file__ = path.read_bytes(), str(path)
-    sys.modules["__main__"], sys.argv, sys.path[0] = main, command, str(path.parent)  # pickle looks up __main__
-    signal.signal(signal.SIGINT, interrupt)
+    path = Path(command[0]).resolve()
+    source = path.read_bytes()
+    main = ModuleType("__main__")
+    main.__file__ = str(path)
+    sys.modules["__main__"] = main  # pickle looks up classes there
+    sys.argv = command
+    sys.path.insert(0, str(path.parent))
     try:
-        script = FunctionType(compile(code, path, "exec"), vars(main))  # exec() would be its caller: see by_phase()
+        code = compile(source, path, "exec")
         with profile:
             mend_monitoring()
-            script()
+            exec(code, vars(main))
         return 0
     except SystemExit as stop:
         return stop.code
     except BaseException as error:
-        if interrupted:  # a library that was being imported may have made another error of the KeyboardInterrupt
+        if interrupt.heard:
             print(f"\n{path.name}: interrupted", file=sys.stderr)
             return 130
         trace = error.__traceback__.tb_next  # without this function's own line
         sys.excepthook(type(error), error.with_traceback(trace), trace)
         return 1
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.path[:] = our_path
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the report is still to be written
 
 
 def mend_monitoring() -> None:
@@ -127,7 +122,8 @@ def readable(func: Func) -> str:
 def by_phase(stats: Stats) -> Table:
     """Phases, whose seconds sum to the script's. A phase that another phase's function calls counts as that phase."""
     phase_of = {func: PHASE_OF[name] for func in stats if (name := readable(func)) in PHASE_OF}
-    script = next((func for func, row in stats.items() if func[2] == "<module>" and not row[4]), None)
+    modules = [func for func in stats if func[2] == "<module>"]
+    script = max(modules, key=lambda func: stats[func][3], default=None)  # its time includes those that it imports
     seconds, calls = Counter(), Counter()
     for func, (_, number, _, cumulative, callers) in stats.items():
         if func in phase_of:
@@ -137,8 +133,7 @@ def by_phase(stats: Stats) -> Table:
         elif "importlib" in func[0] and script in callers:  # later imports count where they are made
             seconds["Python import"] += callers[script][3]
             calls["Python import"] += callers[script][0]
-    whole = stats[script][3] if script else sum(row[2] for row in stats.values())
-    seconds["everything else"] = whole - seconds.total()
+    seconds["everything else"] = sum(row[2] for row in stats.values()) - seconds.total()
     return {phase: (amount, calls[phase]) for phase, amount in seconds.most_common()}
 
 

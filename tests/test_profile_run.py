@@ -39,6 +39,7 @@ def record(monkeypatch):
     """Run a script in this process: exit code and profile."""
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", sys.path[:])
 
     def run(path):
         profile = cProfile.Profile()
