@@ -1,4 +1,4 @@
-"""Where does the time go? Runs any script of this repository under cProfile, with the script's own arguments.
+"""Where does the time go? Runs a script of this repository under cProfile, with the script's own arguments.
 
     python profile_run.py train.py tiny --max-steps 50     -> profile-train.prof and profile-train.png
     python profile_run.py --compare before.prof after.prof
@@ -19,16 +19,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import MethodType, ModuleType
 
-from cli import Count, UserError, flag, given, interrupt, optional, parse, refuse, run
+from cli import Count, UserError, flag, interrupt, optional, parse, run
 from files import atomic_path, checked, plain_file
 
 Func = tuple[str, int, str]  # file, line, name
 Row = tuple[int, int, float, float]  # two counts of calls, own seconds, cumulative seconds
 Stats = dict[Func, tuple[int, int, float, float, dict[Func, Row]]]  # pstats' format: a Row, and the Row of each caller
-Table = dict[str, tuple[float, int]]  # name -> seconds, calls; longest first
+Table = tuple[Counter[str], Counter[str]]  # seconds and calls of each name
 
 PHASE_OF = {function: phase for phase, functions in {
     "data": ["dataloader.py:TokenData.batch"],
@@ -87,17 +88,19 @@ def run_script(command: list[str], profile: cProfile.Profile) -> int | str | Non
 
 
 def mend_monitoring() -> None:
-    """From Python 3.12 on, cProfile mixes the calls of all threads: a phase of 0.9 s showed as 0.03 s.
+    """Work around two errors of cProfile in Python 3.12 and later: a phase of 0.90 s showed as 0.03 s.
 
-    A call of a bound method in C (pybind11's are) ends the function that makes it: it is gone from the callers.
+    cProfile mixes the calls of all threads; mended() hides those of other threads. cProfile takes a function for ended
+    when it calls a bound method written in C (pybind11's are); mended() passes the method's function instead.
     """
     if sys.version_info < (3, 12):
         return
-    this, register = threading.get_ident(), partial(sys.monitoring.register_callback, sys.monitoring.PROFILER_ID)
+    profiled = threading.get_ident()
+    register = partial(sys.monitoring.register_callback, sys.monitoring.PROFILER_ID)
 
-    def mended(theirs: Callable, *about: object) -> None:
-        if threading.get_ident() == this:
-            theirs(*(part.__func__ if isinstance(part, MethodType) else part for part in about))
+    def mended(callback: Callable, *about: object) -> None:
+        if threading.get_ident() == profiled:
+            callback(*(part.__func__ if isinstance(part, MethodType) else part for part in about))
 
     on = sys.monitoring.events
     for event in (on.PY_START, on.PY_RESUME, on.PY_THROW, on.PY_RETURN, on.PY_YIELD, on.PY_UNWIND,
@@ -120,7 +123,7 @@ def readable(func: Func) -> str:
 
 
 def by_phase(stats: Stats) -> Table:
-    """Phases, whose seconds sum to the script's. A phase that another phase's function calls counts as that phase."""
+    """The seconds sum to the script's. A call from one phase's function to another's counts as the caller's phase."""
     phase_of = {func: PHASE_OF[name] for func in stats if (name := readable(func)) in PHASE_OF}
     modules = [func for func in stats if func[2] == "<module>"]
     script = max(modules, key=lambda func: stats[func][3], default=None)  # its time includes those that it imports
@@ -130,43 +133,44 @@ def by_phase(stats: Stats) -> Table:
             inside = [row for caller, row in callers.items() if caller in phase_of and caller != func]
             seconds[phase_of[func]] += cumulative - sum(row[3] for row in inside)
             calls[phase_of[func]] += number - sum(row[0] for row in inside)
-        elif "importlib" in func[0] and script in callers:  # later imports count where they are made
+        elif script in callers and "importlib" in func[0]:  # later imports count where they are made
             seconds["Python import"] += callers[script][3]
             calls["Python import"] += callers[script][0]
     seconds["everything else"] = sum(row[2] for row in stats.values()) - seconds.total()
-    return {phase: (amount, calls[phase]) for phase, amount in seconds.most_common()}
+    return seconds, calls
 
 
-def by_function(stats: Stats, column: int = 2, top: int | None = None) -> Table:
-    """The functions by own (column 2) or cumulative seconds (column 3), without those that import others."""
+def by_function(stats: Stats, column: int = 2) -> Table:
+    """The functions' own (column 2) or cumulative seconds (column 3), without the functions that import others."""
     seconds, calls = Counter(), Counter()
     for func, row in stats.items():
         if not (name := readable(func)).startswith(("<frozen importlib", "<built-in method builtins.exec")):
             seconds[name] += row[column]
             calls[name] += row[1]
-    return {name: (amount, calls[name]) for name, amount in seconds.most_common(top)}
+    return seconds, calls
 
 
 def report(stats: Stats, title: str, top: int) -> str:
-    whole = sum(seconds for seconds, _ in by_phase(stats).values())
+    phases = by_phase(stats)
+    whole = phases[0].total()
     lines = [f"{title}: {whole:.3f} s under cProfile, without other threads and processes"]
-    for heading, rows in {"phase": by_phase(stats), "function, own time": by_function(stats, 2, top),
-                          "function, with callees": by_function(stats, 3, top)}.items():
+    for heading, (seconds, calls), limit in [("phase", phases, None), ("function, own time", by_function(stats), top),
+                                             ("function, with callees", by_function(stats, 3), top)]:
         lines += ["", f"{'seconds':>10} {'share':>7} {'calls':>11}  {heading}"]
-        lines += [f"{seconds:10.3f} {seconds / whole:7.1%} {calls:11,}  {name}"
-                  for name, (seconds, calls) in rows.items()]
+        lines += [f"{amount:10.3f} {amount / whole:7.1%} {calls[name]:11,}  {name}"
+                  for name, amount in seconds.most_common(limit)]
     return "\n".join(lines)
 
 
 def plot(stats: Stats, title: str, top: int, path: Path) -> None:
     import picture  # only now: imported before the script, matplotlib would be missing from its imports
 
-    phases, functions = by_phase(stats), by_function(stats, 2, top)
-    seconds = [amount for amount, _ in (phases | functions).values()]
-    figure = picture.new_figure(10, 1 + 0.26 * len(seconds))
+    phases = by_phase(stats)[0].most_common()
+    names, seconds = zip(*phases, *by_function(stats)[0].most_common(top), strict=True)
+    figure = picture.new_figure(10, 1 + 0.26 * len(names))
     axis = figure.subplots()
-    bars = axis.barh([name[-60:] for name in phases | functions], seconds)
-    axis.bar_label(bars, [f"{amount:.3f} s" for amount in seconds], padding=4)
+    bars = axis.barh([name[-60:] for name in names], seconds)
+    axis.bar_label(bars, fmt="%.3f s", padding=4)
     axis.axhline(len(phases) - 0.5, color="black")
     axis.set(title=title[-80:], ylabel="functions by own time, phases", xticks=[], xmargin=0.15, ymargin=0.02)
     axis.invert_yaxis()
@@ -176,26 +180,26 @@ def plot(stats: Stats, title: str, top: int, path: Path) -> None:
 def compare(before: Stats, after: Stats, top: int) -> str:
     """The phases, and the functions whose own time changed most."""
     lines = []
-    for heading, rows, limit in ("phase", by_phase, None), ("function, own time", by_function, top):
-        old, new = rows(before), rows(after)
-        pairs = {name: (old.get(name, (0.0,))[0], new.get(name, (0.0,))[0]) for name in old | new}
+    for heading, table, limit in ("phase", by_phase, None), ("function, own time", by_function, top):
+        old, new = table(before)[0], table(after)[0]
+        change = {name: new[name] - old[name] for name in {**old, **new}}
         lines += ["", f"{'before':>10} {'after':>10} {'change':>10} {'ratio':>7}  {heading}"]
-        lines += [f"{a:10.3f} {b:10.3f} {b - a:+10.3f} {f'{b / a:.2f}' if a else 'new':>7}  {name}" for name, (a, b) in
-                  sorted(pairs.items(), key=lambda item: -abs(item[1][1] - item[1][0]))[:limit]]
-        if rows is by_phase:
-            lines.append(f"{sum(a for a, _ in pairs.values()):10.3f} {sum(b for _, b in pairs.values()):10.3f}  total")
+        for name in sorted(change, key=lambda name: -abs(change[name]))[:limit]:
+            ratio = f"{new[name] / old[name]:.2f}" if old[name] else "new"
+            lines.append(f"{old[name]:10.3f} {new[name]:10.3f} {change[name]:+10.3f} {ratio:>7}  {name}")
+        if table is by_phase:
+            lines.append(f"{old.total():10.3f} {new.total():10.3f}  total")
     return "\n".join(lines[1:])
 
 
 def main() -> None:
-    args, end = sys.argv[1:], 0  # the first word that is neither an option nor its value is the script
-    while end < len(args) and args[end].startswith("-"):
-        end += 1 + {"--out": 1, "--top": 1, "--compare": 2}.get(args[end], 0)
-    config, command = parse(ProfileConfig, "profile_run.py [OPTIONS] SCRIPT [ITS ARGUMENTS]", args[:end]), args[end:]
+    args = sys.argv[1:]
+    options = list(takewhile(lambda word: not word.endswith(".py"), args))
+    command = args[len(options):]
+    config = parse(ProfileConfig, "profile_run.py [OPTIONS] SCRIPT.py [ITS ARGUMENTS]", options)
     if config.compare:
-        refuse(given(ProfileConfig, args=args[:end]), ["out"], "with --compare")
-        if len(config.compare) != 2 or command:
-            raise UserError(f"--compare: expected two .prof files and no script, got {' '.join(args)}")
+        if len(config.compare) != 2 or config.out or command:
+            raise UserError(f"--compare: expected two .prof files, no --out and no script, got {' '.join(args)}")
         print(compare(*map(read_profile, config.compare), config.top))
         return
     if not command:
