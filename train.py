@@ -86,7 +86,7 @@ class Run:
         eval_steps = min(config.eval_tokens, self.data.tokens["val"]) / self.step_tokens
         self.every = config.eval_every or min(250, max(apart, math.ceil(2 * eval_steps)))
         self.signals, self.log = StopSignals(), None
-        self.loss_sum = torch.zeros((), device=ranks.device)  # since the last report
+        self.loss_sum = torch.zeros((), device=ranks.device)  # since the last line of the log
         self.train_losses, self.before = [], (math.inf, math.inf)  # since the last evaluation, and what that one saw
         self.eval_seconds, self.step_seconds = 0.0, 0.0  # the last evaluation's; the median step's
         self.lately, self.better = deque(maxlen=20), False
@@ -116,7 +116,7 @@ class Run:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         self.bar = tqdm(total=1, initial=self.done(), dynamic_ncols=True, bar_format="{l_bar}{bar}|{postfix}",
                         disable=None if ranks.is_main else True)
-        self.reported = self.timed = self.step  # steps whose loss, and whose time, has been reported
+        self.logged = self.timed = self.step  # steps whose loss is in the log; whose time has been reported
         self.clock = self.began = self.spoke = time.perf_counter()
         if config.init_from and not self.step:
             self.evaluate()
@@ -166,13 +166,16 @@ class Run:
         if self.step == self.first + 1:  # it includes the warm-up and is not timed
             self.timed, self.began = self.step, time.perf_counter()
 
+    def log_due(self) -> bool:  # whatever the steps take, so that equal runs have equal logs
+        return self.step % 10 == 0 or self.evaluation_due()
+
     def evaluation_due(self) -> bool:
         return self.step % self.every == 0 or self.done() >= 1
 
     def report_due(self) -> bool:
         """Whether the ranks exchange losses, times and signals after this step; they all come to the same answer."""
         minutes = self.config.max_minutes
-        return (self.evaluation_due() or self.step % 10 == 0 or bool(minutes and not self.step_seconds)
+        return (self.log_due() or bool(minutes and not self.step_seconds)
                 or self.step_seconds > (min(1.0, 0.3 * minutes) if minutes else 1.0)
                 or (self.ranks.world == 1 and self.signals.asked is not None))
 
@@ -182,25 +185,28 @@ class Run:
         loss = self.loss_sum.item()  # waits for the device
         now, steps = time.perf_counter(), self.step - self.timed
         loss, stops, interval, elapsed = (x / self.ranks.world for x in self.ranks.sum(
-            loss / (self.step - self.reported), self.signals.asked is not None, now - self.began, now - self.clock))
+            loss / (self.step - self.logged), self.signals.asked is not None, now - self.began, now - self.clock))
         if not math.isfinite(loss):
             raise self.diverged(f"the loss is {loss}")
-        self.train_losses.append(loss)
         self.seconds, self.clock = self.seconds + elapsed, now
         if steps:
             self.lately.append(interval / steps)
             self.step_seconds = statistics.median(self.lately)  # the median forgets a pause
+        if self.log_due() or stops:
+            if self.log:
+                pace = {"tokens_per_second": self.step_tokens * steps / interval} if steps else {}
+                self.log.add(step=self.step, train_loss=loss, lr_scale=self.lr_scale, **pace)
+            self.train_losses.append(loss)
+            self.loss_sum.zero_()
+            self.logged = self.step
         if self.log:
-            pace = {"tokens_per_second": self.step_tokens * steps / interval} if steps else {}
-            self.log.add(step=self.step, train_loss=loss, lr_scale=self.lr_scale, **pace)
             self.bar.n = min(1, self.done())
             self.bar.set_postfix_str(f"{self.at()}, loss {loss:.3f}{self.speed()}")
             if self.bar.disable and now - self.spoke > 20 and not self.evaluation_due():
                 self.spoke = now
                 self.say(f"{self.at()}: train {loss:.3f} nats = {loss * self.data.bits_per_nat:.3f} bits/byte"
                          f"{self.speed()}")
-        self.loss_sum.zero_()
-        self.reported, self.timed, self.began = self.step, self.step, time.perf_counter()
+        self.timed, self.began = self.step, time.perf_counter()
         return stops > 0
 
     def at(self) -> str:

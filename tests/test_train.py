@@ -116,10 +116,7 @@ def test_resumed_equals_uninterrupted(run, script, tmp_path, flags):
         log.write('{"step": 3')  # as a killed process leaves it
     code, out, err = script(train.main, *SMALL, "--resume", "--out", tmp_path / "parts", "--max-steps", 40, *flags)
     assert code == 0 and "steps 25 to 40" in out, err
-    # compiling, each of the slow first steps has a line as well
-    ours, theirs = ({step for step in losses(out) if "--compile" not in flags or step % 5 == 0}
-                    for out in (tmp_path / "parts", whole))
-    assert {15, 25} <= ours and ours - {15, 25} == theirs  # the interruptions' own lines
+    assert set(losses(tmp_path / "parts")) - set(losses(whole)) == {15, 25}  # the interruptions' own lines
     assert losses(whole, "val_loss") == losses(tmp_path / "parts", "val_loss")
     first, second = weights(whole), weights(tmp_path / "parts")
     assert all(torch.equal(first[name], second[name]) for name in first)
