@@ -5,14 +5,13 @@ checksum of all they hold: safetensors does not notice a flipped bit.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict
@@ -31,11 +30,11 @@ from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------- config.json
 
-FIELDS = {  # the name in config.json: the name in GPTConfig
-    "vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "head_dim": "head_dim",
-    "hidden_size": "n_embd", "intermediate_size": "n_hidden", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
-    "tie_word_embeddings": "tie_embeddings", "bos_token_id": "bos", "eos_token_id": "eos",
+FIELDS = {  # the name in GPTConfig: the name in config.json
+    "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "head_dim": "head_dim",
+    "n_embd": "hidden_size", "n_hidden": "intermediate_size", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
+    "tie_embeddings": "tie_word_embeddings", "bos": "bos_token_id", "eos": "eos_token_id",
 }
 
 
@@ -44,19 +43,23 @@ def config_to_hf(config: GPTConfig) -> dict:
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
-        **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
         "hidden_act": "silu", "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False, "attention_dropout": 0.0, "dtype": "float32", "torch_dtype": "float32",
     }
 
 
 def config_from_hf(hf: dict, where: object = "config.json") -> GPTConfig:
-    """From config.json's fields, without dropout. Raises UserError that names what this decoder does not compute."""
-    hf = {name: value for name, value in hf.items() if value is not None}
+    """The config of a config.json, without dropout. Raises UserError that names what this decoder does not compute."""
 
     def refuse(feature: str, value: object) -> None:
         raise UserError(f"{where}: {feature} = {value!r} is not supported")
 
+    qwen = hf.get("model_type") == "qwen3"
+    hf = {  # the defaults are those of transformers
+        "num_key_value_heads": None, "head_dim": 128 if qwen else None, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+        "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None,
+    } | {name: value for name, value in hf.items() if value is not None}
     if hf.get("model_type") not in ("qwen3", "llama"):
         refuse("model_type", hf.get("model_type"))
     only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
@@ -70,26 +73,21 @@ def config_from_hf(hf: dict, where: object = "config.json") -> GPTConfig:
         rope = checked(hf.get(name, {}), dict, f"{where}: {name}")
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             refuse("rope scaling", rope)
-        hf |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-    qwen = hf["model_type"] == "qwen3"
-    fields = {"num_key_value_heads": None, "head_dim": 128 if qwen else None, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
-              "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None} | hf  # as in transformers
-    if missing := FIELDS.keys() - fields:
+        hf["rope_theta"] = rope.get("rope_theta", hf["rope_theta"])
+    if missing := set(FIELDS.values()) - hf.keys():
         raise UserError(f"{where}: {', '.join(sorted(missing))}: missing")
     try:
-        ours = {ours: fields[theirs] for theirs, ours in FIELDS.items()}
-        config = checked(ours | {"qk_norm": qwen}, GPTConfig, where)
+        config = checked({ours: hf[theirs] for ours, theirs in FIELDS.items()} | {"qk_norm": qwen}, GPTConfig, where)
     except UserError as error:
-        theirs = {ours: theirs for theirs, ours in FIELDS.items()}
-        raise UserError(re.sub(r"\w+(?=[:[])", lambda name: theirs.get(name[0], name[0]), str(error))) from None
+        raise UserError(re.sub(r"\w+(?=[:[])", lambda name: FIELDS.get(name[0], name[0]), str(error))) from None
     for name in ("bos", "eos"):
-        ids = getattr(config, name)
-        known = [token for token in (ids if isinstance(ids, list) else [ids])
-                 if token is not None and 0 <= token < config.vocab_size]
-        if not known or known not in (ids, [ids]):
-            if ids not in (None, []):
-                note(f"{where}: {name}_token_id = {ids}: the model knows {config.vocab_size} tokens; "
-                     f"going on with {known or 'none'}")
+        value = getattr(config, name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        known = [token for token in ids if 0 <= token < config.vocab_size]
+        if known != ids:
+            note(f"{where}: {name}_token_id = {value}: the model knows {config.vocab_size} tokens; "
+                 f"going on with {known or 'none'}")
+        if known != ids or not ids:
             setattr(config, name, known or None)
     return config
 
@@ -110,13 +108,12 @@ def is_quantized(folder: Path) -> bool:
 
 # ---------------------------------------------------------------- a model's folder
 
-def load_model(folder: Path | str, dropout: float = 0.0) -> GPT:
+def load_model(folder: Path | str) -> GPT:
     """Load a folder written by owlet or transformers (Qwen3, Llama), as fp32, in eval mode."""
     folder = Path(folder)
-    hf = read_config(folder)
-    if hf.get("quantization_config") is not None:
+    if is_quantized(folder):
         raise UserError(f"{folder}: a quantized folder; expected an fp32 one")
-    config = dataclasses.replace(config_from_hf(hf, folder / "config.json"), dropout=dropout)
+    config = config_from_hf(read_config(folder), folder / "config.json")
     state = {name: tensor.float() for name, tensor in read_tensors(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}  # older Llamas store what is computed anyway
     if config.tie_embeddings:
@@ -133,10 +130,10 @@ def load_model(folder: Path | str, dropout: float = 0.0) -> GPT:
     return model.eval()
 
 
-def empty_model(config: GPTConfig, kind: type[GPT] = GPT) -> GPT:
+def empty_model(config: GPTConfig) -> GPT:
     """A model whose parameters are on the meta device: shapes without memory, to be replaced by loaded ones."""
     with torch.device("meta"):
-        return kind(config)
+        return GPT(config)
 
 
 def save_weights(state: dict[str, Tensor], config: GPTConfig, folder: Path) -> None:
@@ -169,14 +166,14 @@ def holds_weights(folder: Path, weights: dict[str, Tensor]) -> bool:
 
 
 def newest_model(root: Path, quantized: bool = True) -> Path:
-    """The newest folder with a model under root; quantized=False: that is not an int8 one."""
+    """The newest folder with a model under root; quantized=False skips int8 folders."""
     for folder in newest(root, "model.safetensors", "python train.py"):
         if quantized or not is_quantized(folder):
             return folder
     raise UserError(f"{root}/: only int8 folders there; make an fp32 one with `python train.py`")
 
 
-def check_tensors(file: Path, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+def check_tensors(file: Path, expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
     """Raises UserError unless all expected tensors are there, in their shape and dtype, in range, and no others."""
     for name, like in expected.items():
         if name not in got:
@@ -245,20 +242,16 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 # ---------------------------------------------------------------- tensors
 
-class ShardIndex(TypedDict):
-    weight_map: dict[str, str]
-
-
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or, where that is missing, the shards its index names."""
     whole, index = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json"
     if whole.exists() or not index.exists():
         return [whole]
-    names = sorted(set(read_json(index, ShardIndex)["weight_map"].values()))
-    for name in names:
+    shards = checked(read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
+    for name in shards.values():
         if Path(name).name != name:
             raise UserError(f"{index}: expected the names of files in this folder, got {name!r}")
-    return [Path(folder) / name for name in names]
+    return [Path(folder) / name for name in sorted(set(shards.values()))]
 
 
 def weights_size(folder: Path) -> int:
@@ -267,13 +260,13 @@ def weights_size(folder: Path) -> int:
 
 
 def stored_size(state: dict) -> int:
-    """Bytes of the file that torch.save makes of it."""
+    """Bytes of the file that torch.save writes."""
     torch.save(state, buffer := io.BytesIO())
     return buffer.tell()
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder. UserError if they are larger than what memory is free."""
+    """All tensors of a checkpoint folder. Raises UserError if they are larger than the free memory."""
     if (size := weights_size(folder)) > (free := free_memory()):
         raise UserError(f"{folder}: expected weights that fit into the free memory of {free / 1e9:.1f} GB, "
                         f"got {size / 1e9:.1f} GB")
@@ -283,36 +276,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-class StoredTensors(Mapping):
-    """The tensors of files that have been found to be whole, each read when it is asked for.
-
-    The file is opened anew each time: with one open file for all, what has been read would stay in memory beside what
-    is made of it.
-    """
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self.files = {}
-        for path in paths:
-            with safe_open(path, "pt") as file:
-                self.files |= dict.fromkeys(file.keys(), path)
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.files[name], "pt") as file:
-            return file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-
-def stored(folder: Path) -> StoredTensors:
-    return StoredTensors(weight_files(folder))
-
-
 def read_safetensors(path: Path, expected: str = "the model's weights") -> tuple[dict[str, Tensor], dict]:
-    """The tensors of one file, and the facts that write_tensors put beside them; checked where it has our checksum."""
+    """The tensors of one file, and the facts that write_tensors put beside them; checked where it has our checksum.
+
+    The tensors are views of the mapped file: its pages stay in memory while one of them exists.
+    """
     try:
         with safe_open(plain_file(path, expected), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
@@ -334,15 +302,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], **facts: object) -> No
 
 def checksum(value: dict) -> str:
     """sha256 of plain values and tensors: names, values, dtypes, shapes, and the bytes of the tensors in memory."""
-    tensors: list[Tensor] = []
-
-    def describe(tensor: Tensor) -> list:
-        tensors.append(tensor)
-        return [str(tensor.dtype), *tensor.shape]
-
-    total = hashlib.sha256(json.dumps(value, sort_keys=True, default=describe).encode())
+    tensors = {name: x for name, x in sorted(value.items()) if isinstance(x, Tensor)}
+    described = value | {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
+    total = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
-        for part in pool.map(lambda x: hashlib.sha256(x.reshape(-1).view(torch.uint8).numpy()).digest(), tensors):
+        for part in pool.map(lambda x: hashlib.sha256(x.reshape(-1).view(torch.uint8).numpy()).digest(),
+                             tensors.values()):
             total.update(part)
     return total.hexdigest()
 
@@ -356,12 +321,12 @@ class TrainState(TypedDict):
     """All that a resume needs, beside run.json."""
 
     step: Annotated[int, msgspec.Meta(ge=0)]
-    seconds: Annotated[float, msgspec.Meta(ge=0)]  # that the run has taken
+    seconds: Annotated[float, msgspec.Meta(ge=0)]  # the run's time so far
     best: float | None  # validation loss in nats a token
-    better: bool  # whether this step's is the best
+    better: bool  # whether the loss of this step is the best
     model_config: GPTConfig
     sha256: str
-    tensors: NotRequired[StoredTensors]  # those of training_tensors()
+    tensors: NotRequired[dict[str, Tensor]]  # those of training_tensors()
 
 
 def training_tensors(model: GPT, optimizers: Iterable) -> dict[str, Tensor]:
@@ -372,23 +337,23 @@ def training_tensors(model: GPT, optimizers: Iterable) -> dict[str, Tensor]:
                       for i, state in enumerate(optimizer.state) for name, x in state.items()}
 
 
-def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def weights_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A model's part of training_tensors(), as in its state_dict."""
     return {name.removeprefix("weights."): tensors[name] for name in tensors if name.startswith("weights.")}
 
 
 def read_state(folder: Path) -> TrainState:
-    """What a run saved last."""
+    """The state that a run saved last."""
     path = folder / STATE
     if not path.exists() and (folder / "train_state.pt").exists():
         raise UserError(f"{folder}: expected a run of this version, found an older one's; its model can be fine-tuned "
                         f"with {command('--init-from', folder)}")
-    facts = read_safetensors(path, "a training state to resume from")[1]
-    return checked(facts, TrainState, path) | {"tensors": StoredTensors([path])}
+    tensors, facts = read_safetensors(path, "a training state to resume from")
+    return checked(facts, TrainState, path) | {"tensors": tensors}
 
 
 @torch.no_grad()
-def load_tensors(live: dict[str, Tensor], folder: Path, saved: Mapping[str, Tensor]) -> None:
+def load_tensors(live: dict[str, Tensor], folder: Path, saved: dict[str, Tensor]) -> None:
     """Copy a state's tensors into those of this process, which training_tensors() named."""
     from distributed import shard_like  # imports torch.distributed, which sample.py has no use for
 

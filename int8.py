@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import check_tensors, config_from_hf, empty_model, read_config, read_tensors, stored, write_model
+from checkpoint import check_tensors, config_from_hf, empty_model, read_config, read_tensors, write_model
 from cli import UserError, note
 from files import checked
 from generate import StaticKVCache
@@ -374,7 +374,7 @@ def save_quantized(model: GPT, folder: Path, fine_head: bool = False, slices: in
     write_model(folder, quantize_state(model, slices), model.config, quantization_config=form)
 
 
-def read_quantized(folder: Path) -> tuple[GPTConfig, Mapping[str, Tensor], int, bool]:
+def read_quantized(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], int, bool]:
     """Config, tensors, slices and whether the head is fine, of an int8 folder written by save_quantized."""
     hf = read_config(folder)
     where = f"{folder}/config.json: quantization_config"
@@ -388,8 +388,9 @@ def read_quantized(folder: Path) -> tuple[GPTConfig, Mapping[str, Tensor], int, 
     for name, like in [(name, like) for name, like in expected.items() if like.dim() == 2]:
         shape = (len(like), slices) if slices > 1 and name.endswith("down_proj.weight") else len(like)
         expected[name], expected[f"{name}_scale"] = like.to(torch.int8), torch.empty(shape, device="meta")
-    check_tensors(folder / "model.safetensors", expected, read_tensors(folder))
-    return config, stored(folder), slices, bool(fine)
+    state = read_tensors(folder)
+    check_tensors(folder / "model.safetensors", expected, state)
+    return config, state, slices, bool(fine)
 
 
 def load_quantized(folder: Path, backend: str = "auto",

@@ -76,7 +76,8 @@ class Run:
         self.wrapped = parallelize(self.model, ranks, config.parallel, self.dtype).train()
         self.optimizers = make_optimizers(self.model, config.muon_lr, self.dtype)
         if state is not None:
-            load_tensors(training_tensors(self.model, self.optimizers), plan.out, state["tensors"])
+            # pop: the file's pages leave the memory once they are copied
+            load_tensors(training_tensors(self.model, self.optimizers), plan.out, state.pop("tensors"))
 
         self.peak = peak_flops(ranks.device, self.dtype) * ranks.world
         self.epoch_steps = self.data.tokens["train"] / self.step_tokens
