@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Meta
 from tqdm import tqdm
 
-ENDS = signal.SIGTERM, signal.SIGHUP  # a scheduler ends the program; its terminal closes
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C; a scheduler's end; a closed terminal
 
 
 class UserError(Exception):
@@ -68,8 +68,8 @@ Threads = Annotated[int, Meta(ge=1, le=4096)]
 
 
 def flag(default: Any, help: str, positional: bool = False) -> Any:
-    """A field of a dataclass of flags. The field's annotation declares its type and range."""
-    return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
+    """A field of a dataclass of flags. Its annotation declares its type and range; its metadata are for argparse."""
+    return dataclasses.field(default=default, metadata={"help": help} | ({"nargs": "?"} if positional else {}))
 
 
 def parse(config_class: type, description: str, args: Sequence[str] | None = None, default: Any = None) -> Any:
@@ -79,25 +79,25 @@ def parse(config_class: type, description: str, args: Sequence[str] | None = Non
 
 def given(config_class: type, description: str = "", args: Sequence[str] | None = None, default: Any = None) -> dict:
     """The flags that stand on the command line, by the names of the dataclass's fields."""
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=110))
-    kinds = {name: get_args(kind)[0] if type(None) in get_args(kind) else kind  # of X | None: X
-             for name, kind in get_type_hints(config_class, include_extras=True).items()}
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=functools.partial(
+        argparse.HelpFormatter, max_help_position=28, width=110))
+    kinds = get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
         kind, value = kinds[field.name], getattr(default or config_class, field.name)
-        name, options = f"--{field.name.replace('_', '-')}", {"help": field.metadata["help"]}
-        if get_origin(kind) is tuple:  # tuple[X, ...]
+        options = dict(field.metadata)
+        name = field.name if "nargs" in options else f"--{field.name.replace('_', '-')}"
+        if type(None) in get_args(kind):  # X | None
+            kind = get_args(kind)[0]
+        elif get_origin(kind) is tuple:  # tuple[X, ...]
             kind, value, options["nargs"] = get_args(kind)[0], " ".join(map(str, value)), "+"
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        if get_origin(kind) is Literal:
+        elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
-        if getattr(kind, "__origin__", kind) is float:
-            options["type"] = float  # msgspec does not take .5
+        else:
+            options["type"] = functools.partial(_value, kind, name)
         if value not in (None, ""):
             options["help"] += f" (default: {value})"
-        if field.metadata["positional"]:
-            name, options["nargs"], options["default"] = field.name, "?", None
         parser.add_argument(name, **options)
 
     args, known = sys.argv[1:] if args is None else args, parser._option_string_actions
@@ -106,15 +106,16 @@ def given(config_class: type, description: str = "", args: Sequence[str] | None 
         if name.startswith("--") and (name not in known or value == "--"):  # argparse drops a value of "--"
             near = difflib.get_close_matches(name, known, 1)
             parser.error(f"unrecognized arguments: {word}" + (f" (perhaps {near[0]}?)" if near else ""))
-    return {name: checked(word, kinds[name], f"--{name.replace('_', '-')} {word!a:.60}", strict=False)
-            for name, word in vars(parser.parse_args(args)).items() if word is not None}
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in vars(parser.parse_args(args)).items() if value is not None}
 
 
-def refuse(flags: dict, names: Iterable[str], why: str) -> None:
-    """UserError if one of these stands among the given flags: none is silently without effect."""
+def refuse(flags: dict, names: Iterable[str], why: str, positional: str = "") -> None:
+    """UserError if one of these names is among the given flags. `positional` is the one written without dashes."""
     for name in names:
         if name in flags:
-            raise UserError(f"--{name.replace('_', '-')}={flags[name]} has no effect {why}")
+            word = flags[name] if name == positional else f"--{name.replace('_', '-')}={flags[name]}"
+            raise UserError(f"{word} has no effect {why}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -123,25 +124,32 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}{hint}; see --help")
 
 
-def checked(value: Any, kind: Any, where: object, strict: bool = True) -> Any:
+def _value(kind: Any, name: str, word: str) -> Any:
+    """A word of the command line as the type `kind`. `name` is the flag's, for the message."""
+    try:
+        word.encode()  # the command line may hold other bytes than UTF-8, which could not be printed
+        if getattr(kind, "__origin__", kind) is float:
+            word = float(word)  # msgspec does not take .5
+        return msgspec.convert(word, kind, strict=False, dec_hook=_decode)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a ~ where there is no home
+        what = str(error).split(", got")[0]  # msgspec says that it got a `str`
+        raise UserError(f"{name} {word!a:.60}: {what[0].lower()}{what[1:]}") from None
+
+
+def checked(value: Any, kind: Any, where: object) -> Any:
     """`value` as the type `kind`, whose annotations declare types and ranges; dataclasses are made from dicts.
 
-    Not strict: words may stand for numbers. Raises UserError, which names the field in `where`.
+    Raises UserError, which names the field in `where`.
     """
     try:
-        if not strict:  # the command line may hold other bytes than UTF-8, which could not be printed
-            " ".join(map(str, value if isinstance(value, list) else [value])).encode()
-        return msgspec.convert(value, kind, strict=strict, dec_hook=_decode)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: a ~ where there is no home
+        return msgspec.convert(value, kind, dec_hook=_decode)
+    except (ValueError, RuntimeError) as error:
         what, _, field = str(error).partition(" - at `$.")
-        what = what if strict else what.split(", got")[0]  # `where` has the word; msgspec says that it got a `str`
         raise UserError(": ".join(filter(None, [str(where), field.strip("`"), what[0].lower() + what[1:]]))) from None
 
 
 def _decode(kind: type, value: object) -> Any:
-    """For msgspec: of the types that it does not know, paths are made from text."""
-    if isinstance(value, kind):
-        return value
+    """For msgspec, which does not know paths: they are made from text."""
     if kind is not Path or not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"Expected `{kind.__name__}`, got `{type(value).__name__}`")
     return Path(value).expanduser()  # the shell leaves the ~ of --out=~/x
@@ -151,7 +159,7 @@ def _decode(kind: type, value: object) -> Any:
 
 @contextlib.contextmanager
 def handling(handler: Any, numbers: Iterable[int]) -> Iterator[None]:
-    """These signals, unless they are ignored (nohup), go to `handler` within this context or decorated function."""
+    """Within this context `handler` takes these signals, except those that the process ignores (nohup)."""
     before = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
@@ -160,9 +168,10 @@ def handling(handler: Any, numbers: Iterable[int]) -> Iterator[None]:
             signal.signal(number, handler_before)
 
 
-def interrupt(*_: object) -> NoReturn:
-    interrupt.heard = True  # a library may turn KeyboardInterrupt into any other error
-    raise KeyboardInterrupt
+def interrupt(number: int, frame: object) -> NoReturn:
+    """The handler of run(). It raises an exception, so that no temporary file stays behind."""
+    interrupt.heard = number  # a library may turn the exception into any other
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 class StopSignals:
@@ -175,14 +184,14 @@ class StopSignals:
     when, said = 0.0, False
 
     def heard(self) -> contextlib.AbstractContextManager:
-        return handling(self.handle, [signal.SIGINT, *ENDS])
+        return handling(self.handle, STOPS)
 
     def handle(self, number: int, frame: object) -> None:
         if self.asked is None:
             self.asked, self.when = number, time.monotonic()
         # a second Ctrl-C stops at once; but torchrun and schedulers may send a signal twice in a row
         elif number == signal.SIGINT and time.monotonic() - self.when > 1:
-            interrupt()
+            interrupt(number, frame)
 
     def say_once(self, say: Callable[[str], None]) -> None:
         if self.asked is not None and not self.said:
@@ -199,7 +208,7 @@ def end_at_once() -> NoReturn:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script and exit. An error that is no bug is one line and exit code 2; Ctrl-C is one line and 130."""
-    interrupt.heard, end_at_once.code = False, 1  # the exit code after a bug
+    interrupt.heard, end_at_once.code = None, 1  # the exit code after a bug
     # what TensorBoard's thread cannot write, on a full disk, does not end a run
     threading.excepthook = lambda failed: (
         note(f"{one_line(failed.exc_value)}; going on without") if isinstance(failed.exc_value, OSError)
@@ -208,8 +217,7 @@ def run(main: Callable[[], None]) -> None:
         stream.reconfigure(errors="replace")  # the terminal's encoding may lack letters that a book has
     code: int | str | None = 0
     try:
-        # sys.exit raises an exception, so that no temporary file stays behind
-        with handling(interrupt, [signal.SIGINT]), handling(lambda number, _: sys.exit(128 + number), ENDS):
+        with handling(interrupt, STOPS):
             main()
             sys.stdout.flush()
     except SystemExit as stop:
@@ -222,7 +230,7 @@ def run(main: Callable[[], None]) -> None:
         no_memory = re.search("allocate memory|out of memory", str(error))  # torch has no class for that on a CPU
         if interrupt.heard or isinstance(error, KeyboardInterrupt):
             print(f"\n{name}: interrupted", file=sys.stderr)
-            code = 130
+            code = 128 + (interrupt.heard or signal.SIGINT)
         elif no_memory or isinstance(error, (UserError, OSError, MemoryError)):
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(5)  # torchrun ends the other ranks once one has ended: one error is said once

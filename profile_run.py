@@ -79,7 +79,7 @@ def run_script(command: list[str], profile: cProfile.Profile) -> int | str | Non
     except BaseException as error:
         if interrupt.heard:
             print(f"\n{path.name}: interrupted", file=sys.stderr)
-            return 130
+            return 128 + interrupt.heard
         trace = error.__traceback__.tb_next  # without this function's own line
         sys.excepthook(type(error), error.with_traceback(trace), trace)
         return 1

@@ -130,7 +130,7 @@ def read_flags(args: list[str]) -> tuple[TrainConfig, Plan | None, TrainState | 
     else:
         base = defaults(first.size)
         if first.init_from is not None:
-            refuse(flags, (*SHAPE, "size"), f"beside --init-from {first.init_from}, which has its own")
+            refuse(flags, (*SHAPE, "size"), f"beside --init-from {first.init_from}, which has its own", "size")
             base = dataclasses.replace(base, **FINE_TUNING)
         config = dataclasses.replace(parse(TrainConfig, DESCRIPTION, args, base), out=out)
     if not config.muon_lr:

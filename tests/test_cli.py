@@ -21,6 +21,7 @@ from conftest import ROOT, damage, refused
 
 import checkpoint
 import corpus
+import from_gguf
 import quantize
 import sample
 import train
@@ -67,6 +68,11 @@ def test_what_no_flag_takes_is_one_line(words):
         given(Flags, args=words.split())
     named = words.split()[0 if words.startswith("--") else -1].partition("=")[0]
     assert "\n" not in str(refusal.value) and named in str(refusal.value)
+
+
+def test_a_positional_is_named_without_dashes(script):
+    refused(script(from_gguf.main, ""), "from_gguf.py: file '': expected `Path`")
+    refused(script(train.main, "small", "--init-from", "nowhere"), "train.py: small has no effect beside --init-from")
 
 
 # ---------------------------------------------------------------- prepare
@@ -400,6 +406,15 @@ def test_ctrl_c_is_known_in_whatever_a_library_makes_of_it(script):
     for interrupted in (main, library, in_c):
         code, _, err = script(interrupted)
         assert code == 130 and err.count("interrupted") == 1 and err.count("\n") == 2, err
+
+    def terminated() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            raise ImportError("half-loaded")  # noqa: B904
+
+    code, _, err = script(terminated)
+    assert code == 128 + signal.SIGTERM and "half-loaded" not in err
 
 
 def test_a_thread_that_cannot_write_is_a_note(script):

@@ -459,7 +459,7 @@ def test_a_model_larger_than_memory_is_refused(script, folder, monkeypatch):
     *[(train.main, ["--init-from", "out/wood", *flag], [flag[0].replace("--no-", "--")]) for flag in (
         ["--n-layer", 8], ["--n-head", 2], ["--n-kv-head", 1], ["--n-embd", 64], ["--no-qk-norm"],
         ["--no-tie-embeddings"])],
-    (train.main, ["small", "--init-from", "out/wood"], ["size=small"]),
+    (train.main, ["small", "--init-from", "out/wood"], ["train.py: small has no effect beside --init-from"]),
     (train.main, ["--init-from", "out/wood", "--weight-decay", 0.1], ["--weight-decay", "--muon-lr 0"]),
     *[(train.main, ["--resume", "--out", "out/wood", *flag], [flag[0].strip("-").replace("-", "_").removeprefix("no_")])
       for flag in (["--n-layer", 8], ["--block-size", 512], ["--no-qk-norm"], ["--eval-tokens", 9],
