@@ -4,7 +4,6 @@ A write goes to a temporary name beside its target and is renamed once it is on 
 kill -9 nor a power cut leaves half a file.
 """
 
-import codecs
 import contextlib
 import fcntl
 import glob
@@ -30,7 +29,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Two processes may write the same path: each has a name of its own. The file gets the permissions that the umask
     says. Raises UserError if writing fails; an earlier `path` stays then.
     """
-    path = Path(path)
     with _temporary(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -47,31 +45,29 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
 
     A folder without its marker is one that nobody reads. Files of an earlier `path` that the new one lacks stay.
     """
-    made = not path.exists()
-    try:
-        with _temporary(path / marker) as new:
-            new.mkdir()
-            yield new
-            for file in new.iterdir():
-                _fsync(file)
-            with _opened(path) as folder:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(folder, fcntl.LOCK_EX)  # the files of two processes that end at once do not mix
-                (path / marker).unlink(missing_ok=True)
-                _fsync(path)
-                for file in sorted(new.iterdir(), key=lambda file: file.name == marker):
-                    file.replace(path / file.name)
-                _fsync(path)
-    finally:
-        if made:
-            with contextlib.suppress(OSError):  # where it has been filled
-                path.rmdir()
+    with _temporary(path / marker) as new:
+        new.mkdir()
+        yield new
+        for file in new.iterdir():
+            _fsync(file)
+        with _opened(path) as folder:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(folder, fcntl.LOCK_EX)  # the files of two processes that end at once do not mix
+            (path / marker).unlink(missing_ok=True)
+            _fsync(path)
+            for file in sorted(new.iterdir(), key=lambda file: file.name == marker):
+                file.replace(path / file.name)
+            _fsync(path)
 
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """Yield this process's own name beside `path`. Removes what is left there, and what killed processes have left."""
+    """Yield a name beside `path` that this process alone uses, in a folder that is made where it is missing.
+
+    Removes what is left under that name and what killed processes have left; and, if it is empty, the new folder.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    made = not os.access(path.parent, os.F_OK)  # exists() raises an error where a folder above may not be searched
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
@@ -82,10 +78,13 @@ def _temporary(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: could not be written: {one_line(error)}") from error
     finally:
         _remove(temporary)
+        if made:
+            with contextlib.suppress(OSError):  # the folder has been filled
+                path.parent.rmdir()
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # it has been moved, or is somebody else's
+    with contextlib.suppress(OSError):  # it has been moved, or belongs to another user
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -106,7 +105,6 @@ def plain_file(path: Path, expected: str, limit: float = float("inf")) -> Path:
 
     `expected` is what the file should be, for the message.
     """
-    path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "a device or a pipe" if path.exists() else "no such file"
         raise UserError(f"{path}: expected {expected}, found {found}")
@@ -117,9 +115,8 @@ def plain_file(path: Path, expected: str, limit: float = float("inf")) -> Path:
 
 def read_json(path: Path, kind: Any = dict, limit: float = 64e6) -> Any:
     """What a JSON file holds, checked to be of the type `kind`."""
-    raw = plain_file(path, "a JSON file", limit).read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
-        value = msgspec.json.decode(raw)
+        value = msgspec.json.decode(plain_file(path, "a JSON file", limit).read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, as msgspec's errors are
         raise UserError(f"{path}: expected a JSON file: {one_line(error)}") from error
     return checked(value, kind, path)
@@ -134,22 +131,20 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
     folder/.lock is left holding `owner`. Raises UserError where another process is inside.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process trains here; wait for it, or name another --out") from None
         except OSError:  # a file system without locks
             pass
-        file.truncate(0)
-        file.write(owner)
-        file.flush()
+        (folder / ".lock").write_text(owner)
         yield
 
 
 def newest(root: Path, marker: str, make: str) -> list[Path]:
     """The folders under `root` with a file `marker`, newest first; `make` is the command that makes one."""
-    found = sorted(Path(root).glob(f"*/{marker}"), key=lambda path: -path.stat().st_mtime)
+    found = sorted(root.glob(f"*/{marker}"), key=lambda path: -path.stat().st_mtime)
     if not found:
         raise UserError(f"{root}/: no folder with {marker} yet; make one with `{make}`")
     return [path.parent for path in found]
