@@ -1,13 +1,13 @@
 """What this machine has: devices, number formats, compilers, cores, and how fast it multiplies."""
 
 import importlib.util
-import math
 import os
 import platform
 import re
 import shlex
 import shutil
 import time
+import timeit
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -62,16 +62,14 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     import torch._inductor.config
     import torch.utils.cpp_extension as extension
 
-    if cxx():  # torch takes CXX and its own path for one word each
-        torch._inductor.config.cpp.cxx = (None, cxx())
-    if " " in extension.TORCH_LIB_PATH and "'" not in extension.TORCH_LIB_PATH:
-        extension.TORCH_LIB_PATH = shlex.quote(extension.TORCH_LIB_PATH)
+    torch._inductor.config.cpp.cxx = (None, cxx())  # torch takes $CXX for one word
+    extension.TORCH_LIB_PATH = shlex.quote(f"{torch.__path__[0]}/lib")  # and does not quote its own path
     for block in blocks:
         block.forward = torch.compile(block.forward)
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -106,7 +104,7 @@ class CPUThreads:
 
 
 def core_seconds() -> tuple[float, float, float]:
-    """Now; how long our cores have been busy; how long for this process and the children that it has waited for."""
+    """Seconds of the clock; those our cores were busy; those of this process and the children it has waited for."""
     ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(cores())
     times = [spent for core, spent in enumerate(psutil.cpu_times(percpu=True)) if core in ours]
     return time.monotonic(), sum(t.user + t.nice + t.system for t in times), sum(os.times()[:4])
@@ -125,10 +123,7 @@ def free_memory() -> int:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """What this device reaches on a large matrix product (FLOP/s), measured: best of twenty."""
-    n, best = 8192 if device.type == "cuda" else 1024, math.inf
+    n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
-    for _ in range(20):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for an asynchronous device
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=20)  # .item() waits for the device
+    return 2 * n**3 / min(seconds)
