@@ -160,8 +160,10 @@ def test_killed_run_resumes_from_its_last_checkpoint(run, data, tmp_path):
     assert_same_run(whole, out)
 
 
-def test_tensorboard_shows_the_steps_before_a_resume_once(tmp_path):
+def test_tensorboard_shows_the_steps_before_a_resume_once(tmp_path, monkeypatch):
+    now = time.time()
     for first, value in ((0, 3.0), (2, 2.0)):
+        monkeypatch.setattr(time, "time", lambda: now + first)  # noqa: B023 (files of one second have no sure order)
         log = RunLog(tmp_path, first, 1.0, 1.0, "")
         for step in range(first + 1, first + 4):
             log.add(step=step, train_loss=value)
