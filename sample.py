@@ -28,8 +28,8 @@ from checkpoint import (
     token_ids,
     weights_size,
 )
-from cli import Seed, Threads, UserError, flag, given, note, parse, run
-from fetch import model_folder
+from cli import Seed, Threads, UserError, command, flag, given, note, parse, run
+from fetch import MODEL, model_folder
 from files import newest
 from generate import generate
 from int8 import Int8GPT, KernelGPT, load_quantized
@@ -39,7 +39,7 @@ from model import GPT
 
 @dataclass
 class SampleConfig:
-    checkpoint: Path | None = flag(None, "Folder, or ORG/NAME of the Hugging Face hub; default: the newest in out/.")
+    checkpoint: Path | None = flag(None, f"The model: {MODEL}; default: the newest in out/.")
     prompt: str | None = flag(None, "Text to continue; - reads it from standard input; default: a new line.")
     prompt_file: Path | None = flag(None, "UTF-8 file with the text to continue.")
     num_samples: Annotated[int, Meta(ge=1, le=10_000)] = flag(
@@ -53,7 +53,7 @@ class SampleConfig:
     device: str = flag("auto", "auto, cpu, cuda or mps.")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "For fp32 folders; auto: bfloat16 on GPUs with it.")
     backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag("auto", "Int8 arithmetic; auto: the fastest.")
-    draft: str | None = flag(None, "Smaller int8 folder with the same tokenizer, which guesses tokens: the same text "
+    draft: str | None = flag(None, "Smaller int8 model with the same tokenizer, which guesses tokens: the same text "
                              "sooner. auto: the newest in out/. Default: guesses from the text itself.")
     threads: Threads | None = flag(None, "CPU threads; default: as many as cores are free.")
 
@@ -89,9 +89,12 @@ def load_draft(name: str, model: GPT, folder: Path, tokenizer: Tokenizer) -> Ker
                 and read_tokenizer(other).get_vocab() == tokenizer.get_vocab())
 
     if name != "auto":
-        if not fits(Path(name)):
-            raise UserError(f"--draft {name}: expected an int8 folder, smaller than {folder}, with its tokenizer")
-        return load_quantized(Path(name), "owlet")
+        draft = model_folder(Path(name))
+        if not fits(draft):
+            make = command("python", "quantize.py", "--checkpoint", draft)
+            raise UserError(f"--draft {draft}: expected an int8 folder, smaller than {folder}, with its tokenizer"
+                            + f"; make one with `{make}`" * (not is_quantized(draft)))
+        return load_quantized(draft, "owlet")
     with contextlib.suppress(UserError):  # no folder at all
         for other in newest(Path("out"), "config.json", "python train.py"):
             with contextlib.suppress(UserError):  # one that cannot be read

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 
 from cli import UserError
 from files import atomic_path, write_text
+from gguf_file import recognise
 from int8 import arrays, read_quantized
 from model import GPT, GPTConfig
-from to_gguf import recognise
 
 ROOT = Path(__file__).resolve().parent
 FLAGS = ["-std=c++20", "-O3", "-msimd128", "-ffp-contract=off", "-fno-trapping-math", "-fno-exceptions",

@@ -2,7 +2,7 @@
 
     python train.py                                  tiny, on the newest folder under data/
     python train.py small --data mybook.txt --max-steps 3000
-    python train.py --init-from out/SmolLM2-135M-Instruct --data mybook.txt
+    python train.py --init-from smollm2 --data mybook.txt
     torchrun --nproc_per_node=4 train.py             data parallel: gloo on CPUs, nccl on GPUs
     torchrun ... train.py --parallel fsdp            each rank holds a part of the model only
     python train.py --resume                         continue where the newest run stopped

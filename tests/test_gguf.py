@@ -2,20 +2,23 @@
 
 import dataclasses
 import json
+import os
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import make_text, random_model, save_model
+from conftest import make_text, random_model, refused, save_model
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
+import cli
 import corpus
-import from_gguf
 import quantize
+import sample
+import train
 from checkpoint import load_model, read_tokenizer
 from cli import UserError
-from to_gguf import WORDS, interleave_pairs, write_gguf
+from gguf_file import WORDS, convert, interleave_pairs, write_gguf
 
 TEXT = "Owl sees Fox at ten.\n\n  ä, naïve — 日本 12345, don't!\r\n\t \x0b🦉 Wren."
 
@@ -152,12 +155,13 @@ def test_flag(tmp_path, script):
 
 @pytest.mark.parametrize("fields", [{}, {"qk_norm": False, "n_kv_head": 2},
                                     {"tie_embeddings": False, "bos": 3, "eos": 9}], ids=str)
-def test_a_gguf_becomes_the_folder_it_was_made_of(tmp_path, script, fields):
+def test_a_gguf_becomes_the_folder_it_was_made_of(tmp_path, monkeypatch, script, fields):
+    monkeypatch.chdir(tmp_path)
     model, tokenizer = save(tmp_path / "wood", 400, **fields)
     write_gguf(model, tmp_path / "wood", tmp_path / "m.gguf")
-    code, out, err = script(from_gguf.main, tmp_path / "m.gguf", "--out", tmp_path / "back")
-    assert code == 0 and "next: " in out, err
-    again, back = load_model(tmp_path / "back"), read_tokenizer(tmp_path / "back")
+    code, out, err = script(quantize.main, "--checkpoint", "m.gguf", "--no-compare")
+    assert code == 0 and "next: " in out and "note: m.gguf: converted into out/m" in err, err
+    again, back = load_model("out/m"), read_tokenizer("out/m")
     theirs = dataclasses.asdict(again.config) | {"eos": model.config.eos or again.config.eos}
     assert theirs == dataclasses.asdict(model.config) | {"eos": model.config.eos or again.config.eos,
                                                          "norm_eps": pytest.approx(model.config.norm_eps),
@@ -165,8 +169,6 @@ def test_a_gguf_becomes_the_folder_it_was_made_of(tmp_path, script, fields):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], tensor, atol=tensor.abs().max().item() / 127, rtol=0)
     assert back.encode(TEXT).ids == tokenizer.encode(TEXT).ids and back.decode(back.encode(TEXT).ids) == TEXT
-    code, _, err = script(from_gguf.main, tmp_path / "m.gguf", "--out", tmp_path / "back")
-    assert code == 2 and "holds a model already" in err
 
 
 @pytest.mark.parametrize("words", WORDS)
@@ -181,7 +183,7 @@ def test_each_way_to_cut_texts_survives(tmp_path, words):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     write_gguf(model, tmp_path, tmp_path / "m.gguf")
     assert read(tmp_path / "m.gguf")[0]["tokenizer.ggml.pre"] == words
-    from_gguf.convert(tmp_path / "m.gguf", tmp_path / "back")
+    convert(tmp_path / "m.gguf", tmp_path / "back", "0")
     back = read_tokenizer(tmp_path / "back")
     assert back.encode(TEXT).ids == tokenizer.encode(TEXT).ids
     assert back.pre_tokenizer.pre_tokenize_str("ab 1234") == tokenizer.pre_tokenizer.pre_tokenize_str("ab 1234")
@@ -216,22 +218,114 @@ def rewritten(path, **changes):
     ({"block_count": None}, "num_hidden_layers"), ({"block_count": "2"}, "block_count: expected int, got '2'"),
     ({"head_count": 3}, "num_key_value_heads"), ({"embedding_length": 128}, "expected torch.float32"),
     ({"embedding_length": 2**31 - 1}, "hidden_size"), ({"tokens": None}, "vocab_size")], ids=str)
-def test_a_wrong_gguf_is_refused_in_one_line(tmp_path, script, changes, said):
+def test_a_wrong_gguf_is_refused_in_one_line(tmp_path, monkeypatch, script, changes, said):
+    monkeypatch.chdir(tmp_path)
     model, _ = save(tmp_path / "wood")
     write_gguf(model, tmp_path / "wood", tmp_path / "m.gguf")
-    code, _, err = script(from_gguf.main, rewritten(tmp_path / "m.gguf", **changes), "--out", tmp_path / "out")
+    code, _, err = script(sample.main, "--checkpoint", rewritten(tmp_path / "m.gguf", **changes))
     assert code == 2 and said in err and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()
 
 
+def test_a_llama_of_another_shape_is_refused(tmp_path):
+    """Its rows cannot be reordered."""
+    model, _ = save(tmp_path, qk_norm=False)
+    write_gguf(model, tmp_path, tmp_path / "m.gguf")
+    with pytest.raises(UserError, match=r"q_proj\.weight: expected torch\.float32"):
+        convert(rewritten(tmp_path / "m.gguf", key_length=6), tmp_path / "back", "0")
+
+
 @pytest.mark.parametrize("left", [0, 3, 4, 20, 500, 3000, 20_000, -1])
-def test_a_truncated_gguf_is_refused(tmp_path, script, left):
+def test_a_truncated_gguf_is_refused(tmp_path, monkeypatch, script, left):
+    monkeypatch.chdir(tmp_path)
     model, _ = save(tmp_path / "wood")
     write_gguf(model, tmp_path / "wood", tmp_path / "m.gguf")
     (tmp_path / "m.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:left])
-    code, _, err = script(from_gguf.main, tmp_path / "m.gguf", "--out", tmp_path / "out")
+    code, _, err = script(sample.main, "--checkpoint", "m.gguf")
     assert code == 2 and "m.gguf" in err and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- in place of a folder
+
+@pytest.fixture
+def wood(tmp_path, monkeypatch):
+    """The working folder, with wood.gguf."""
+    monkeypatch.chdir(tmp_path)
+    model, _ = save(tmp_path / "made")
+    write_gguf(model, tmp_path / "made", tmp_path / "wood.gguf")
+    return tmp_path
+
+
+FLAGS = {  # of each script that takes a model: a first and a second use
+    "--checkpoint": [[sample.main, "--max-new-tokens", 2], [quantize.main, "--no-compare"]],
+    "--init-from": [[train.main, "--data", "book.txt", "--max-steps", 1, "--threads", 1, "--eval-tokens", 99]] * 2}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_gguf_is_a_model_and_is_converted_once(wood, script, flag):
+    (wood / "book.txt").write_text(make_text(500))
+    made = []
+    for first, (main, *words) in zip((True, False), FLAGS[flag], strict=True):
+        cli.note.cache_clear()
+        code, _, err = script(main, flag, "wood.gguf", *words)
+        assert code == 0 and ("note: wood.gguf: converted into out/wood" in err) == first, err
+        made.append((wood / "out" / "wood" / "config.json").stat().st_mtime_ns)
+    assert made[0] == made[1]
+
+
+def test_a_gguf_is_not_written_over_itself(wood, script):
+    (wood / "out").mkdir()
+    (wood / "wood.gguf").rename(wood / "out" / "wood.gguf")
+    before = (wood / "out" / "wood.gguf").read_bytes()
+    words = ["--checkpoint", "out/wood.gguf", "--no-compare", "--gguf"]
+    refused(script(quantize.main, *words), "out/wood.gguf", "--out")
+    assert script(quantize.main, *words, "--out", "small")[0] == 0 and (wood / "small.gguf").exists()
+    assert (wood / "out" / "wood.gguf").read_bytes() == before
+
+
+def test_a_gguf_as_draft(wood, script):
+    """A draft is an int8 model, which a GGUF is not yet."""
+    model, _ = save(wood / "made", n_layer=3)
+    write_gguf(model, wood / "made", wood / "large.gguf")
+    assert script(quantize.main, "--checkpoint", "large.gguf", "--no-compare")[0] == 0
+    words = ["--checkpoint", "out/large-int8", "--backend", "owlet", "--max-new-tokens", 2]
+    result = script(sample.main, *words, "--draft", "wood.gguf")
+    assert "note: wood.gguf: converted into out/wood" in result[2]
+    refused(result, "--draft out/wood: expected an int8 folder", "`python quantize.py --checkpoint out/wood`")
+    assert script(quantize.main, "--checkpoint", "wood.gguf", "--no-compare")[0] == 0
+    code, _, err = script(sample.main, *words, "--draft", "out/wood-int8")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("flag", [*FLAGS, "--draft"])
+@pytest.mark.parametrize("wrong", ["none", "folder of another", "another file", "damaged"])
+def test_a_gguf_that_cannot_be_taken_is_one_line(wood, script, flag, wrong):
+    """A model is known by what its file holds, not by the file's name, size or date."""
+    main, *words = FLAGS.get(flag, [[sample.main, "--checkpoint", "large-int8", "--backend", "owlet"]])[0]
+    (wood / "book.txt").write_text(make_text(500))
+    if flag == "--draft":
+        save(wood / "large", n_layer=3)
+        assert script(quantize.main, "--checkpoint", "large", "--no-compare")[0] == 0
+    said = ["wood.gguf"]
+    if wrong == "none":
+        (wood / "wood.gguf").unlink()
+    elif wrong == "folder of another":
+        save(wood / "out" / "wood")
+        said.append("out/wood")
+    elif wrong == "another file":
+        assert script(sample.main, "--checkpoint", "wood.gguf", "--max-new-tokens", 2)[0] == 0
+        before = (wood / "wood.gguf").stat()
+        model, _ = save(wood / "made", seed=1)
+        write_gguf(model, wood / "made", wood / "wood.gguf")
+        os.utime(wood / "wood.gguf", ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (wood / "wood.gguf").stat().st_size == before.st_size
+        said.append("out/wood")
+    else:
+        (wood / "wood.gguf").write_bytes((wood / "wood.gguf").read_bytes()[:20_000])
+    before = {path: path.stat().st_mtime_ns for path in wood.rglob("*")}
+    refused(script(main, flag, "wood.gguf", *words), *said)
+    assert {path: path.stat().st_mtime_ns for path in wood.rglob("*")} == before
 
 
 @pytest.mark.parametrize("vocab_size", [256, 400])

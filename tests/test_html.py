@@ -19,8 +19,8 @@ import to_html
 from checkpoint import read_tokenizer
 from cli import UserError
 from generate import generate
+from gguf_file import WORDS
 from int8 import load_quantized, save_quantized
-from to_gguf import WORDS
 from to_html import compile_wasm, tokenizer, write_html
 
 HAS_COMPILER = importlib.util.find_spec("ziglang") or shutil.which("clang++")

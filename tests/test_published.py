@@ -1,4 +1,4 @@
-"""A published model, where `python from_gguf.py` has fetched it: make test-published."""
+"""A published model, where `python sample.py --checkpoint smollm2` has fetched it: make test-published."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,11 @@ import torch.nn.functional as F
 import transformers
 from conftest import ROOT
 
-import from_gguf
 import int8
 from checkpoint import load_model, read_tokenizer, token_ids
 from generate import generate
+from gguf_file import convert, write_gguf
 from smooth import smooth
-from to_gguf import write_gguf
 
 FOLDER = ROOT / "out" / "SmolLM2-135M-Instruct"
 pytestmark = [pytest.mark.long, pytest.mark.skipif(not (FOLDER / "config.json").exists(), reason="not fetched")]
@@ -68,7 +67,7 @@ def test_int8_stays_near(tokens, tmp_path):
 
 def test_through_gguf_and_back(model, tokens, tmp_path):
     write_gguf(model, FOLDER, tmp_path / "again.gguf")
-    from_gguf.convert(tmp_path / "again.gguf", tmp_path / "again")
+    convert(tmp_path / "again.gguf", tmp_path / "again", "0")
     again = load_model(tmp_path / "again")
     assert (tmp_path / "again" / "tokenizer.json").exists()
     assert token_ids(read_tokenizer(tmp_path / "again"), [TEXT]) == token_ids(read_tokenizer(FOLDER), [TEXT])

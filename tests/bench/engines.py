@@ -128,7 +128,7 @@ class LlamaCpp(Engine):
                                       flash_attn=True, verbose=False), path.stat().st_size
 
     def file(self, folder: Path) -> Path:
-        from to_gguf import write_gguf
+        from gguf_file import write_gguf
 
         path = beside(folder, ".gguf")
         if not path.exists():
