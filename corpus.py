@@ -251,6 +251,11 @@ def prepare(config: PrepareConfig) -> Path:
     return out
 
 
+def same_tokenizer(a: Path, b: Path) -> bool:
+    """Whether two folders' tokenizer.json hold the same, however they are written."""
+    return read_tokenizer(a).to_str() == read_tokenizer(b).to_str()
+
+
 def prepared(text: Path, tokenizer: Path | None) -> Path:
     """The folder of a text's tokens under data/, made now unless it is there."""
     folder = Path("data") / (text.stem + (f"-{tokenizer.resolve().name}" if tokenizer else ""))
@@ -259,7 +264,7 @@ def prepared(text: Path, tokenizer: Path | None) -> Path:
         return prepare(PrepareConfig(input=(text,), out=folder, tokenizer=tokenizer))
     same = read_meta(folder).get("inputs") == [str(text.resolve())] and meta.stat().st_mtime > text.stat().st_mtime
     if tokenizer is not None:
-        same = same and read_tokenizer(folder).get_vocab() == read_tokenizer(tokenizer).get_vocab()
+        same = same and same_tokenizer(folder, tokenizer)
     if not same:
         flags = ["--input", text, "--out", folder, *(["--tokenizer", tokenizer] if tokenizer else [])]
         raise UserError(f"--data {text}: {folder} holds tokens of another text, an older one or another model; make it "

@@ -16,10 +16,10 @@ from msgspec import Meta
 
 from checkpoint import STATE, TrainState, config_from_hf, empty_model, read_config, read_state
 from cli import Count, NonNegative, Seed, Threads, UserError, command, flag, given, note, parse, refuse
-from corpus import prepared
+from corpus import prepared, same_tokenizer
 from dataloader import read_meta
 from distributed import Ranks, launch, restart_folder
-from fetch import model_folder
+from fetch import MODEL, model_folder
 from files import newest, read_json
 from machine import can_compile, pick_dtype
 from model import SIZES, GPTConfig
@@ -42,7 +42,7 @@ class TrainConfig:
     data: Path | None = flag(None, "Folder made by data/prepare.py, or a text, to make one of; default: the newest.")
     out: Path | None = flag(None, "Folder to write; default: a new out/DATA-SIZE, with --resume the newest.")
     resume: bool = flag(False, "Continue the run in --out; flags given here replace its own.")
-    init_from: Path | None = flag(None, "Model to fine-tune: a folder, or ORG/NAME of the Hugging Face hub.")
+    init_from: Path | None = flag(None, f"Model to fine-tune: {MODEL}.")
 
     n_layer: int = flag(4, "Blocks.")
     n_head: int = flag(4, "Attention heads of each block.")
@@ -187,12 +187,8 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, Plan, 
 
 def decide(config: TrainConfig, device: torch.device) -> Plan:
     """The plan of a new run."""
-    data = config.data or newest(Path("data"), "meta.json", "python data/prepare.py")[0]
-    if not data.exists():
-        raise UserError(f"--data {data}: expected a text or a folder made by data/prepare.py, found neither")
-    out = new_folder(config, data) if config.out is not None else None  # refused before a text is prepared
-    if data.is_file():
-        data = prepared(data, config.init_from)
+    out = new_folder(config, config.data) if config.out is not None else None  # refused before a text is prepared
+    data = find_data(config)
     meta = read_meta(data)
     model, tokens, block_size = shape(config, meta), meta["train"]["tokens"], config.block_size
     longest = max(1, min(model.block_size, tokens - 1, meta["val"]["tokens"] - 1))
@@ -213,6 +209,26 @@ def decide(config: TrainConfig, device: torch.device) -> Plan:
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     out = out or new_folder(config, data)
     return Plan(data, out, block_size, steps, dropout, dtype, compile, meta["train"]["sha256"])
+
+
+def find_data(config: TrainConfig) -> Path:
+    """The prepared folder: --data, or the newest under data/. With --init-from, its tokenizer is the model's."""
+    model = config.init_from
+    prepare = command("python", "data/prepare.py", *(["--input", "FILE", "--tokenizer", model] if model else []))
+    if config.data is None:
+        folders = newest(Path("data"), "meta.json", prepare)
+    elif config.data.is_file():
+        return prepared(config.data, model)
+    elif config.data.exists():
+        folders = [config.data]
+    else:
+        raise UserError(f"--data {config.data}: expected a text or a folder made by data/prepare.py, found neither")
+    if model is None or not (model / "tokenizer.json").exists():
+        return folders[0]
+    for folder in folders:
+        if same_tokenizer(folder, model):
+            return folder
+    raise UserError(f"{folders[0]}: expected tokens of {model}'s tokenizer, got another's; make some with `{prepare}`")
 
 
 def most_steps(config: TrainConfig, block_size: int, tokens: int) -> int:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same, end_well, fork_train, make_text, refused, save_model
+from conftest import ROOT, assert_same, end_well, fork_train, make_text, random_model, refused, save_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import corpus
@@ -409,6 +409,28 @@ def test_fine_tuning_on_a_short_text(script, tiny, tmp_path, monkeypatch):
     (tmp_path / "note.txt").write_text("Owl sees Fox at ten. " * 10)
     code, out, err = script(train.main, "--init-from", "owl", "--data", "note.txt", "--threads", 1)
     assert code == 0 and "going on with 20" in err and "steps 0 to 5 (2.1 passes) of 80 tokens" in out, (out, err)
+
+
+def test_fine_tuning_takes_data_of_its_own_tokenizer(script, data, text_file, tmp_path, monkeypatch):
+    """Another tokenizer's tokens mean nothing to the model, even where it knows as many."""
+    monkeypatch.chdir(tmp_path)
+    save_model(random_model(vocab_size=300), tmp_path / "owl")
+    corpus.train_tokenizer([make_text(2000)], 300).save(str(tmp_path / "owl" / "tokenizer.json"))
+    tune = [train.main, "--init-from", "owl", "--max-steps", 1, "--eval-tokens", 500, "--threads", 1]
+    advice = "`python data/prepare.py --input FILE --tokenizer owl`"
+    refused(script(*tune), "data/", advice)  # none at all
+    shutil.copytree(data, tmp_path / "data" / "bytes")
+    refused(script(*tune), "data/bytes", "owl's tokenizer", advice)
+    refused(script(*tune, "--data", "data/bytes"), "data/bytes", "owl's tokenizer", advice)
+    assert not (tmp_path / "out").exists()
+    ours = corpus.prepare(corpus.PrepareConfig(input=(text_file,), out=Path("data/ours"), tokenizer=Path("owl")))
+    tokenizer = ours / "tokenizer.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text())))  # the same, otherwise written
+    os.utime(ours / "meta.json", (0, 0))  # older than the bytes
+    for more in ([], ["--data", ours]):
+        code, out, err = script(*tune, *more)
+        assert code == 0 and "fine-tuning owl" in out and "ours (" in out, err
+    assert [plan(tmp_path / "out" / name)["data"] for name in ("ours-owl", "ours-owl-2")] == [str(ours.resolve())] * 2
 
 
 def test_a_text_instead_of_a_folder(script, text_file, tmp_path, monkeypatch):
