@@ -253,7 +253,9 @@ def stored_tokenizer(file: GGUFFile) -> Tokenizer:
     with tokenizer_errors(f"{file.path}: tokenizer.ggml"):
         tokens, kinds, merges = (file.get(f"tokenizer.ggml.{name}", list, []) for name in (
             "tokens", "token_type", "merges"))
-        vocab, pairs = {token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ", 1)) for merge in merges]
+        unused = {token for token, kind in zip(tokens, kinds, strict=False) if kind == TokenType.UNUSED}  # padding
+        vocab = {token: i for i, token in enumerate(tokens) if token not in unused}
+        pairs = [tuple(merge.split(" ", 1)) for merge in merges]
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[pair for pair in pairs if "".join(pair) in vocab],
                                          ignore_merges=WORDS[pre].ignore_merges))
         tokenizer.normalizer, tokenizer.pre_tokenizer = WORDS[pre].normalizer(), WORDS[pre].pre_tokenizer()

@@ -169,6 +169,7 @@ def test_a_gguf_becomes_the_folder_it_was_made_of(tmp_path, monkeypatch, script,
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], tensor, atol=tensor.abs().max().item() / 127, rtol=0)
     assert back.encode(TEXT).ids == tokenizer.encode(TEXT).ids and back.decode(back.encode(TEXT).ids) == TEXT
+    assert back.get_vocab() == tokenizer.get_vocab()  # without the padding
 
 
 @pytest.mark.parametrize("words", WORDS)

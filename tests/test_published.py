@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import ROOT
 
+import corpus
 import int8
 from checkpoint import load_model, read_tokenizer, token_ids
 from generate import generate
@@ -15,7 +16,7 @@ from smooth import smooth
 
 FOLDER = ROOT / "out" / "SmolLM2-135M-Instruct"
 pytestmark = [pytest.mark.long, pytest.mark.skipif(not (FOLDER / "config.json").exists(), reason="not fetched")]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = next(corpus.shakespeare())  # the first play
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_int8_stays_near(tokens, tmp_path):
     smoothed = int8.load_quantized(tmp_path / "int8")
     kl = [(exact.exp() * (exact - log_probabilities(each, tokens))).sum(-1).mean().item() for each in (plain, smoothed)]
     assert options == {"slices": 4, "fine_head": True} and "4 slices" in said
-    assert kl[1] < 0.012 and kl[1] < 0.3 * kl[0], kl  # nats a token; docs/log.md, "Smoothing"
+    assert kl[1] < 0.013 and kl[1] < 0.25 * kl[0], kl  # nats a token: 0.0125 and 0.055 (docs/log.md, "Smoothing")
 
 
 def test_through_gguf_and_back(model, tokens, tmp_path):
