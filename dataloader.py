@@ -15,9 +15,9 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
-from cli import UserError
-from distributed import Ranks
-from files import plain_file, read_json
+from lib.cli import UserError
+from lib.distributed import Ranks
+from lib.files import plain_file, read_json
 
 Count = Annotated[int, Meta(ge=1, lt=1 << 48)]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cli import UserError
+from lib.cli import UserError
 from model import GPT, KVCache
 
 NOT_FINITE = "the model's logits are not finite: its weights are broken, or their products overflow"

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import check_tensors, config_from_hf, empty_model, read_config, read_tensors, write_model
-from cli import UserError, note
-from files import checked
 from generate import StaticKVCache
+from lib.checkpoint import check_tensors, config_from_hf, empty_model, read_config, read_tensors, write_model
+from lib.cli import UserError, note
+from lib.files import checked
 from model import GPT, GPTConfig, KVCache, apply_rope, rope_table
 
 try:

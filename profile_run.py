@@ -23,8 +23,8 @@ from itertools import takewhile
 from pathlib import Path
 from types import MethodType, ModuleType
 
-from cli import Count, UserError, flag, interrupt, optional, parse, run
-from files import atomic_path, checked, plain_file
+from lib.cli import Count, UserError, flag, interrupt, optional, parse, run
+from lib.files import atomic_path, checked, plain_file
 
 Func = tuple[str, int, str]  # file, line, name
 Row = tuple[int, int, float, float]  # two counts of calls, own seconds, cumulative seconds
@@ -42,7 +42,7 @@ PHASE_OF = {function: phase for phase, functions in {
     "set-up": ["distributed.py:Ranks.__init__", "recipe.py:decide", "train.py:Run.compile",
                "machine.py:peak_flops", "muon.py:make_optimizers", "runlog.py:RunLog.__init__"],
     "load": ["checkpoint.py:load_model", "checkpoint.py:read_tokenizer", "int8.py:load_quantized"],
-    "quantize": ["smooth.py:smooth", "int8.py:save_quantized", "int8.py:torch_ao", "gguf_file.py:write_gguf"],
+    "quantize": ["smooth.py:smooth", "int8.py:save_quantized", "int8.py:torch_ao", "gguf.py:write_gguf"],
     "generation": ["generate.py:_decode"],
     "tokenizer": ["checkpoint.py:token_ids", "sample.py:Detokenizer.__call__", "corpus.py:train_tokenizer"],
     "text": ["corpus.py:read_text", "corpus.py:clean_plain", "corpus.py:plain_markdown"],
@@ -163,7 +163,7 @@ def report(stats: Stats, title: str, top: int) -> str:
 
 
 def plot(stats: Stats, title: str, top: int, path: Path) -> None:
-    import picture  # only now: imported before the script, matplotlib would be missing from its imports
+    from lib import picture  # only now: imported before the script, matplotlib would be missing from its imports
 
     phases = by_phase(stats)[0].most_common()
     names, seconds = zip(*phases, *by_function(stats)[0].most_common(top), strict=True)

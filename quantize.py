@@ -21,7 +21,10 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from checkpoint import (
+from dataloader import TokenData, evaluate
+from generate import generate
+from int8 import has_torch_ao, load_quantized, pick_backend, save_quantized, torch_ao
+from lib.checkpoint import (
     copy_companions,
     holds_model,
     is_quantized,
@@ -32,15 +35,12 @@ from checkpoint import (
     trained_on,
     weights_size,
 )
-from cli import Count, Threads, UserError, command, flag, given, note, optional, parse, refuse, run
-from dataloader import TokenData, evaluate
-from fetch import MODEL, model_folder
-from files import atomic_folder, beside, write_json
-from generate import generate
-from int8 import has_torch_ao, load_quantized, pick_backend, save_quantized, torch_ao
-from machine import CPUThreads, cpu_name
+from lib.cli import Count, Threads, UserError, command, flag, given, note, optional, parse, refuse, run
+from lib.fetch import MODEL, model_folder
+from lib.files import atomic_folder, beside, write_json
+from lib.machine import CPUThreads, cpu_name
+from lib.smooth import smooth
 from model import GPT, GPTConfig
-from smooth import smooth
 
 LONGEST = 1024  # tokens of context in the comparison, of models that have more (docs/log.md, "Tests and tools")
 
@@ -129,7 +129,7 @@ def table(result: dict) -> str:
 
 def plot(result: dict, path: Path) -> None:
     """comparison.png: a panel a figure, a bar a model. The arrow in a title points to better."""
-    import picture
+    from lib import picture
 
     panels = {"file_bytes": ("file, MB  ↓", 1e-6, "{:,.3g}"), "memory_bytes": ("memory, MB  ↓", 1e-6, "{:,.3g}"),
               "bits_per_byte_change": ("bits per byte beside fp32, %  ↓", 100, "{:+.2f}"),
@@ -197,11 +197,11 @@ def main() -> None:
     backend = pick_backend(config.backend, torch.device("cpu")) if config.compare else ""
     before = weights_size(folder)
     if config.html:
-        from to_html import check_page, write_html  # needs a compiler that nothing else needs
+        from lib.page import check_page, write_html  # needs a compiler that nothing else needs
 
         check_page(folder, model)
     if config.gguf:
-        from gguf_file import write_gguf  # imports a package that only this flag needs
+        from lib.gguf import write_gguf  # imports a package that only this flag needs
 
         path = beside(config.out or folder, ".gguf")
         if config.checkpoint is not None and path.resolve() == config.checkpoint.resolve():

@@ -19,7 +19,9 @@ import torch
 from msgspec import Meta
 from tokenizers import Tokenizer
 
-from checkpoint import (
+from generate import generate
+from int8 import Int8GPT, KernelGPT, load_quantized
+from lib.checkpoint import (
     is_quantized,
     load_model,
     newest_model,
@@ -28,12 +30,10 @@ from checkpoint import (
     token_ids,
     weights_size,
 )
-from cli import Seed, Threads, UserError, command, flag, given, note, parse, run
-from fetch import MODEL, model_folder
-from files import newest
-from generate import generate
-from int8 import Int8GPT, KernelGPT, load_quantized
-from machine import CPUThreads, gpu_has_bf16, pick_device
+from lib.cli import Seed, Threads, UserError, command, flag, given, note, parse, run
+from lib.fetch import MODEL, model_folder
+from lib.files import newest
+from lib.machine import CPUThreads, gpu_has_bf16, pick_device
 from model import GPT
 
 

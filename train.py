@@ -26,7 +26,9 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from checkpoint import (
+from dataloader import TokenData, evaluate, forward_loss, uncompiled
+from generate import generate
+from lib.checkpoint import (
     STATE,
     TrainState,
     copy_companions,
@@ -40,16 +42,14 @@ from checkpoint import (
     weights_of,
     write_tensors,
 )
-from cli import StopSignals, UserError, command, note, one_line, optional, run
-from dataloader import TokenData, evaluate, forward_loss, uncompiled
-from distributed import Ranks, gather_to_main, launch, parallelize, sync_gradients
-from files import lock, write_json
-from generate import generate
-from machine import compile_blocks, peak_flops
+from lib.cli import StopSignals, UserError, command, note, one_line, optional, run
+from lib.distributed import Ranks, gather_to_main, launch, parallelize, sync_gradients
+from lib.files import lock, write_json
+from lib.machine import compile_blocks, peak_flops
+from lib.muon import make_optimizers, update
+from lib.recipe import Plan, TrainConfig, decide, lr_scale, parts_of, progress, read_flags, shape
+from lib.runlog import RunLog
 from model import GPT
-from muon import make_optimizers, update
-from recipe import Plan, TrainConfig, decide, lr_scale, parts_of, progress, read_flags, shape
-from runlog import RunLog
 
 
 class Run:

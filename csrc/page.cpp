@@ -1,4 +1,4 @@
-// What a page of to_html.py calls, compiled to WebAssembly: one model, and the text that it writes.
+// What a page of lib/page.py calls, compiled to WebAssembly: one model, and the text that it writes.
 #ifdef __wasm__
 #include <algorithm>
 #include <cstdlib>
@@ -12,7 +12,7 @@ namespace {
 
 using namespace owlet;
 
-// The arrays of int8.py, joined by to_html.py: each starts at a multiple of kLine, rows and columns of matrices are
+// The arrays of int8.py, joined by lib/page.py: each starts at a multiple of kLine, rows and columns of matrices are
 // padded to whole panels, which are packed where they lie.
 struct File : CpuLayout {
   explicit File(char* bytes) : at(bytes) {}

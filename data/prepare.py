@@ -1,4 +1,4 @@
-"""A book -> tokens: tokenizer.json, train.bin, val.bin and meta.json in one folder. The work is done by corpus.py.
+"""A book -> tokens: tokenizer.json, train.bin, val.bin and meta.json in one folder. The work is done by lib/corpus.py.
 
     python data/prepare.py                           the 38 plays of Shakespeare
     python data/prepare.py --input book1.txt book2.txt --vocab-size 1024
@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli import command, given, parse, refuse, run
-from corpus import PrepareConfig, prepare
+from lib.cli import command, given, parse, refuse, run
+from lib.corpus import PrepareConfig, prepare
 
 
 def main() -> None:

@@ -20,12 +20,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU is what these tests
 import pytest
 import torch
 
-import cli
-import corpus
-import recipe
 import train
-from checkpoint import save_weights
 from int8 import int8_linear_reference
+from lib import cli, corpus, recipe
+from lib.checkpoint import save_weights
 from model import GPT, GPTConfig
 
 # Threads wait for each other by spinning: on a machine with other work, two can take ten times as long as one.

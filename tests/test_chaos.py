@@ -24,8 +24,8 @@ from test_train import SMALL, assert_same_checkpoint, assert_same_run
 
 import sample
 import train
-from checkpoint import STATE, load_model, read_safetensors, read_state, training_tensors, write_tensors
-from cli import UserError
+from lib.checkpoint import STATE, load_model, read_safetensors, read_state, training_tensors, write_tensors
+from lib.cli import UserError
 
 TRAIN = [*SMALL, "--max-steps", "60"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -162,7 +162,8 @@ def train_script(path: Path, changes: str) -> Path:
     path.write_text(f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import cli, train
+import train
+from lib import cli
 
 rank, attempt = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
@@ -186,7 +187,7 @@ cli.run(train.main)
 
 
 AFTER_THE_WEIGHTS = """
-import checkpoint
+from lib import checkpoint
 write_json = checkpoint.write_json
 checkpoint.write_json = lambda path, value: write_json(path, value) if path.name == "run.json" else die()
 """
@@ -254,7 +255,7 @@ def test_another_launch_of_the_same_name_is_another_run(data, tmp_path):
 
 def test_ranks_that_found_different_states_do_not_begin(trained, tmp_path):
     changes, log = """
-import recipe
+from lib import recipe
 read_state = recipe.read_state
 recipe.read_state = lambda out: (state := read_state(out)) | {"step": state["step"] - 10 * rank, "sha256": str(rank)}
 """, tmp_path / "log"

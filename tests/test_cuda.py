@@ -11,14 +11,14 @@ from conftest import full_range, make_linear, random_int8, random_model, save_mo
 from torch import library
 
 import int8
-import recipe
 import sample
 from dataloader import TokenData, forward_loss
 from generate import StaticKVCache, generate
 from int8 import tiles
-from machine import gpu_has_bf16
+from lib import recipe
+from lib.machine import gpu_has_bf16
+from lib.muon import make_optimizers, update
 from model import GPT
-from muon import make_optimizers, update
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU to be seen; with one, set CUDA_VISIBLE_DEVICES=0", allow_module_level=True)

@@ -8,9 +8,9 @@ import torch
 from conftest import assert_same_choice, random_model, step_by_step
 
 import int8
-from cli import UserError
 from generate import generate
 from int8 import Int8GPT, KernelGPT
+from lib.cli import UserError
 
 kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, forks, free_port
 
-from cli import UserError
-from distributed import CAN_SHARE
+from lib.cli import UserError
+from lib.distributed import CAN_SHARE
 
 pytestmark = pytest.mark.skipif(not CAN_SHARE, reason="no shared memory here")
 SIZES = [(1, 3), (2, 5, 7), (4,), (3, 64, 2), (101,)]
@@ -35,7 +35,7 @@ def ended(processes: list) -> list[int]:
 
 
 def member(task, rank: int, world: int, port: int, *args: object) -> None:
-    import distributed
+    from lib import distributed
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_WORLD_SIZE": "1",
@@ -129,8 +129,8 @@ ENDS = """
 import sys, time
 import torch
 import torch.distributed as dist
-from cli import UserError, run
-from distributed import Ranks
+from lib.cli import UserError, run
+from lib.distributed import Ranks
 
 class Slow:
     def __del__(self):

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, free_port, make_text, random_model, refused, save_model
 
-import corpus
-import fetch
 import sample
-from checkpoint import load_model
-from cli import UserError
-from gguf_file import write_gguf
+from lib import corpus, fetch
+from lib.checkpoint import load_model
+from lib.cli import UserError
+from lib.gguf import write_gguf
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

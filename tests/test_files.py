@@ -13,10 +13,10 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-import checkpoint
-from checkpoint import read_safetensors, write_tensors
-from cli import StopSignals, UserError
-from files import atomic_folder, atomic_path, write_text
+from lib import checkpoint
+from lib.checkpoint import read_safetensors, write_tensors
+from lib.cli import StopSignals, UserError
+from lib.files import atomic_folder, atomic_path, write_text
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)], ids=oct)
@@ -34,7 +34,7 @@ def test_two_processes_that_write_one_file_do_not_mix(tmp_path):
     path = tmp_path / "file"
     with atomic_path(path) as ours:
         ours.write_text("ours, half")
-        other = f"import files, pathlib; files.write_text(pathlib.Path({str(path)!r}), 'theirs')"
+        other = f"import pathlib; from lib import files; files.write_text(pathlib.Path({str(path)!r}), 'theirs')"
         subprocess.run([sys.executable, "-c", other], cwd=ROOT, check=True)
         assert path.read_text() == "theirs" and ours.read_text() == "ours, half"
         ours.write_text("ours")

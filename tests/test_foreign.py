@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_fuzz import TOKENIZERS
 from tokenizers import Tokenizer, models
 
-import corpus
 import profile_run
 import quantize
 import sample
 import train
-from checkpoint import (
+from generate import generate
+from lib import corpus
+from lib.checkpoint import (
     COMPANIONS,
     STATE,
     config_from_hf,
@@ -33,7 +34,6 @@ from checkpoint import (
     read_tokenizer,
     write_tensors,
 )
-from generate import generate
 
 QUICK = ["--max-steps", 3, "--batch-size", 2, "--block-size", 16, "--eval-tokens", 200, "--threads", 1,
          "--device", "cpu"]

@@ -22,12 +22,10 @@ import torch
 from conftest import forks, make_text
 from tokenizers import Tokenizer, decoders, models
 
-import cli
-import corpus
 import quantize
-import recipe
 import sample
 import train
+from lib import cli, corpus, recipe
 
 SECONDS = 20  # after which a script is interrupted, as a user would
 MAINS = {"prepare": prepare.main, "train": train.main, "sample": sample.main, "quantize": quantize.main}
@@ -65,8 +63,8 @@ def whole(data, tmp_path_factory) -> Path:
     config = recipe.TrainConfig(data=root / "data", out=root / "model", n_layer=1, n_embd=16, n_head=2, block_size=16,
                                batch_size=2, max_steps=2, eval_tokens=100, device="cpu")
     assert train.train(config, train.Ranks("cpu", threads=1)) == 0
-    from checkpoint import copy_companions, load_model
     from int8 import save_quantized
+    from lib.checkpoint import copy_companions, load_model
     save_quantized(load_model(root / "model"), root / "model-int8")
     copy_companions(root / "model", root / "model-int8")
     for name, tokenizer in TOKENIZERS.items():

@@ -11,14 +11,13 @@ import torch
 from conftest import make_text, random_model, refused, save_model
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
-import cli
-import corpus
 import quantize
 import sample
 import train
-from checkpoint import load_model, read_tokenizer
-from cli import UserError
-from gguf_file import WORDS, convert, interleave_pairs, write_gguf
+from lib import cli, corpus
+from lib.checkpoint import load_model, read_tokenizer
+from lib.cli import UserError
+from lib.gguf import WORDS, convert, interleave_pairs, write_gguf
 
 TEXT = "Owl sees Fox at ten.\n\n  ä, naïve — 日本 12345, don't!\r\n\t \x0b🦉 Wren."
 

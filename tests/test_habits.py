@@ -20,18 +20,14 @@ import torch
 from conftest import ROOT, end_well, fork_train, make_text, random_model, refused, save_model
 from test_fuzz import run_script
 
-import checkpoint
-import cli
-import corpus
-import machine
-import picture
 import quantize
 import sample
 import train
-from checkpoint import STATE, read_state
 from dataloader import TokenData
-from distributed import Ranks
-from files import beside
+from lib import checkpoint, cli, corpus, machine, picture
+from lib.checkpoint import STATE, read_state
+from lib.distributed import Ranks
+from lib.files import beside
 
 TINY = ["--n-layer", 1, "--n-embd", 16, "--n-head", 2]
 QUICK = ["--block-size", 16, "--batch-size", 4, "--max-steps", 2, "--eval-tokens", 500, "--threads", 1,
@@ -125,7 +121,7 @@ def test_a_compiler_may_be_several_words(tmp_path, monkeypatch):
 
 def test_where_nothing_compiles_training_goes_on(data, tmp_path):
     log = tmp_path / "log"
-    changes = "import machine; machine.cxx = lambda: '/bin/false'"
+    changes = "from lib import machine; machine.cxx = lambda: '/bin/false'"
     said = end_well(fork_train(log, *TINY, *QUICK[:-2], "--compile", "on", "--data", data, "--out", tmp_path / "run",
                                changes=changes), log)
     assert len(re.findall("^note: torch.compile failed .*; going on without it, more slowly$", said, re.M)) == 1
@@ -270,7 +266,7 @@ def test_ctrl_c_is_one_line_once_a_script_runs(folder, data, words, moment):
     process = start("-c", f"""if True:
         import runpy, sys
         sys.path.insert(0, {str(ROOT)!r})
-        import cli
+        from lib import cli
         run, sys.argv = cli.run, {words!r}
         cli.run = lambda main: run(lambda: (print("running", flush=True), main()))
         runpy.run_path({words[0]!r}, run_name="__main__")

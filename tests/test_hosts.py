@@ -16,7 +16,7 @@ from conftest import ROOT
 from test_train import SAME, SMALL, losses
 
 import train
-from checkpoint import STATE
+from lib.checkpoint import STATE
 
 Hosts = dict[str, str]  # namespace -> address
 

@@ -13,15 +13,14 @@ import torch
 from conftest import ROOT, make_text, random_model, refused, save_model
 from tokenizers import AddedToken, processors
 
-import corpus
 import quantize
-import to_html
-from checkpoint import read_tokenizer
-from cli import UserError
 from generate import generate
-from gguf_file import WORDS
 from int8 import load_quantized, save_quantized
-from to_html import compile_wasm, tokenizer, write_html
+from lib import corpus
+from lib.checkpoint import read_tokenizer
+from lib.cli import UserError
+from lib.gguf import WORDS
+from lib.page import compile_wasm, tokenizer, write_html
 
 HAS_COMPILER = importlib.util.find_spec("ziglang") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a compiler: pip install -r requirements-html.txt")
@@ -102,7 +101,7 @@ def test_the_pages_tokenizer_equals_hugging_faces(name, tmp_path):
     theirs.save(str(tmp_path / "tokenizer.json"))
     texts = ["".join(rng.choices(PIECES, k=rng.randrange(30))) for _ in range(10_000)] + ["a" * 10_000]
     about = json.dumps(tokenizer(tmp_path, model.config))
-    ids, decoded = node(tmp_path, ROOT / "page.html", f"const tokenizer = new Tokenizer({about});" """
+    ids, decoded = node(tmp_path, ROOT / "lib" / "page.html", f"const tokenizer = new Tokenizer({about});" """
         const ids = given.map(text => tokenizer.encode(text));
         const bytes = of => Buffer.concat(of.map(id => tokenizer.bytes[id]));
         const text = of => new TextDecoder("utf-8", {ignoreBOM: true}).decode(bytes(of));
@@ -179,7 +178,7 @@ def test_the_page_writes_what_sample_py_writes(page, tmp_path):
 
 def test_what_a_page_cannot_express_is_refused(script, folder, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(to_html, "ROOT", tmp_path)
+    monkeypatch.setattr("lib.page.ROOT", tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     monkeypatch.setenv("PATH", str(tmp_path))
     refused(script(quantize.main, "--html", "--no-compare"), "--html", "requirements-html.txt")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
-from checkpoint import config_from_hf, config_to_hf, load_model
-from cli import UserError
 from generate import StaticKVCache, generate, random_keys, sample_next
+from lib.checkpoint import config_from_hf, config_to_hf, load_model
+from lib.cli import UserError
 from model import GPT, Block, GPTConfig, KVCache
 
 VARIANTS = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from muon import COEFFICIENTS, Muon, orthogonalize
+from lib.muon import COEFFICIENTS, Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (2, 16, 48), (1, 1, 8), (1, 8, 1)])

@@ -10,10 +10,10 @@ from conftest import make_text
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import corpus
-from cli import UserError
-from corpus import PrepareConfig, clean_plain, encode, pieces, plain_markdown, train_tokenizer
 from dataloader import TokenData
+from lib import corpus
+from lib.cli import UserError
+from lib.corpus import PrepareConfig, clean_plain, encode, pieces, plain_markdown, train_tokenizer
 
 BYTES = train_tokenizer([], 256)
 BPE = train_tokenizer([make_text(2000)], 290)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import profile_run
-from cli import handling
+from lib.cli import handling
 
 ROOT = Path(__file__).resolve().parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -163,8 +163,8 @@ def test_a_profile_that_cannot_be_written_fails_after_a_script_of_several_ranks_
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from cli import run
-from distributed import Ranks
+from lib.cli import run
+from lib.distributed import Ranks
 
 def main():
     ranks = Ranks("cpu", 1)
@@ -232,7 +232,7 @@ time.sleep(0.1)
 """, "train.py": """
 import threading, time
 from dataloader import evaluate, forward_loss
-from muon import update
+from lib.muon import update
 stop = False
 def count(number=0):
     if number:

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 import transformers
 from conftest import ROOT
 
-import corpus
 import int8
-from checkpoint import load_model, read_tokenizer, token_ids
 from generate import generate
-from gguf_file import convert, write_gguf
-from smooth import smooth
+from lib import corpus
+from lib.checkpoint import load_model, read_tokenizer, token_ids
+from lib.gguf import convert, write_gguf
+from lib.smooth import smooth
 
 FOLDER = ROOT / "out" / "SmolLM2-135M-Instruct"
 pytestmark = [pytest.mark.long, pytest.mark.skipif(not (FOLDER / "config.json").exists(), reason="not fetched")]

@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import int8
 import quantize
-import recipe
 import train
-from checkpoint import load_model, weights_size
-from cli import UserError
 from dataloader import TokenData, evaluate
 from generate import generate
 from int8 import int8_linear_reference, quantize_rows, quantize_tokens
+from lib import recipe
+from lib.checkpoint import load_model, weights_size
+from lib.cli import UserError
+from lib.recipe import TrainConfig
 from model import GPT, GPTConfig, attention
-from recipe import TrainConfig
 
 BACKENDS = ["owlet", "torch.ao", "reference"]
 # Relative error of one product of random numbers. torch.ao has one scale for all tokens, and on

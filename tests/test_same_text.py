@@ -8,9 +8,9 @@ from test_quantize import trained  # noqa: F401  (a fixture)
 
 import generate as generation
 import int8
-from checkpoint import copy_companions, load_model
 from generate import generate
-from to_html import write_html
+from lib.checkpoint import copy_companions, load_model
+from lib.page import write_html
 
 kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
 

@@ -10,7 +10,7 @@ from conftest import random_model, save_model
 import int8
 import quantize
 from int8 import load_quantized, read_quantized, save_quantized
-from smooth import sites, smooth
+from lib.smooth import sites, smooth
 
 KINDS = {"grouped, tied": {"n_kv_head": 2}, "llama, untied": {"qk_norm": False, "tie_embeddings": False},
          "grouped, wide heads": {"qk_norm": False, "n_kv_head": 1, "head_dim": 24}}

@@ -18,18 +18,17 @@ import torch
 from conftest import ROOT, assert_same, end_well, fork_train, make_text, random_model, refused, save_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import corpus
-import recipe
 import train
-from checkpoint import STATE, load_model, read_safetensors, read_state, weights_of
-from cli import UserError
 from dataloader import TokenData, evaluate
-from distributed import Ranks
-from machine import can_compile, pick_dtype
+from lib import corpus, recipe
+from lib.checkpoint import STATE, load_model, read_safetensors, read_state, weights_of
+from lib.cli import UserError
+from lib.distributed import Ranks
+from lib.machine import can_compile, pick_dtype
+from lib.muon import make_optimizers
+from lib.recipe import TrainConfig, lr_scale
+from lib.runlog import RunLog
 from model import GPT, SIZES
-from muon import make_optimizers
-from recipe import TrainConfig, lr_scale
-from runlog import RunLog
 
 SMALL = ["--n-layer", "2", "--n-embd", "32", "--block-size", "32", "--batch-size", "8", "--eval-every", "10",
          "--eval-tokens", "2000", "--dtype", "float32", "--device", "cpu", "--threads", "1", "--compile", "off"]
@@ -179,7 +178,8 @@ def test_accumulated_parts_make_the_same_step(run, tmp_path):
     assert losses(parts) == pytest.approx(losses(whole), abs=SAME)
 
 
-SOME_IN_SHARED_MEMORY = "import distributed; distributed.SharedMemory.VALUES = 5000"  # not gate and up, not DDP's
+# not gate and up, not DDP's buckets
+SOME_IN_SHARED_MEMORY = "from lib import distributed; distributed.SharedMemory.VALUES = 5000"
 
 
 @pytest.mark.parametrize(("flags", "changes"), [
@@ -200,7 +200,7 @@ def test_two_ranks_give_the_losses_of_one(run, data, tmp_path, flags, changes):
 
 def test_where_one_rank_cannot_compile_all_go_on_without(data, tmp_path):
     flags, log = [*SMALL[:-1], "on", "--max-steps", 20, "--data", data, "--out", tmp_path / "two"], tmp_path / "log"
-    changes = "import machine; found = machine.cxx; machine.cxx = lambda: '/bin/false' if rank else found()"
+    changes = "from lib import machine; found = machine.cxx; machine.cxx = lambda: '/bin/false' if rank else found()"
     said = end_well(fork_train(log, *flags, ranks=2, changes=changes), log)
     assert said.count("torch.compile failed") == 1 and "step 20/20" in said
 

@@ -12,10 +12,10 @@ from conftest import random_model, save_model
 
 import int8
 import sample
-from checkpoint import copy_companions
-from cli import UserError
 from generate import generate, random_keys, sample_next
 from int8 import KernelGPT
+from lib.checkpoint import copy_companions
+from lib.cli import UserError
 from model import GPT
 
 kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")

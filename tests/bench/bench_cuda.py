@@ -27,10 +27,10 @@ from msgspec import Meta
 from torch import Tensor
 
 import int8
-from cli import Count, UserError, flag, parse, run
 from generate import generate
 from int8 import quantize_rows, quantize_tokens
-from machine import peak_flops
+from lib.cli import Count, UserError, flag, parse, run
+from lib.machine import peak_flops
 from model import GPT, SIZES, KVCache
 
 DEVICE = torch.device("cuda:0")

@@ -20,10 +20,10 @@ from report import ROOT, machine_name, publish, table, take_turns
 from msgspec import Meta
 from torch import Tensor
 
-from checkpoint import newest_model, read_tokenizer, token_ids
-from cli import Count, NonNegative, Threads, UserError, flag, parse, run
 from generate import generate
 from int8 import KernelGPT, load_quantized
+from lib.checkpoint import newest_model, read_tokenizer, token_ids
+from lib.cli import Count, NonNegative, Threads, UserError, flag, parse, run
 
 
 def write(model: KernelGPT, prompt: Tensor, new: int, seed: int, **settings: object) -> tuple[float, Tensor, int, int]:

@@ -18,8 +18,8 @@ from probe import Limits, int8_machine
 from torch import Tensor
 
 import int8
-from checkpoint import empty_model
 from generate import generate
+from lib.checkpoint import empty_model
 from model import GPT, GPTConfig
 
 ROUNDS = {"tiny": 9, "small": 7, "base": 5, "medium": 3}  # medium in fp32 takes seconds a round

@@ -22,9 +22,9 @@ from msgspec import Meta
 from probe import Limits, compiled, owlet_kernels
 from torch import Tensor
 
-from cli import Count, flag, parse, run
 from int8 import int8_linear_reference, quantize_rows, quantize_tokens
-from machine import cores
+from lib.cli import Count, flag, parse, run
+from lib.machine import cores
 
 NOISY = 0.1  # between the quartiles, as a share of the median: from there on a figure is marked
 THREADS = sorted({1, min(2, cores())})

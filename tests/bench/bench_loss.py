@@ -22,10 +22,10 @@ import torch
 from report import ROOT, machine_name, picture, publish, table, take_turns
 from safetensors.torch import load_model as load_weights
 
-from checkpoint import load_model
-from cli import Count, UserError, flag, parse, run
 from dataloader import TokenData, evaluate
-from files import newest
+from lib.checkpoint import load_model
+from lib.cli import Count, UserError, flag, parse, run
+from lib.files import newest
 
 BASELINES = {"GPT-2, as published": 1e-3, "GPT-2, learning rate tuned": 3e-3}  # learning rates
 # The baseline's shape of batch, and as many tokens an evaluation as the baseline reads of both splits.

@@ -29,9 +29,9 @@ from engines import ENGINES, Engine
 from msgspec import Meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from checkpoint import load_model, save_weights
-from cli import Count, UserError, flag, parse, run
-from files import beside, write_json
+from lib.checkpoint import load_model, save_weights
+from lib.cli import Count, UserError, flag, parse, run
+from lib.files import beside, write_json
 from model import GPT
 
 SHORT, NEW, LONG = 32, 200, 512  # tokens: the prompt before decoding, those decoded, the prompt that is timed

@@ -34,13 +34,13 @@ from report import machine_name, picture, publish, summary, table, take_turns
 from msgspec import Meta
 from torch import Tensor
 
-import muon
-from cli import Count, NonNegative, UserError, flag, parse, run
 from dataloader import forward_loss
-from distributed import Ranks, average, gather, parallelize
-from machine import pick_dtype
+from lib import muon
+from lib.cli import Count, NonNegative, UserError, flag, parse, run
+from lib.distributed import Ranks, average, gather, parallelize
+from lib.machine import pick_dtype
+from lib.muon import COEFFICIENTS, make_optimizers, orthogonalize, update
 from model import GPT, SIZES, GPTConfig
-from muon import COEFFICIENTS, make_optimizers, orthogonalize, update
 
 CONFIGS = {"tiny-64": GPTConfig(**SIZES["tiny"] | {"block_size": 64}), "small": GPTConfig(**SIZES["small"]),
            "base": GPTConfig(**SIZES["base"])}

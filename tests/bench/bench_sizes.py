@@ -20,10 +20,10 @@ import torch
 from report import ROOT, machine_name, picture, publish, table
 from msgspec import Meta
 
-from checkpoint import load_model
-from cli import UserError, flag, parse, run
 from dataloader import TokenData, evaluate
-from files import write_json
+from lib.checkpoint import load_model
+from lib.cli import UserError, flag, parse, run
+from lib.files import write_json
 
 COLORS = {"tiny": "#9ecae1", "small": "#4292c6", "base": "#08519c", "medium": "#000000"}
 

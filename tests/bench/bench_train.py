@@ -23,12 +23,12 @@ import torch
 from report import machine_name, publish, table, take_turns
 from torch import Tensor, nn
 
-from cli import Count, Threads, flag, parse, run
 from dataloader import forward_loss
-from distributed import Ranks, parallelize
-from machine import can_compile, compile_blocks, peak_flops, pick_dtype
+from lib.cli import Count, Threads, flag, parse, run
+from lib.distributed import Ranks, parallelize
+from lib.machine import can_compile, compile_blocks, peak_flops, pick_dtype
+from lib.muon import make_optimizers, update
 from model import GPT, SIZES, GPTConfig
-from muon import make_optimizers, update
 
 BATCH = 32 if torch.cuda.is_available() else 16
 VOCABULARY = 256

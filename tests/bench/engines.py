@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import int8
-from checkpoint import load_model, stored_size, weights_size
-from files import atomic_path, beside
 from generate import generate
+from lib.checkpoint import load_model, stored_size, weights_size
+from lib.files import atomic_path, beside
 from model import GPT, KVCache, RMSNorm, attention
 
 
@@ -128,7 +128,7 @@ class LlamaCpp(Engine):
                                       flash_attn=True, verbose=False), path.stat().st_size
 
     def file(self, folder: Path) -> Path:
-        from gguf_file import write_gguf
+        from lib.gguf import write_gguf
 
         path = beside(folder, ".gguf")
         if not path.exists():

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from report import ROOT, table
 
-from cli import Count, UserError, flag, parse, run
-from files import write_text
+from lib.cli import Count, UserError, flag, parse, run
+from lib.files import write_text
 
 PYTHON = sys.executable
 PATHS = [ROOT, ROOT / "tests", ROOT / "tests/bench", ROOT / "data"]

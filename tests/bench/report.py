@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from files import write_json, write_text
-from machine import cpu_name
+from lib.files import write_json, write_text
+from lib.machine import cpu_name
+from lib.picture import new_figure, save
 from model import GPT, SIZES, GPTConfig
-from picture import new_figure, save
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "out/bench"  # of the benchmarks run by pytest

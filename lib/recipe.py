@@ -14,14 +14,14 @@ from typing import Annotated, Literal, TypedDict
 import torch
 from msgspec import Meta
 
-from checkpoint import STATE, TrainState, config_from_hf, empty_model, read_config, read_state
-from cli import Count, NonNegative, Seed, Threads, UserError, command, flag, given, note, parse, refuse
-from corpus import prepared, same_tokenizer
 from dataloader import read_meta
-from distributed import Ranks, launch, restart_folder
-from fetch import MODEL, model_folder
-from files import newest, read_json
-from machine import can_compile, pick_dtype
+from lib.checkpoint import STATE, TrainState, config_from_hf, empty_model, read_config, read_state
+from lib.cli import Count, NonNegative, Seed, Threads, UserError, command, flag, given, note, parse, refuse
+from lib.corpus import prepared, same_tokenizer
+from lib.distributed import Ranks, launch, restart_folder
+from lib.fetch import MODEL, model_folder
+from lib.files import newest, read_json
+from lib.machine import can_compile, pick_dtype
 from model import SIZES, GPTConfig
 
 DESCRIPTION = "Train a GPT on prepared tokens, in one process or under torchrun."

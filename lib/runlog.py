@@ -6,8 +6,8 @@ from typing import Required, TypedDict, Unpack
 
 import msgspec
 
-from cli import UserError, note, optional
-from files import checked, plain_file, write_text
+from lib.cli import UserError, note, optional
+from lib.files import checked, plain_file, write_text
 
 
 class Record(TypedDict, total=False):
@@ -59,7 +59,7 @@ class RunLog:
     def plot(self) -> None:
         """loss.png: training and validation loss in bits per byte against steps."""
         with optional(path := self.path.with_name("loss.png")):
-            import picture
+            from lib import picture
             figure = picture.new_figure(8, 4.5)
             axes = figure.subplots()
             for loss, style in {"train_loss": {"color": "#9ecae1", "lw": 1},

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import UserError, end_at_once, note
-from machine import CPUThreads, pick_device
+from lib.cli import UserError, end_at_once, note
+from lib.machine import CPUThreads, pick_device
 from model import GPT
 
 # Other processors may show what one rank writes in another order. Some builds of Python lack the function.

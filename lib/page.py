@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cli import UserError
-from files import atomic_path, write_text
-from gguf_file import recognise
 from int8 import arrays, read_quantized
+from lib.cli import UserError
+from lib.files import atomic_path, write_text
+from lib.gguf import recognise
 from model import GPT, GPTConfig
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["-std=c++20", "-O3", "-msimd128", "-ffp-contract=off", "-fno-trapping-math", "-fno-exceptions",
          "-Wl,-z,stack-size=262144"]  # zig's own, 16 MB, would be the most of a small model's memory
 MOST = 400  # MB of weights: a longer text than their base64 no browser takes
@@ -44,7 +44,7 @@ def write_html(folder: Path, path: Path) -> None:
     values = {"name": html.escape(path.stem), "size": f"{4 / 3 * (len(weights) + len(code)) / 1e6:.1f} MB",
               "about": json.dumps(about, ensure_ascii=False).replace("<", "\\u003c"),
               "wasm": base64.b64encode(code).decode(), "weights": base64.b64encode(weights).decode()}
-    template = (ROOT / "page.html").read_text(encoding="utf-8")
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template))
 
 

@@ -18,7 +18,7 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from checkpoint import (
+from lib.checkpoint import (
     check_tensors,
     config_from_hf,
     config_to_hf,
@@ -27,8 +27,8 @@ from checkpoint import (
     tokenizer_errors,
     write_model,
 )
-from cli import UserError, one_line
-from files import atomic_folder, atomic_path, write_json
+from lib.cli import UserError, one_line
+from lib.files import atomic_folder, atomic_path, write_json
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------- what both directions share

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from distributed import gather, is_sharded, local, shard_like, whole
+from lib.distributed import gather, is_sharded, local, shard_like, whole
 from model import GPT
 
 # An odd polynomial: five iterations take singular values of 0.01 to 1 to between 0.7 and 1.2 (ibid.).
