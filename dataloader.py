@@ -118,14 +118,14 @@ def open_tokens(path: Path, meta: Split, itemsize: int) -> BinaryIO:
 
 def forward_loss(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """Mean loss in nats a token of x, y (B, T); matrix products in dtype, weights and delicate operations in fp32."""
-    # each weight is used once, so no cache of those in dtype
+    # each weight is used once, so caching its copy in dtype would gain nothing
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
         return model(x, y)[1]
 
 
 def uncompiled() -> contextlib.AbstractContextManager:
     """Compiled blocks run as they are: compiling for other shapes than training's would not pay."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import would take a second
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; the import alone would take a second
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
 
@@ -135,7 +135,7 @@ def evaluate(model: nn.Module, data: TokenData, limit: int | None = None, ranks:
              dtype: torch.dtype = torch.float32) -> float:
     """Mean validation loss in nats a token, of `limit` tokens; the ranks share the sequences among them."""
     starts = data.validation_starts(limit)
-    # as many sequences at a time as keep their fp32 logits below 128 MB (docs/log.md, "Evaluation")
+    # the fp32 logits of a batch take at most 128 MB (docs/log.md, "Evaluation")
     batch = max(1, min(8192, 2**25 // data.meta["vocab_size"]) // data.block_size)
     rank, world = (ranks.rank, ranks.world) if ranks is not None else (0, 1)
     was_training, total = model.training, 0.0
@@ -143,7 +143,7 @@ def evaluate(model: nn.Module, data: TokenData, limit: int | None = None, ranks:
     with uncompiled():
         for i in range(0, len(starts), batch * world):
             mine = starts[i:i + batch * world][rank::world]
-            # a rank without sequences takes any: ranks that share a model must all go through it
+            # a rank without sequences takes the first: all ranks of fsdp must run the model
             x, y = data.sequences("val", mine if len(mine) else starts[:1])
             total += forward_loss(model, x, y, dtype).item() * len(mine)
     model.train(was_training)

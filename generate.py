@@ -30,9 +30,9 @@ def sample_next(logits: Tensor, seen: Tensor, keys: Tensor, temperature: float, 
         logits = logits.scatter(1, seen, score)
     top, token = logits.max(dim=-1, keepdim=True)
     if temperature > 0:
-        x, V = (logits - top) / temperature, logits.size(-1)  # in this order no quotient is infinite or NaN
+        x, V = (logits - top) / temperature, logits.size(-1)  # subtracting first keeps the quotients finite
         if top_k < V or top_p < 1:
-            largest = x.topk(min(top_k, V)).values  # falling
+            largest = x.topk(min(top_k, V)).values  # in descending order
             if top_p < 1:  # nucleus (Holtzman et al., 2019): the likeliest token always stays
                 p = largest.double().exp()
                 largest = largest.masked_fill(p.cumsum(dim=-1) - p >= top_p * p.sum(dim=-1, keepdim=True), math.inf)
@@ -94,7 +94,7 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float
         if not good:
             raise UserError(f"{name}: expected {expected}, got {got}")
     seed = torch.randint(2**63 - 1, ()).item() if seed is None else seed
-    settings = {  # within what fp32 can divide by
+    settings = {  # fp32 can divide by these
         "temperature": temperature and min(max(temperature, 1e-30), 1e30), "top_k": min(top_k or vocab, vocab),
         "top_p": top_p or 1.0, "repetition_penalty": min(max(repetition_penalty, 1e-15), 1e15)}
     if use_cache and model.new_writer:
@@ -198,7 +198,7 @@ class TokenGraph:
     def __init__(self, model: GPT, cache: KVCache, draw: Draw) -> None:
         _, B, _, length, _ = cache.keys.shape
         self.model, self.cache, self.draw = model, StaticKVCache(cache), draw
-        self.token = torch.zeros(B, 1, dtype=torch.long, device=model.device)  # the last one, not in the cache yet
+        self.token = torch.zeros(B, 1, dtype=torch.long, device=model.device)  # not in the cache yet
         self.seen = torch.zeros(B, length, dtype=torch.long, device=model.device)
         self.keys = torch.zeros_like(self.seen[:, 0])  # the random_keys of this position
         self.replay = capture(self)

@@ -112,7 +112,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 def rope_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles, (block_size, head_dim / 2) (Su et al., 2021)."""
-    cpu = torch.device("cpu")  # also of a model on the meta device, whose weights alone are to come
+    cpu = torch.device("cpu")  # a model on the meta device needs its tables too: only weights are loaded into it
     exponent = torch.arange(0, config.head_dim, 2, device=cpu).float() / config.head_dim
     positions = torch.arange(config.block_size, device=cpu).float()
     angles = torch.outer(positions, 1.0 / config.rope_theta**exponent)
@@ -155,7 +155,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hd)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if self.training and self.config.dropout:
-            # drop what a head has at a position, for all queries; to drop single weights, SDPA would take a slow path
+            # drops a head's whole value at a position; dropping single attention weights would take SDPA's slow path
             v = F.dropout1d(v.flatten(0, 1), self.config.dropout).view_as(v)
         y = attention(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -196,12 +196,12 @@ class Block(nn.Module):
 
 class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # random numbers for a meta tensor would import half a compiler, a second's work
+        if not self.weight.is_meta:  # drawing into a meta tensor imports parts of torch.compile, which takes a second
             super().reset_parameters()
 
 
 class GPT(nn.Module):
-    new_writer = None  # a faster way to whole texts, which an int8 model has (generate.py)
+    new_writer = None  # an int8 model on a CPU has one, which writes whole texts (generate.py)
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -215,9 +215,9 @@ class GPT(nn.Module):
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        for name, parameter in self.named_parameters():  # as GPT-2's (docs/log.md, "Initialization")
+        for name, parameter in self.named_parameters():  # GPT-2's (docs/log.md, "Initialization")
             if parameter.dim() == 2 and not parameter.is_meta:
-                adds = name.endswith(("o_proj.weight", "down_proj.weight"))  # 2 n_layer of them to the residual stream
+                adds = name.endswith(("o_proj.weight", "down_proj.weight"))  # 2 n_layer of them add to the stream
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if adds else 0.02)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -42,7 +42,7 @@ from lib.machine import CPUThreads, cpu_name
 from lib.smooth import smooth
 from model import GPT, GPTConfig
 
-LONGEST = 1024  # tokens of context in the comparison, of models that have more (docs/log.md, "Tests and tools")
+LONGEST = 1024  # the comparison's longest context, in tokens (docs/log.md, "Tests and tools")
 
 # ---------------------------------------------------------------- what it costs, what it brings
 

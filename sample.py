@@ -139,7 +139,7 @@ class Detokenizer:
     def __call__(self, token: int) -> str:
         self.tokens.append(token)
         single_byte = re.fullmatch("<0x[0-9A-F]{2}>", self.tokenizer.id_to_token(token) or "")
-        if single_byte or not self.tokenizer.decode([token]):  # or one that decode leaves out: it ends no run
+        if single_byte or not self.tokenizer.decode([token]):  # decode skips special tokens: they end no run
             return ""
         return self.rest(hold="\ufffd")
 

@@ -127,7 +127,7 @@ class Run:
         """Compile the blocks, in a step whose gradients are dropped. Where a rank fails, all leave them as they are."""
         compile_blocks(self.model.model.layers)
         x, y = self.data.batch(0, self.share // parts_of(self.config, self.ranks), 1)[0]
-        sync_gradients(self.wrapped, on=False)  # a rank that fails would leave the others waiting
+        sync_gradients(self.wrapped, on=False)  # otherwise a rank that fails would leave the others waiting
         failed = ""
         try:
             forward_loss(self.wrapped, x, y, self.dtype).backward()
@@ -136,7 +136,7 @@ class Run:
         if failed := max(self.ranks.all_values(failed)):
             note(f"torch.compile failed ({failed}); going on without it, more slowly")
             for block in self.model.model.layers:
-                del block.forward  # uncovers the method of the class
+                del block.forward  # the class's own method shows again
         self.model.zero_grad()
 
     def done(self) -> float:
@@ -236,7 +236,7 @@ class Run:
             raise self.diverged(f"the validation loss is {val_loss}")
         self.better, self.best = val_loss < self.best, min(self.best, val_loss)
         bits, text = val_loss * self.data.bits_per_nat, ""
-        if ranks.is_main and self.config.parallel != "fsdp":  # whose ranks would all have to write
+        if ranks.is_main and self.config.parallel != "fsdp":  # with fsdp all ranks would have to generate
             with optional("a sample of the model's text"):
                 text = self.sample()
         self.eval_seconds = ranks.sum(time.perf_counter() - start)[0] / ranks.world

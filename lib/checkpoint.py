@@ -115,7 +115,7 @@ def load_model(folder: Path | str) -> GPT:
         raise UserError(f"{folder}: a quantized folder; expected an fp32 one")
     config = config_from_hf(read_config(folder), folder / "config.json")
     state = {name: tensor.float() for name, tensor in read_tensors(folder).items()
-             if not name.endswith("rotary_emb.inv_freq")}  # older Llamas store what is computed anyway
+             if not name.endswith("rotary_emb.inv_freq")}  # older Llamas store it, but it is computed
     if config.tie_embeddings:
         embedding = state.get("model.embed_tokens.weight", torch.empty(0))
         if not torch.equal(state.setdefault("lm_head.weight", embedding), embedding):
@@ -149,7 +149,7 @@ def write_model(folder: Path, state: dict[str, Tensor], config: GPTConfig, **mor
     hf = config_to_hf(config) | more
     write_tensors(folder / "model.safetensors", state)
     path = folder / "generation_config.json"
-    # another's settings stay, where copy_companions has brought some
+    # the settings that copy_companions has copied stay
     generation = {"do_sample": True, "temperature": 0.8, "top_k": 50}  # docs/log.md, "Sampling defaults"
     write_json(path, (read_json(path) if path.exists() else generation) | {
         name: hf[name] for name in ("bos_token_id", "eos_token_id")})
@@ -157,7 +157,7 @@ def write_model(folder: Path, state: dict[str, Tensor], config: GPTConfig, **mor
 
 
 def holds_model(folder: Path) -> bool:
-    return (folder / "config.json").exists()  # which is written last
+    return (folder / "config.json").exists()  # config.json is written last
 
 
 def holds_weights(folder: Path, weights: dict[str, Tensor]) -> bool:
@@ -193,7 +193,7 @@ def check_tensors(file: Path, expected: dict[str, Tensor], got: dict[str, Tensor
 
 # ---------------------------------------------------------------- the tokenizer
 
-Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]  # the library ends the process at some larger ones
+Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]  # at some larger ids the library ends the process
 
 
 @contextlib.contextmanager
@@ -228,7 +228,7 @@ def token_ids(tokenizer: Tokenizer, texts: list[str], special: bool = False) -> 
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
 
-# what lies beside a model's weights and config, and belongs to its tokenizer or its use
+# the files beside weights and config: for the tokenizer, or for generating
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "generation_config.json")
 
@@ -277,7 +277,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path, expected: str = "the model's weights") -> tuple[dict[str, Tensor], dict]:
-    """The tensors of one file, and the facts that write_tensors put beside them; checked where it has our checksum.
+    """The tensors of one file, and the facts that write_tensors put beside them. A checksum, if it has one, is checked.
 
     The tensors are views of the mapped file: its pages stay in memory while one of them exists.
     """

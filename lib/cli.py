@@ -40,7 +40,7 @@ def command(*words: object) -> str:
     return shlex.join(map(str, words))
 
 
-@functools.cache  # the same note once
+@functools.cache  # prints each note once
 def note(text: str) -> None:
     """A line on standard error, below a progress bar; of several ranks the first prints."""
     if os.environ.get("RANK", "0") == "0":
@@ -137,7 +137,7 @@ def _value(kind: Any, name: str, word: str) -> Any:
 
 
 def checked(value: Any, kind: Any, where: object) -> Any:
-    """`value` as the type `kind`, whose annotations declare types and ranges; dataclasses are made from dicts.
+    """Convert `value` to the type `kind`, whose annotations declare types and ranges; dataclasses are made from dicts.
 
     Raises UserError, which names the field in `where`.
     """

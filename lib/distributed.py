@@ -1,4 +1,4 @@
-"""Several processes: who this one is, messages, what survives a restart by torchrun, models and tensors in parts.
+"""Several processes: ranks, messages, restarts by torchrun, and models and tensors in shards.
 
 When a rank dies, torchrun ends the others and starts all of them again (--max-restarts). They find the folder in which
 the launch trained before and go on from its last checkpoint; without a restart left, `train.py --resume` does.
@@ -21,7 +21,7 @@ from lib.cli import UserError, end_at_once, note
 from lib.machine import CPUThreads, pick_device
 from model import GPT
 
-# Other processors may show what one rank writes in another order. Some builds of Python lack the function.
+# On other processors, ranks may see each other's writes in another order. Some builds of Python lack memfd_create.
 CAN_SHARE = (platform.system(), platform.machine()) == ("Linux", "x86_64") and hasattr(os, "memfd_create")
 
 
@@ -39,11 +39,11 @@ class Ranks:
         if self.world > 1:
             store = next(dist.rendezvous("env://"))[0]
             if os.environ.get("GROUP_WORLD_SIZE") == "1":  # several machines count their restarts apart
-                # torchrun's store outlives the ranks: those of a restart must not find the addresses of those before
+                # torchrun's store outlives the ranks: without a prefix, new ranks would find the addresses of dead ones
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
                                     world_size=self.world)
-            # one of gloo's threads may abort a Python that takes itself down (pytorch #179291)
+            # one of gloo's threads may abort Python's own shutdown (pytorch #179291)
             atexit.register(end_at_once)
             SharedMemory.share(self)
 
@@ -82,14 +82,14 @@ class SharedMemory:
     when a rank writes to a part again, all ranks have begun the turn before, and so have given up what they read there.
     """
 
-    VALUES = 2**20  # fp32, of each rank in each part
-    shared: "SharedMemory | None" = None  # this process's, as torch.distributed has a group
+    VALUES = 2**20  # fp32 values for each rank in each part
+    shared: "SharedMemory | None" = None  # one per process, as the group of torch.distributed is
 
     def __init__(self, path: str, rank: int, pids: Sequence[int]) -> None:
         self.rank, self.pids, self.turn, values = rank, pids, 0, 3 * len(pids) * self.VALUES
         memory = torch.from_file(path, shared=True, size=values + 2 * len(pids), dtype=torch.float32)
         self.parts = memory[:values].chunk(3)
-        self.turns = memory[values:].view(torch.int64).numpy()  # the last that each rank has written
+        self.turns = memory[values:].view(torch.int64).numpy()  # the last turn that each rank has written
 
     @classmethod
     def share(cls, ranks: Ranks) -> None:
@@ -116,7 +116,7 @@ class SharedMemory:
         for rank, pid in enumerate(self.pids):
             while self.turns[rank] < self.turn:
                 os.sched_yield()
-                if time.monotonic() > patience:  # it saves or evaluates, or is no more
+                if time.monotonic() > patience:  # the rank saves or evaluates, or has died
                     time.sleep(1e-3)
                     if not Path(f"/proc/{pid}/exe").exists():  # gone, or a zombie
                         raise dist.DistBackendError(f"rank {rank} has ended")
@@ -124,14 +124,14 @@ class SharedMemory:
 
 
 def gather(mine: Tensor) -> tuple[Tensor, dist.Work | None]:
-    """mine (n, ...), fp32 -> all ranks' (ranks x n, ...).
+    """Every rank's tensor (n, ...), fp32, joined: (ranks * n, ...).
 
     Valid once the work is done (None: at once), until the second call of gather() or average() after this one.
     """
     memory = SharedMemory.shared
     if memory and mine.numel() <= memory.VALUES:
         return memory.gather(mine), None
-    sent = torch.cat([mine] * dist.get_world_size())  # all to all: gloo's all_gather has half the speed
+    sent = torch.cat([mine] * dist.get_world_size())  # gloo's all_gather is half as fast as all_to_all
     found = torch.empty_like(sent)
     return found, dist.all_to_all_single(found, sent, async_op=True)
 
@@ -170,7 +170,7 @@ def restart_folder(out: Path | None) -> Path | None:
 # ---------------------------------------------------------------- models and tensors in parts
 
 def parallelize(model: GPT, ranks: Ranks, parallel: str = "ddp", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model, on its device, as this rank is to call it. With fsdp its parameters become this rank's parts of them.
+    """The model on its device, wrapped for ddp or fsdp. With fsdp its parameters become this rank's shards.
 
     parallel: "ddp" (data parallel) or "fsdp" (Zhao et al., 2023: one block at a time is whole on the device).
     """
@@ -227,7 +227,7 @@ def gather_to_main(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor
     """The tensors whole and on the CPU, for rank 0 alone; one that is so already is not copied. All ranks must call."""
     found = {}
     for name, x in tensors.items():
-        x = whole(x)  # takes all ranks
+        x = whole(x)  # all ranks take part
         if ranks.is_main:
             found[name] = x.cpu()
     return found

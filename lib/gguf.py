@@ -210,7 +210,7 @@ class GGUFFile:
         try:
             reader = gguf.GGUFReader(path)
             self.fields = {name: field.contents() for name, field in reader.fields.items()}
-        except Exception as error:  # the package checks little: what comes of a truncated file is of many kinds
+        except Exception as error:  # the package checks little: a damaged file raises errors of many kinds
             raise UserError(f"{path}: expected a whole GGUF file: {one_line(error)}") from error
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
 

@@ -31,7 +31,7 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Optimizer:
-    """Parameters, and what is remembered of each: state[i] of params[i], by name.
+    """Parameters and their state: state[i] holds the tensors of params[i], by name.
 
     (torch.optim's own class imports torch.compile, which takes two seconds of every start. Its functions do not.)
     """
@@ -93,7 +93,7 @@ class Muon(Optimizer):
             torch._foreach_mul_([local(p) for p in params], 1 - lr * weight_decay)
 
         sent = ((same, *self.shared_steps(same)) for same in batches_of_a_shape(params))
-        for (same, steps, work), _ in pairwise(chain(sent, [None])):  # the next batch is computed while one travels
+        for (same, steps, work), _ in pairwise(chain(sent, [None])):  # one batch is computed while another is sent
             if work is not None:
                 work.wait()
             rows, columns = same[0].shape

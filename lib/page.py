@@ -25,8 +25,8 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["-std=c++20", "-O3", "-msimd128", "-ffp-contract=off", "-fno-trapping-math", "-fno-exceptions",
-         "-Wl,-z,stack-size=262144"]  # zig's own, 16 MB, would be the most of a small model's memory
-MOST = 400  # MB of weights: a longer text than their base64 no browser takes
+         "-Wl,-z,stack-size=262144"]  # zig's default, 16 MB, would be most of a small model's memory
+MOST = 400  # MB of weights: browsers take no text longer than their base64
 
 
 def check_page(folder: Path, model: GPT) -> None:

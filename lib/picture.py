@@ -4,7 +4,7 @@ import logging
 import warnings
 from pathlib import Path
 
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # first: a home that cannot be written to is named on import
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # the import warns of a home that cannot be written to
 
 import matplotlib  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402

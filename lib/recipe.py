@@ -99,7 +99,7 @@ class Plan:
 
     data: Path  # the prepared folder
     out: Path
-    block_size: Count  # no longer than the text, or than what the model to fine-tune takes
+    block_size: Count  # at most the text's length, and the context of the model to fine-tune
     max_steps: Count
     dropout: Share
     dtype: Literal["float32", "bfloat16"]
@@ -272,7 +272,7 @@ def shape(config: TrainConfig, meta: dict) -> GPTConfig:
     if model.vocab_size < vocab_size:
         raise UserError(f"--init-from: the model knows {model.vocab_size} tokens, the data has {vocab_size}; "
                         f"prepare the data with {command('--tokenizer', config.init_from)}")
-    if eos is not None and eos not in model.ends:  # what ends a text of the data ends what the model writes
+    if eos is not None and eos not in model.ends:  # the token that ends a text in the data also ends generated text
         model.eos = [*model.ends, eos]
     return model
 

@@ -26,13 +26,13 @@ class RunLog:
     def __init__(self, folder: Path, step: int, bits_per_nat: float, epoch_steps: float, title: str) -> None:
         self.path, self.bits_per_nat, self.title, self.board = folder / "log.jsonl", bits_per_nat, title, None
         self.epoch_steps = epoch_steps  # steps that read the text once
-        self.records: list[Record] = []  # a resume begins with those of the steps before
+        self.records: list[Record] = []  # after a resume, also those of the steps before
         with optional(self.path):
             self.records = [record for record in read_records(self.path) if record["step"] <= step > 0]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         with optional(folder / "runs"):
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(folder / "runs", purge_step=step + 1)  # the first step that it hides
+            self.board = SummaryWriter(folder / "runs", purge_step=step + 1)  # hides earlier events from there on
 
     def add(self, **record: Unpack[Record]) -> None:
         self.records.append(record)
@@ -68,7 +68,7 @@ class RunLog:
                 if points:
                     label = f"{loss.removesuffix('_loss')} ({points[-1][1]:.3f})"
                     axes.plot(*zip(*points, strict=True), label=label, **style)
-            if evaluated := [(bits, step) for step, bits in points if step]:  # the last points: of validation
+            if evaluated := [(bits, step) for step, bits in points if step]:  # the points of val_loss
                 kept = min(evaluated)[1]
                 axes.axvline(kept, color="#08519c", lw=0.8, ls=":", label=f"kept: step {kept:,}")
             axes.set(title=self.title, xlabel="step", ylabel="bits per byte")

@@ -20,12 +20,12 @@ from int8 import quantize_rows, quantize_tokens
 from model import GPT
 
 # docs/log.md, "Smoothing"
-ALPHAS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8)  # shares of a channel's size that are tried
-CLEARLY = 0.9  # a share is taken if the error falls below this part of what it was
+ALPHAS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8)  # migration strengths that are tried
+CLEARLY = 0.9  # a strength is taken if the error falls below this part of what it was
 COARSE = 0.02  # a relative error above this, after smoothing, calls for slices and the fine head
 SLICES = 4
-TEXTS, LENGTH = 16, 256  # the model writes so many texts of so many tokens to learn the sizes from
-TRIED = 256  # tokens on which the shares are tried
+TEXTS, LENGTH = 16, 256  # number and length of the texts that the model writes to calibrate with
+TRIED = 256  # tokens on which the strengths are tried
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Site:
     matrices: list[nn.Linear]
     source: nn.Module | None
     rows: Tensor  # (K,) int64: the row of the source that scales each channel of the input
-    gate: nn.Linear | None = None  # where the channels may be put in another order: what makes them beside the source
+    gate: nn.Linear | None = None  # given where the channels may be reordered: it makes them together with the source
 
     @property
     def weight(self) -> Tensor:

@@ -232,7 +232,7 @@ time.sleep(0.1)
 """, "train.py": """
 import threading, time
 from dataloader import evaluate, forward_loss
-from lib.muon import update
+from muon import update
 stop = False
 def count(number=0):
     if number:
