@@ -27,8 +27,8 @@ from lib.checkpoint import (
     tokenizer_errors,
     write_model,
 )
-from lib.cli import UserError, one_line
-from lib.files import atomic_folder, atomic_path, write_json
+from lib.cli import UserError, note, one_line
+from lib.files import atomic_folder, atomic_path, read_json, write_json
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------- what both directions share
@@ -41,6 +41,10 @@ KEYS = {  # the key in a file, after the architecture: the name in config.json, 
     "attention.head_count_kv": ("num_key_value_heads", int), "attention.key_length": ("head_dim", int),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", float), "rope.freq_base": ("rope_theta", float),
 }
+# Keys that change what llama.cpp computes, and the values at which they change nothing
+ONLY = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0, "expert_count": 0,
+        "attention.sliding_window": 0, "attention.causal": True, "attention.scale": 0.0, "logit_scale": 0.0,
+        "embedding_scale": 0.0, "residual_scale": 0.0, "attention.clamp_kqv": 0.0, "rope.scaling.attn_factor": 1.0}
 
 
 @dataclass
@@ -65,6 +69,7 @@ _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORDS = {"gpt-2": Words(), "smollm": Words(digits=True), "qwen2": Words(_LETTERS + r"\p{N}" + _REST, nfc=True),
          "llama-bpe": Words(_LETTERS + r"\p{N}{1,3}" + _REST, ignore_merges=True)}
+ALIASES = {"phi-2": "gpt-2", "deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}  # llama.cpp's
 
 
 def tensor_names(config: GPTConfig) -> Iterator[tuple[str, str, bool]]:
@@ -129,9 +134,24 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: GPTConfig, folder: Path) -> N
     writer.add_add_bos_token(adds_bos)
     if config.bos is not None:
         writer.add_bos_token_id(config.bos)
-    # GGUF holds one. Without any, llama.cpp ends a text at token 11. A text contains no NUL.
-    ends = config.ends or [texts.index(NUL) if NUL in texts else 0]
-    writer.add_eos_token_id(ends[0])
+    # Without any, llama.cpp ends a text at token 11. A text contains no NUL.
+    eos, *more = config.ends or [texts.index(NUL) if NUL in texts else 0]
+    writer.add_eos_token_id(eos)
+    if more:
+        writer.add_eot_token_id(more[0])
+    if more[1:]:
+        note(f"{folder}: GGUF holds two tokens that end a text; {more[1:]} end none there")
+    if template := chat_template(folder):
+        writer.add_chat_template(template)
+
+
+def chat_template(folder: Path) -> str | None:
+    """Transformers keeps it in a file of its own or in tokenizer_config.json, which may hold a list of several."""
+    own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.exists():
+        return own.read_text(encoding="utf-8")
+    found = read_json(config).get("chat_template") if config.exists() else None
+    return found if isinstance(found, str) else None
 
 
 def recognise(folder: Path, bos: int | None) -> tuple[dict, str, bool]:
@@ -142,15 +162,18 @@ def recognise(folder: Path, bos: int | None) -> tuple[dict, str, bool]:
     tokenizer = json.loads(read_tokenizer(folder).to_str())
     model, after = tokenizer["model"], tokenizer["post_processor"] or {}
     texts = [token["content"] for token in tokenizer["added_tokens"] if token["id"] == bos]
-    adds_bos = bool(texts) and after.get("type") == "TemplateProcessing" and [
-        (part.get("SpecialToken") or part["Sequence"])["id"] for part in after["single"]] == [*texts, "A"]
-    found = [name for name, words in WORDS.items() if model["type"] == "BPE" and (
+    parts = [(part.get("SpecialToken") or part["Sequence"])["id"] for part in after.get("single", [])]
+    adds_bos = bool(texts) and parts == [*texts, "A"]
+    bare = model["type"] == "BPE" and not any(model[name] for name in (
+        "dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
+    found = [name for name, words in WORDS.items() if bare and (
         model["ignore_merges"], plain(tokenizer["normalizer"]), plain(tokenizer["pre_tokenizer"])) == (
         words.ignore_merges, plain(words.normalizer()), plain(words.pre_tokenizer()))]
     if not found:
         raise UserError(f"{folder}/tokenizer.json: expected a byte-level BPE that cuts texts as one of "
                         f"{', '.join(WORDS)}, got another tokenizer")
-    if not (adds_bos or after.get("type", "ByteLevel") == "ByteLevel"):  # ByteLevel changes offsets, not tokens
+    # a template of the text alone adds nothing; ByteLevel changes offsets, not tokens
+    if not (adds_bos or parts == ["A"] or after.get("type", "ByteLevel") == "ByteLevel"):
         raise UserError(f"{folder}/tokenizer.json: expected no post_processor, or one that puts bos before a "
                         "text, got another post_processor")
     return tokenizer, found[0], adds_bos
@@ -189,6 +212,8 @@ def convert(path: Path, out: Path, sha256: str) -> None:
     file = GGUFFile(path)
     config, tokenizer = stored_config(file), stored_tokenizer(file)
     names, like = list(tensor_names(config)), empty_model(config).state_dict()
+    for name in file.tensors.keys() - {theirs for _, theirs, _ in names}:
+        raise UserError(f"{path}: tensor {name} has no place in this model")
     state = {name: file.tensor(theirs) for name, theirs, _ in names}
     check_tensors(path, {name: like[name] for name in state}, state)
     state |= {name: interleave_pairs(state[name], config.head_dim, back=True) for name, _, paired in names if paired}
@@ -213,6 +238,10 @@ class GGUFFile:
         except Exception as error:  # the package checks little: a damaged file raises errors of many kinds
             raise UserError(f"{path}: expected a whole GGUF file: {one_line(error)}") from error
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        if reader.endianess != gguf.GGUFEndian.LITTLE:
+            raise UserError(f"{path}: expected a little-endian file; make one with gguf-convert-endian")
+        if (parts := self.get("split.count", int, 1)) > 1:
+            raise UserError(f"{path}: one of {parts} parts; join them with llama-gguf-split --merge")
 
     def get(self, name: str, kind: type, default: Any = None) -> Any:
         value = self.fields.get(name, default)
@@ -235,35 +264,39 @@ def stored_config(file: GGUFFile) -> GPTConfig:
     arch = file.get("general.architecture", str)
     if arch not in ARCHITECTURES:
         raise UserError(f"{file.path}: general.architecture: expected {' or '.join(ARCHITECTURES)}, got {arch}")
-    if file.get(f"{arch}.rope.scaling.type", str, "none") != "none" or "rope_freqs.weight" in file.tensors:
-        raise UserError(f"{file.path}: rope scaling is not supported")
     hf = {name: file.get(f"{arch}.{key}", kind) for key, (name, kind) in KEYS.items()}
-    ends = {file.get(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot")} - {None}
+    hf["head_dim"] = hf["head_dim"] or file.get(f"{arch}.rope.dimension_count", int)
+    same = dict.fromkeys(("rope.dimension_count", "attention.value_length"), hf["head_dim"])
+    for key, only in (ONLY | same).items():
+        if (got := file.get(f"{arch}.{key}", type(only), only)) != only:
+            raise UserError(f"{file.path}: {arch}.{key} = {got!r} is not supported")
+    ends = [file.get(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot")]
     return config_from_hf(hf | {
         "model_type": arch, "vocab_size": len(file.get("tokenizer.ggml.tokens", list, [])),
-        "head_dim": hf["head_dim"] or file.get(f"{arch}.rope.dimension_count", int),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "bos_token_id": file.get("tokenizer.ggml.bos_token_id", int), "eos_token_id": sorted(ends) or None}, file.path)
+        "bos_token_id": file.get("tokenizer.ggml.bos_token_id", int),
+        "eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)) or None}, file.path)
 
 
 def stored_tokenizer(file: GGUFFile) -> Tokenizer:
-    model, pre = file.get("tokenizer.ggml.model", str), file.get("tokenizer.ggml.pre", str, "gpt-2")
+    model, pre = file.get("tokenizer.ggml.model", str), file.get("tokenizer.ggml.pre", str)
+    pre = ALIASES.get(pre, pre)
     if model != "gpt2" or pre not in WORDS:
         raise UserError(f"{file.path}: tokenizer: expected gpt2 with {', '.join(WORDS)}, got {model} with {pre}")
     with tokenizer_errors(f"{file.path}: tokenizer.ggml"):
         tokens, kinds, merges = (file.get(f"tokenizer.ggml.{name}", list, []) for name in (
             "tokens", "token_type", "merges"))
-        unused = {token for token, kind in zip(tokens, kinds, strict=False) if kind == TokenType.UNUSED}  # padding
-        vocab = {token: i for i, token in enumerate(tokens) if token not in unused}
-        pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[pair for pair in pairs if "".join(pair) in vocab],
-                                         ignore_merges=WORDS[pre].ignore_merges))
+        kinds += [TokenType.NORMAL] * (len(tokens) - len(kinds))
+        used = [i for i, kind in enumerate(kinds[:len(tokens)]) if kind != TokenType.UNUSED]  # the others are padding
+        vocab = {tokens[i]: i for i in used}
+        if not merges or len(vocab) < len(used):
+            raise UserError(f"{file.path}: tokenizer.ggml: expected merges, and tokens of different texts")
+        pairs = [tuple(merge.split(" ", 1)) for merge in merges if merges != NO_MERGES]
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=WORDS[pre].ignore_merges))
         tokenizer.normalizer, tokenizer.pre_tokenizer = WORDS[pre].normalizer(), WORDS[pre].pre_tokenizer()
         tokenizer.decoder = decoders.ByteLevel()
-        for token, kind in zip(tokens, kinds, strict=False):
-            if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
-                special = kind == TokenType.CONTROL
-                tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
+        tokenizer.add_tokens([AddedToken(tokens[i], special=kinds[i] == TokenType.CONTROL, normalized=False)
+                              for i in used if kinds[i] in (TokenType.CONTROL, TokenType.USER_DEFINED)])
         bos = file.get("tokenizer.ggml.bos_token_id", int)
         if file.get("tokenizer.ggml.add_bos_token", bool, pre == "llama-bpe") and bos is not None:
             tokenizer.post_processor = processors.TemplateProcessing(

@@ -126,11 +126,12 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="another post_processor"):
         write_gguf(model, tmp_path, tmp_path / "m.gguf")
-    tokenizer.post_processor = processors.TemplateProcessing("$0", special_tokens=[])  # no bos, and none is added
+    tokenizer.post_processor = processors.TemplateProcessing("$0", special_tokens=[])  # adds nothing
+    tokenizer.model.dropout = 0.5
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="another post_processor"):
+    with pytest.raises(UserError, match="got another tokenizer"):
         write_gguf(model, tmp_path, tmp_path / "m.gguf")
-    tokenizer.post_processor = None
+    tokenizer.model.dropout = None
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="cuts texts as one of gpt-2, smollm, qwen2, llama-bpe, got another"):
@@ -153,10 +154,11 @@ def test_flag(tmp_path, script):
 # ---------------------------------------------------------------- and back
 
 @pytest.mark.parametrize("fields", [{}, {"qk_norm": False, "n_kv_head": 2},
-                                    {"tie_embeddings": False, "bos": 3, "eos": 9}], ids=str)
+                                    {"tie_embeddings": False, "bos": 3, "eos": 9}, {"eos": [46, 10]}], ids=str)
 def test_a_gguf_becomes_the_folder_it_was_made_of(tmp_path, monkeypatch, script, fields):
     monkeypatch.chdir(tmp_path)
     model, tokenizer = save(tmp_path / "wood", 400, **fields)
+    (tmp_path / "wood" / "tokenizer_config.json").write_text('{"chat_template": "{{ talk }}"}')
     write_gguf(model, tmp_path / "wood", tmp_path / "m.gguf")
     code, out, err = script(quantize.main, "--checkpoint", "m.gguf", "--no-compare")
     assert code == 0 and "next: " in out and "note: m.gguf: converted into out/m" in err, err
@@ -169,6 +171,8 @@ def test_a_gguf_becomes_the_folder_it_was_made_of(tmp_path, monkeypatch, script,
         torch.testing.assert_close(again.state_dict()[name], tensor, atol=tensor.abs().max().item() / 127, rtol=0)
     assert back.encode(TEXT).ids == tokenizer.encode(TEXT).ids and back.decode(back.encode(TEXT).ids) == TEXT
     assert back.get_vocab() == tokenizer.get_vocab()  # without the padding
+    assert not model.config.ends or again.config.ends == model.config.ends
+    assert json.loads((tmp_path / "out/m/tokenizer_config.json").read_text())["chat_template"] == "{{ talk }}"
 
 
 @pytest.mark.parametrize("words", WORDS)
@@ -190,7 +194,10 @@ def test_each_way_to_cut_texts_survives(tmp_path, words):
 
 
 def rewritten(path, **changes):
-    """A copy of the GGUF with other fields; None leaves one out."""
+    """A copy of the GGUF with other fields; None leaves one out, a name with a dot is a new one's.
+
+    tensor, extra: the name of a tensor to leave out, or to add.
+    """
     reader, out = gguf.GGUFReader(path), path.with_name("other.gguf")
     writer = gguf.GGUFWriter(None, "llama")
     writer.kv_data[0].clear()
@@ -200,6 +207,10 @@ def rewritten(path, **changes):
         if value is not None:
             kind = gguf.GGUFValueType.STRING if isinstance(value, str) else kinds[0]
             writer.add_key_value(name, value, kind, kinds[-1] if len(kinds) > 1 else None)
+    for name in (name for name in changes if "." in name):
+        (writer.add_float32 if isinstance(changes[name], float) else writer.add_uint32)(name, changes[name])
+    if "extra" in changes:
+        writer.add_tensor(changes["extra"], np.zeros(64, np.float32))
     for tensor in reader.tensors:
         if tensor.name != changes.get("tensor"):
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
@@ -213,7 +224,13 @@ def rewritten(path, **changes):
 @pytest.mark.parametrize(("changes", "said"), [
     ({"architecture": "mamba"}, "general.architecture: expected qwen3 or llama, got mamba"),
     ({"pre": "poro"}, "got gpt2 with poro"), ({"model": "llama"}, "got llama with gpt-2"),
-    ({"merges": [" a"]}, "tokenizer.ggml: "),
+    ({"merges": [" a"]}, "tokenizer.ggml: "), ({"merges": None}, "expected merges"), ({"merges": ["a b"]}, "`ab`"),
+    ({"tokens": ["a"] * 259}, "different texts"), ({"pre": None}, "got gpt2 with None"),
+    ({"extra": "blk.0.attn_q.bias"}, "tensor blk.0.attn_q.bias has no place"),
+    ({"qwen3.rope.scale_linear": 4.0}, "rope.scale_linear = 4.0 is not supported"),
+    ({"qwen3.rope.scaling.factor": 4.0}, "rope.scaling.factor = 4.0 is not supported"),
+    ({"qwen3.rope.dimension_count": 8}, "rope.dimension_count = 8 is not supported"),
+    ({"qwen3.expert_count": 4}, "expert_count = 4 is not supported"), ({"split.count": 2}, "one of 2 parts"),
     ({"tensor": "blk.0.ffn_up.weight"}, "tensor blk.0.ffn_up.weight is missing"),
     ({"block_count": None}, "num_hidden_layers"), ({"block_count": "2"}, "block_count: expected int, got '2'"),
     ({"head_count": 3}, "num_key_value_heads"), ({"embedding_length": 128}, "expected torch.float32"),
@@ -232,7 +249,24 @@ def test_a_llama_of_another_shape_is_refused(tmp_path):
     model, _ = save(tmp_path, qk_norm=False)
     write_gguf(model, tmp_path, tmp_path / "m.gguf")
     with pytest.raises(UserError, match=r"q_proj\.weight: expected torch\.float32"):
-        convert(rewritten(tmp_path / "m.gguf", key_length=6), tmp_path / "back", "0")
+        convert(rewritten(tmp_path / "m.gguf", key_length=6, value_length=6, dimension_count=6), tmp_path / "back", "0")
+
+
+def test_what_changes_nothing_is_read(tmp_path):
+    model, _ = save(tmp_path)
+    write_gguf(model, tmp_path, tmp_path / "m.gguf")
+    convert(rewritten(tmp_path / "m.gguf", pre="phi-2", **{"qwen3.rope.scaling.factor": 1.0}), tmp_path / "back", "0")
+    assert load_model(tmp_path / "back").state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_big_endian_gguf_is_named(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "qwen3", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"big\.gguf: expected a little-endian file"):
+        convert(tmp_path / "big.gguf", tmp_path / "back", "0")
 
 
 @pytest.mark.parametrize("left", [0, 3, 4, 20, 500, 3000, 20_000, -1])
