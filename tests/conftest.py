@@ -1,6 +1,8 @@
 """What the tests share: a small text, prepared once, and scripts run in this process or forked from one like it."""
 
 import contextlib
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -10,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -23,12 +26,18 @@ import torch
 import train
 from int8 import int8_linear_reference
 from lib import cli, corpus, recipe
-from lib.checkpoint import save_weights
+from lib.checkpoint import read_safetensors, read_state, save_weights, weights_of
+from lib.runlog import RunLog
 from model import GPT, GPTConfig
 
 # Threads wait for each other by spinning: on a machine with other work, two can take ten times as long as one.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for scripts in processes of their own
+
+# Half of a short run's time goes into measuring the machine's peak and drawing its curve at each evaluation.
+train.peak_flops = lambda *_: 1e11
+plot = RunLog.plot
+RunLog.plot = lambda log: None if log.path.with_name("loss.png").is_file() else plot(log)
 
 # A test run in the background ignores Ctrl-C, one under nohup SIGHUP; the processes it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -84,9 +93,9 @@ def data(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------- processes of their own
 
 def forks() -> multiprocessing.context.ForkServerContext:
-    """Processes forked from one that has imported this module, and so torch, which takes seconds."""
+    """Processes forked from one that has imported this module, and so torch, and what trains, which takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest"])
+    context.set_forkserver_preload(["conftest", "lib.picture", "torch.utils.tensorboard"])
     with pytest.MonkeyPatch.context() as patch:  # where pytest found this module
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
@@ -101,39 +110,132 @@ def free_port() -> int:
             return port
 
 
-def fork_train(log: Path, *flags: object, ranks: int = 1, changes: str = "") -> list[BaseProcess]:
-    """Start `ranks` processes of train.py, as torchrun would; what they print goes to `log`.
-
-    `changes` is code that runs before train.main, with rank, train and die (kill -9 of itself) at hand.
-    """
-    port, words = free_port(), [str(flag) for flag in flags]
-    processes = [forks().Process(target=_train, args=(log, rank, ranks, port, changes, words)) for rank in range(ranks)]
+def fork(target: Callable, *args: object, ranks: int = 1) -> list[BaseProcess]:
+    """Start `ranks` processes of target(*args), with the environment that torchrun on one machine gives them."""
+    port = free_port()
+    processes = [forks().Process(target=_rank, args=(rank, ranks, port, target, args)) for rank in range(ranks)]
     for process in processes:
         process.start()
     return processes
 
 
-def end_well(processes: list[BaseProcess], log: Path) -> str:
-    """What they printed, once all have ended well."""
-    for process in processes:
-        process.join(240)
-    said = log.read_text()
-    assert [process.exitcode for process in processes] == [0] * len(processes), said
-    return said
-
-
-def _train(log: Path, rank: int, ranks: int, port: int, changes: str, words: list[str]) -> None:
-    with log.open("a") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)
+def _rank(rank: int, ranks: int, port: int, target: Callable, args: tuple) -> None:
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
                        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                        "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
+    target(*args)
+
+
+def exit_codes(processes: list[BaseProcess]) -> list[int]:
+    """The exit code of each process. One that has not ended after four minutes is killed."""
+    for process in processes:
+        process.join(240)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def fork_train(log: Path, *flags: object, ranks: int = 1, changes: str = "") -> list[BaseProcess]:
+    """Start `ranks` processes of train.py; what they print goes to `log`.
+
+    `changes` is code that runs before train.main, with rank, train, hooked and die at hand.
+    """
+    return fork(_train, log, changes, [str(flag) for flag in flags], ranks=ranks)
+
+
+def _train(log: Path, changes: str, words: list[str]) -> None:
+    with log.open("a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
     sys.argv = ["train.py", *words]
-    exec(changes, {"rank": rank, "train": train, "die": lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)})
+    exec(changes, {"rank": int(os.environ.get("RANK", 0)), "train": train, "hooked": hooked, "die": die})
     cli.run(train.main)
+
+
+def end_well(processes: list[BaseProcess], log: Path) -> str:
+    """What they printed, once all have ended well."""
+    codes, said = exit_codes(processes), log.read_text()
+    assert codes == [0] * len(processes), said
+    return said
+
+
+def wait_until(happens: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def hooked(function: Callable, action: Callable[[int], object]) -> Callable:
+    """`function`, whose n-th call (counted from 1) calls action(n) first."""
+    calls = itertools.count(1)
+
+    def both(*args: object, **named: object) -> object:
+        action(next(calls))
+        return function(*args, **named)
+
+    return both
+
+
+def die(*_: object, **__: object) -> None:
+    """kill -9 of this process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- training runs and what they leave
+
+SMALL = ["--n-layer", "2", "--n-embd", "32", "--block-size", "32", "--batch-size", "8", "--eval-every", "10",
+         "--eval-tokens", "2000", "--dtype", "float32", "--device", "cpu", "--threads", "1", "--compile", "off"]
+SAME = 1e-4  # bound for losses and weights: a sum in another order differs in its last bits
+
+
+@pytest.fixture(scope="session")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """finished("--max-steps", 20): the folder of an undisturbed run of SMALL. It is trained once and never changed."""
+
+    @functools.cache
+    def folder(*flags: object) -> Path:
+        out = tmp_path_factory.mktemp("finished") / "run"
+        log = out.with_name("log")
+        end_well(fork_train(log, *SMALL, "--data", data, "--out", out, *flags), log)
+        return out
+
+    return folder
+
+
+def losses(out: Path, name: str = "train_loss") -> dict[int, float]:
+    records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return {record["step"]: record[name] for record in records if name in record}
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return weights_of(read_state(out)["tensors"])
+
+
+assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # tensors, to the last bit
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    """The same model and training state, to the last bit."""
+    assert_same(*(read_safetensors(out / "model.safetensors")[0] for out in (a, b)))
+    first, second = read_state(a), read_state(b)
+    assert_same(first.pop("tensors"), second.pop("tensors"))
+    assert first | {"seconds": 0, "sha256": ""} == second | {"seconds": 0, "sha256": ""}  # the clock differs
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert losses(a) == losses(b)
+    assert losses(a, "val_loss") == losses(b, "val_loss")
+    assert_same_checkpoint(a, b)
+
+
+def assert_near_run(a: Path, b: Path) -> None:
+    """The same losses and weights, up to the order of sums."""
+    assert losses(a) == pytest.approx(losses(b), abs=SAME)
+    assert losses(a, "val_loss") == pytest.approx(losses(b, "val_loss"), abs=SAME)
+    torch.testing.assert_close(weights(a), weights(b), rtol=0, atol=SAME)
 
 
 @pytest.fixture
@@ -148,22 +250,6 @@ def random_model(seed: int = 0, std: float = 0.08, **fields: object) -> GPT:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=std)
     return model
-
-
-def assert_same(a: object, b: object) -> None:
-    """Nested plain values and tensors, equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert_same(a[name], b[name])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 def random_int8(*shape: int) -> torch.Tensor:
@@ -250,6 +336,13 @@ def folder(checkpoint_folder, tmp_path, monkeypatch):
     """A copy under out/ of the working folder, free to be damaged."""
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(checkpoint_folder, tmp_path / "out" / "wood")).relative_to(tmp_path)
+
+
+def accepted(result: tuple[int, str, str]) -> tuple[str, str]:
+    """Standard output and standard error of a script() that ended well."""
+    code, out, err = result
+    assert code == 0, out + err
+    return out, err
 
 
 def refused(result: tuple[int, str, str], *words: object) -> None:

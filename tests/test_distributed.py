@@ -4,51 +4,25 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, forks, free_port
+from conftest import ROOT, exit_codes, fork, free_port
 
+from lib import distributed
 from lib.cli import UserError
-from lib.distributed import CAN_SHARE
 
-pytestmark = pytest.mark.skipif(not CAN_SHARE, reason="no shared memory here")
+pytestmark = pytest.mark.skipif(not distributed.CAN_SHARE, reason="no shared memory here")
 SIZES = [(1, 3), (2, 5, 7), (4,), (3, 64, 2), (101,)]
-
-
-def start(world: int, task, *args: object) -> list:
-    """Processes of `task(rank, ...)`, each a rank on one machine as torchrun would start it."""
-    port = free_port()
-    processes = [forks().Process(target=member, args=(task, rank, world, port, *args)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def ended(processes: list) -> list[int]:
-    """Their exit codes."""
-    for process in processes:
-        process.join(100)
-        process.kill()
-    return [process.exitcode for process in processes]
-
-
-def member(task, rank: int, world: int, port: int, *args: object) -> None:
-    from lib import distributed
-
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_WORLD_SIZE": "1",
-                   "TORCHELASTIC_RESTART_COUNT": "0"}
-    distributed.SharedMemory.VALUES = 400
-    task(distributed.Ranks("cpu", 1), distributed, *args)
 
 
 def values(rank: int, turn: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * turn + rank))
 
 
-def exchanges(ranks, distributed, slow: int) -> None:
+def come_to_the_same_values(ranks: distributed.Ranks, slow: int) -> None:
     shared = distributed.SharedMemory.shared
     assert shared is not None and len(shared.pids) == ranks.world
     held = []  # of the last two calls
@@ -75,27 +49,18 @@ def exchanges(ranks, distributed, slow: int) -> None:
     assert all(one == every[0] for one in every)
 
 
-@pytest.mark.parametrize(("world", "slow"), [(2, 0), (2, 1), (3, 1)])
-def test_all_ranks_come_to_the_same_values(world, slow):
-    assert ended(start(world, exchanges, slow)) == [0] * world
-
-
 def refuse() -> None:
     raise UserError(f"{os.getpid()}: not this text")
 
 
-def main_does(ranks, distributed) -> None:
+def hear_what_rank_0_does_alone(ranks: distributed.Ranks) -> None:
     main = ranks.all_values(os.getpid())[0]
     assert ranks.main_does(os.getpid) == main
     with pytest.raises(UserError, match=f"{main}: not this text"):
         ranks.main_does(refuse)
 
 
-def test_what_rank_0_does_alone_all_ranks_hear():
-    assert ended(start(2, main_does)) == [0, 0]
-
-
-def dies(ranks, distributed) -> None:
+def miss_a_rank_that_ends(ranks: distributed.Ranks) -> None:
     distributed.gather(torch.ones(1, 4))
     if ranks.rank == 1:
         os._exit(3)
@@ -104,11 +69,7 @@ def dies(ranks, distributed) -> None:
     os._exit(7)  # without a goodbye to the group
 
 
-def test_a_rank_that_ends_is_missed():
-    assert ended(start(2, dies)) == [7, 3]
-
-
-def cannot_map(ranks, distributed) -> None:
+def go_on_where_one_maps_no_memory(ranks: distributed.Ranks) -> None:
     assert distributed.SharedMemory.shared is not None
     real = distributed.SharedMemory.__init__
 
@@ -121,8 +82,17 @@ def cannot_map(ranks, distributed) -> None:
     assert distributed.average(torch.full((3,), float(ranks.rank))).wait().tolist() == [0.5] * 3
 
 
-def test_ranks_of_which_one_maps_no_memory_go_on_without():
-    assert ended(start(2, cannot_map)) == [0, 0]
+def member(task: Callable, args: list) -> None:
+    distributed.SharedMemory.VALUES = 400
+    task(distributed.Ranks("cpu", 1), *args)
+
+
+@pytest.mark.parametrize(("task", "args", "codes"), [
+    (come_to_the_same_values, [0], [0, 0]), (come_to_the_same_values, [1], [0, 0]),
+    (come_to_the_same_values, [1], [0, 0, 0]), (hear_what_rank_0_does_alone, [], [0, 0]),
+    (miss_a_rank_that_ends, [], [7, 3]), (go_on_where_one_maps_no_memory, [], [0, 0])])
+def test_ranks_on_one_machine(task, args, codes):
+    assert exit_codes(fork(member, task, args, ranks=len(codes))) == codes
 
 
 ENDS = """

@@ -7,15 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_train import SAME, SMALL, losses
+from conftest import ROOT, SMALL, assert_near_run, wait_until
 
-import train
 from lib.checkpoint import STATE
 
 Hosts = dict[str, str]  # namespace -> address
@@ -79,39 +76,29 @@ def start(hosts: Hosts, out: Path, *flags: object) -> list[subprocess.Popen]:
     return started
 
 
-def ends_well(hosts: Hosts, out: Path, started: list[subprocess.Popen]) -> None:
-    until = time.monotonic() + 120
-    while None in (codes := [process.poll() for process in started]) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert codes == [0, 0], "\n".join(Path(f"{out}-{host}.log").read_text() for host in hosts)
+def ends_well(hosts: Hosts, out: Path, started: list[subprocess.Popen]) -> str:
+    """What they printed, once all have ended well."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        for process in started:
+            process.wait(timeout=120)
+    said = "".join(Path(f"{out}-{host}.log").read_text() for host in hosts)
+    assert [process.poll() for process in started] == [0, 0], said
+    return said
 
 
-@pytest.fixture
-def one(script, data, tmp_path) -> Path:
-    """What a single process makes of the same flags."""
-    code, _, err = script(train.main, "--data", data, "--out", tmp_path / "one", *SMALL, "--max-steps", 40)
-    assert code == 0, err
-    return tmp_path / "one"
-
-
-def test_two_hosts_give_the_losses_of_one_process(hosts, one, data, tmp_path):
+def test_two_hosts_give_the_losses_of_one_process(hosts, finished, data, tmp_path):
     out = tmp_path / "two"
     ends_well(hosts, out, start(hosts, out, "--data", data, "--max-steps", "40"))
-    assert losses(out) == pytest.approx(losses(one), abs=SAME)
-    assert losses(out, "val_loss") == pytest.approx(losses(one, "val_loss"), abs=SAME)
+    assert_near_run(out, finished("--max-steps", 40))
 
 
 @pytest.mark.long
-def test_a_host_that_loses_its_rank_starts_it_again(hosts, one, data, tmp_path):
+def test_a_host_that_loses_its_rank_starts_it_again(hosts, finished, data, tmp_path):
     out = tmp_path / "two"
     started = start(hosts, out, "--data", data, "--max-steps", "40")
-    until = time.monotonic() + 60
-    while not (out / STATE).exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    unlucky = list(hosts)[1]
-    kill(unlucky, but=started[1].pid)
-    ends_well(hosts, out, started)
-    said = "".join(Path(f"{out}-{host}.log").read_text() for host in hosts)
+    wait_until((out / STATE).exists)
+    kill(list(hosts)[1], but=started[1].pid)
+    said = ends_well(hosts, out, started)
     assert "exitcode: -9" in said
     assert re.search("steps [123]0 to 40 ", said), said  # from a checkpoint, on both
-    assert losses(out) == pytest.approx(losses(one), abs=SAME)
+    assert_near_run(out, finished("--max-steps", 40))
