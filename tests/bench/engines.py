@@ -17,7 +17,7 @@ import int8
 from generate import generate
 from lib.checkpoint import load_model, stored_size, weights_size
 from lib.files import atomic_path, beside
-from model import GPT, KVCache, RMSNorm, attention
+from model import GPT, KVCache, RMSNorm
 
 
 class Engine:
@@ -279,7 +279,7 @@ class PastCache(KVCache):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         here = slice(2 * layer, 2 * layer + 2)
         self.past[here] = [torch.cat((old, new), dim=2) for old, new in zip(self.past[here], (k, v), strict=True)]
-        return attention(q, *self.past[here], mask)
+        return F.scaled_dot_product_attention(q, *self.past[here], mask)
 
 
 class Traceable(nn.Module):
