@@ -93,44 +93,24 @@ constexpr double kEnoughSeconds = 4e-3;  // per timing
 #define OPAQUE(v) asm volatile("" : "+v"(v))
 #endif
 
+// Defines name(repeats), for the instruction set `target_isa`: each repeat adds w * a, by `add`, to each s of kSums sums.
+#define DOT(name, target_isa, Values, Sums, one, add)              \
+  __attribute__((target(target_isa))) void name(int64_t repeats) { \
+    Values w = one, a = one;                                       \
+    Sums sum[kSums] = {};                                          \
+    for (int64_t i = 0; i < repeats; ++i)                          \
+      _Pragma("GCC unroll 12") for (Sums& s : sum) {               \
+        s = add;                                                   \
+        OPAQUE(s);                                                 \
+        OPAQUE(w); /* keeps the product in the loop */             \
+      }                                                            \
+  }
+
 #if defined(__x86_64__)
-__attribute__((target("avx512f,avx512vnni")))
-void dot_avx512_vnni(int64_t repeats) {
-  const __m512i w = _mm512_set1_epi8(1), a = w;
-  __m512i sum[kSums] = {};
-  for (int64_t i = 0; i < repeats; ++i)
-#pragma GCC unroll 12
-    for (__m512i& s : sum) {
-      s = _mm512_dpbusd_epi32(s, w, a);
-      OPAQUE(s);
-    }
-}
-
-__attribute__((target("avx2,avxvnni")))
-void dot_avx_vnni(int64_t repeats) {
-  const __m256i w = _mm256_set1_epi8(1), a = w;
-  __m256i sum[kSums] = {};
-  for (int64_t i = 0; i < repeats; ++i)
-#pragma GCC unroll 12
-    for (__m256i& s : sum) {
-      s = _mm256_dpbusd_avx_epi32(s, w, a);
-      OPAQUE(s);
-    }
-}
-
+DOT(dot_avx512_vnni, "avx512f,avx512vnni", __m512i, __m512i, _mm512_set1_epi8(1), _mm512_dpbusd_epi32(s, w, a))
+DOT(dot_avx_vnni, "avx2,avxvnni", __m256i, __m256i, _mm256_set1_epi8(1), _mm256_dpbusd_avx_epi32(s, w, a))
 // The values are already widened to 16 bits: how often that must be done depends on the kernel.
-__attribute__((target("avx2")))
-void dot_avx2(int64_t repeats) {
-  __m256i w = _mm256_set1_epi16(1), a = w;
-  __m256i sum[kSums] = {};
-  for (int64_t i = 0; i < repeats; ++i)
-#pragma GCC unroll 12
-    for (__m256i& s : sum) {
-      s = _mm256_add_epi32(s, _mm256_madd_epi16(w, a));
-      OPAQUE(s);
-      OPAQUE(w);  // keeps the product in the loop
-    }
-}
+DOT(dot_avx2, "avx2", __m256i, __m256i, _mm256_set1_epi16(1), _mm256_add_epi32(s, _mm256_madd_epi16(w, a)))
 
 #if defined(__linux__)
 __attribute__((target("amx-tile,amx-int8")))
@@ -147,17 +127,7 @@ void dot_amx(int64_t repeats) {
 }
 #endif
 #elif defined(__aarch64__)
-__attribute__((target("arch=armv8.2-a+dotprod")))
-void dot_neon(int64_t repeats) {
-  const int8x16_t w = vdupq_n_s8(1), a = w;
-  int32x4_t sum[kSums] = {};
-  for (int64_t i = 0; i < repeats; ++i)
-#pragma GCC unroll 12
-    for (int32x4_t& s : sum) {
-      s = vdotq_s32(s, w, a);
-      OPAQUE(s);
-    }
-}
+DOT(dot_neon, "arch=armv8.2-a+dotprod", int8x16_t, int32x4_t, vdupq_n_s8(1), vdotq_s32(s, w, a))
 #endif
 
 constexpr int kGenericSums = 64;
