@@ -111,22 +111,17 @@ __attribute__((target("avx512f,avx512vnni"))) void vpdpbusd(const Product& p, in
 }
 #endif
 
-struct Named {
-  const char* name;
-  Rung* run;
-};
-
-// The rungs that this CPU can climb.
-std::vector<Named> rungs() {
-  std::vector<Named> all = {{"naive, scales inside", scales_inside},
-                            {"int32 sums", int32_sums},
-                            {"vectorized by the compiler", vectorized},
-                            {"packed in panels", packed}};
+// The rungs that this CPU can climb, with their names.
+std::vector<std::pair<std::string, Rung*>> rungs() {
+  std::vector<std::pair<std::string, Rung*>> all = {{"naive, scales inside", scales_inside},
+                                                    {"int32 sums", int32_sums},
+                                                    {"vectorized by the compiler", vectorized},
+                                                    {"packed in panels", packed}};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni")) {
-    all.push_back({"vpdpbusd", vpdpbusd<1, 0, _MM_HINT_T0>});
-    all.push_back({"vpdpbusd, 4 panels at a time, prefetch", vpdpbusd<4, 2048, _MM_HINT_T0>});
-    all.push_back({"vpdpbusd, 1 panel, prefetch to L2", vpdpbusd<1, 4096, _MM_HINT_T1>});
+    all.emplace_back("vpdpbusd", vpdpbusd<1, 0, _MM_HINT_T0>);
+    all.emplace_back("vpdpbusd, 4 panels at a time, prefetch", vpdpbusd<4, 2048, _MM_HINT_T0>);
+    all.emplace_back("vpdpbusd, 1 panel, prefetch to L2", vpdpbusd<1, 4096, _MM_HINT_T1>);
   }
 #endif
   return all;
@@ -142,11 +137,11 @@ void multiply(const std::string& name, int threads, const Array<int8_t>& w, cons
   if (p.N % kBlock || p.K % 4 || w.size() != p.N * p.K || panels.size() != w.size() || y.size() != p.N)
     throw std::invalid_argument("N must be a multiple of 256 and K of 4, and the sizes must fit each other");
   for (int64_t k = 0; k < p.K; ++k) p.q_sum += p.q[k];
-  for (const Named& rung : rungs())
-    if (name == rung.name) {
+  for (const auto& [rung, run] : rungs())
+    if (name == rung) {
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
       for (int t = 0; t < threads; ++t)
-        rung.run(p, p.N / kBlock * t / threads * kBlock, p.N / kBlock * (t + 1) / threads * kBlock);
+        run(p, p.N / kBlock * t / threads * kBlock, p.N / kBlock * (t + 1) / threads * kBlock);
       return;
     }
   throw std::invalid_argument("there is no rung '" + name + "' on this CPU");
@@ -158,7 +153,7 @@ void multiply(const std::string& name, int threads, const Array<int8_t>& w, cons
 PYBIND11_MODULE(owlet_ladder, m) {
   m.def("rungs", [] {
     std::vector<std::string> names;
-    for (const auto& rung : owlet::rungs()) names.push_back(rung.name);
+    for (const auto& rung : owlet::rungs()) names.push_back(rung.first);
     return names;
   });
   m.def("multiply", owlet::multiply);
