@@ -9,21 +9,18 @@ bandwidth by copying 1 GB (read and written), arithmetic by a bf16 product of 81
 tests/bench/bench_train.py --sizes medium.
 """
 
-import importlib.util
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from report import machine_name, publish, random_model, table, take_turns
-from msgspec import Meta
+from report import machine_name, publish, random_model, take_turns
 from torch import Tensor
 
 import int8
@@ -38,7 +35,7 @@ CACHE = 256 << 20  # bytes, more than any GPU's second-level cache
 DECODE = [(2304, 768), (768, 768), (4096, 768), (768, 2048), (8192, 8192), (16384, 4096)]  # (N, K): medium's, large
 PROMPT = [(2304, 768), (768, 768), (4096, 768), (768, 2048), (4096, 4096), (8192, 8192)]
 PROMPT_TOKENS, WARMUP = 32, 8  # tokens before those that are timed
-MOST_TOKENS = 256 - PROMPT_TOKENS - WARMUP  # within the context of `small`
+NEW = 256 - PROMPT_TOKENS - WARMUP  # tokens that are timed, within the context of `small`
 
 Linear = Callable[[Tensor], Tensor]  # x (M, K) -> (M, N)
 
@@ -68,17 +65,7 @@ def int_mm(w: Tensor) -> Linear:
     return lambda x: int_mm_linear(x, q, scale)
 
 
-def torchao(w: Tensor) -> Linear:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    linear = torch.nn.Linear(*reversed(w.shape), bias=False, device=w.device, dtype=torch.bfloat16)
-    linear.weight.data = w.bfloat16()
-    quantize_(linear, Int8DynamicActivationInt8WeightConfig())
-    linear.compile(dynamic=False)
-    return linear
-
-
-ENGINES = {"owlet": owlet, "bf16": bf16, "_int_mm": int_mm, "torchao int8": torchao}
+ENGINES = {"owlet": owlet, "bf16": bf16, "_int_mm": int_mm}
 
 
 def each(linears: list[Linear], x: Tensor) -> None:
@@ -115,7 +102,7 @@ def median_seconds(calls: dict[str, Callable[[], object]], rounds: int, title: s
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def products(shapes: list[tuple[int, int]], tokens: list[int], engines: list[str], rounds: int) -> list[dict]:
+def products(shapes: list[tuple[int, int]], tokens: list[int], rounds: int) -> list[dict]:
     """A row for each shape, number of tokens and engine."""
     rows = []
     for (N, K), M in [(shape, M) for shape in shapes for M in tokens]:
@@ -124,11 +111,10 @@ def products(shapes: list[tuple[int, int]], tokens: list[int], engines: list[str
         copies, repeats = (math.ceil(CACHE / (N * K)), 8) if M < 128 else (4, math.ceil(2**26 / (N * K)))
         torch.compiler.reset()  # its limit of recompilations holds for all shapes together
         calls = {}
-        for name in engines:
-            if name in ("_int_mm", "torchao int8") and M <= 16:  # torch._int_mm needs more than 16 rows
-                continue
-            linears = [ENGINES[name](torch.randn(N, K, device=DEVICE)) for _ in range(copies)]
-            calls[name] = partial(each, linears * repeats, x)
+        for name, engine in ENGINES.items():
+            if name != "_int_mm" or M > 16:  # which torch._int_mm needs
+                linears = [engine(torch.randn(N, K, device=DEVICE)) for _ in range(copies)]
+                calls[name] = partial(each, linears * repeats, x)
         for name, seconds in median_seconds(calls, rounds, f"{N} x {K}, {M} tokens").items():
             width, seconds = 2 if name == "bf16" else 1, seconds / (copies * repeats)
             rows.append({"N": N, "K": K, "tokens": M, "engine": name, "microseconds": seconds * 1e6,
@@ -151,7 +137,7 @@ class Eager(KVCache):
     """A cache that generate.py captures no graph for."""
 
 
-def decoding(size: str, new: int, rounds: int) -> list[dict]:
+def decoding(size: str, rounds: int) -> list[dict]:
     """Rows of tokens a second at batch 1, behind a short prompt."""
     fp32, half = random_model(size), random_model(size).to(DEVICE)
     for parameter in half.parameters():  # not half.bfloat16(), which would round the rope table too
@@ -160,7 +146,7 @@ def decoding(size: str, new: int, rounds: int) -> list[dict]:
               "fp32": fp32.to(DEVICE)}
     weights = sum(p.numel() for p in fp32.parameters() if p.dim() == 2)
     idx = torch.randint(256, (1, PROMPT_TOKENS), device=DEVICE)
-    calls = {(name, cache): partial(tokens_per_second, models[name], idx, new, cache)
+    calls = {(name, cache): partial(tokens_per_second, models[name], idx, cache)
              for name, cache in (("int8", KVCache), ("bf16", KVCache), ("bf16", Eager), ("fp32", KVCache))}
     rows = []
     for (name, cache), values in take_turns(calls, rounds, title=size).items():
@@ -171,17 +157,17 @@ def decoding(size: str, new: int, rounds: int) -> list[dict]:
 
 
 @torch.inference_mode()
-def tokens_per_second(model: GPT, idx: Tensor, new: int, cache: type[KVCache]) -> float:
+def tokens_per_second(model: GPT, idx: Tensor, cache: type[KVCache]) -> float:
     dtype = model.model.norm.weight.dtype
     model.new_cache = lambda batch_size, length: cache(model.config, batch_size, length, DEVICE, dtype)
-    stream = generate(model, idx, WARMUP + new, temperature=0)
+    stream = generate(model, idx, WARMUP + NEW, temperature=0)
     for _ in range(WARMUP):  # in which the graph is captured
         next(stream)
     torch.cuda.synchronize()
     start = time.perf_counter()
     for token in stream:
         token.tolist()  # as sample.py does to print it
-    return new / (time.perf_counter() - start)
+    return NEW / (time.perf_counter() - start)
 
 
 # ---------------------------------------------------------------- command line
@@ -189,7 +175,6 @@ def tokens_per_second(model: GPT, idx: Tensor, new: int, cache: type[KVCache]) -
 @dataclass
 class CudaBenchConfig:
     sizes: tuple[Literal[tuple(SIZES)], ...] = flag(("small", "medium"), "Models to decode with.")
-    tokens: Annotated[int, Meta(ge=1, le=MOST_TOKENS)] = flag(MOST_TOKENS, "New tokens of a generation.")
     rounds: Count = flag(7, "Turns of each engine that count.")
     out: Path = flag(Path("out/cuda"), "Folder for cuda.md and cuda.json.")
 
@@ -200,32 +185,23 @@ def main() -> None:
         raise UserError("needs a CUDA GPU, which torch does not see here")
     if int8.why_no_owlet(DEVICE):
         raise UserError("the CUDA kernels are not built: python setup.py build_ext, where nvcc and a CUDA torch are")
-    engines = [name for name in ENGINES if name != "torchao int8" or importlib.util.find_spec("torchao")]
-    if len(engines) < len(ENGINES):
-        print("note: torchao is not installed: left out", file=sys.stderr)
     torch.manual_seed(0)
     with torch.inference_mode():
         bandwidth, peak = copy_bandwidth(), peak_flops(DEVICE, torch.bfloat16)
-        rows = products(DECODE, [1, 4, 16], engines, config.rounds)
-        rows += products(PROMPT, [2048], engines, config.rounds)
-    models = [row for size in config.sizes for row in decoding(size, config.tokens, config.rounds)]
+        rows = products(DECODE, [1, 4, 16], config.rounds) + products(PROMPT, [2048], config.rounds)
+    models = [row for size in config.sizes for row in decoding(size, config.rounds)]
     for row in rows + models:
         row["of_copying"] = row["gigabytes_per_second"] * 1e9 / bandwidth
     for row in rows:
         row["of_peak"] = row["teraops_per_second"] * 1e12 / peak
 
-    machine = f"{machine_name(gpu=True)}, CUDA {torch.version.cuda}"
-    text = "\n\n".join([
-        f"{machine}; copies {bandwidth / 1e9:,.0f} GB/s, bf16 products {peak / 1e12:,.0f} TFLOP/s",
-        table(rows, {
-            "matrix": "{N} x {K}", "tokens": "{tokens}", "engine": "{engine}", "µs": "{microseconds:.1f}",
-            "weights, GB/s": "{gigabytes_per_second:,.0f}", "of copying": "{of_copying:.0%}",
-            "TOP/s": "{teraops_per_second:,.0f}", "of bf16 peak": "{of_peak:.0%}"}),
-        table(models, {
-            "model, decoding": "{model}", "tokens/s": "{tokens_per_second:,.0f}",
-            "weights, GB/s": "{gigabytes_per_second:,.0f}", "of copying": "{of_copying:.0%}"})])
-    publish(config.out / "cuda", text, {"machine": machine, "copy_bandwidth": bandwidth, "bf16_peak": peak,
-                                        "products": rows, "decoding": models})
+    note = (f"{machine_name(gpu=True)}, CUDA {torch.version.cuda}; copies {bandwidth / 1e9:,.0f} GB/s, "
+            f"bf16 products {peak / 1e12:,.0f} TFLOP/s")
+    speed = {"weights, GB/s": "{gigabytes_per_second:,.0f}", "of copying": "{of_copying:.0%}"}
+    publish(config.out / "cuda", note, (rows, {
+        "matrix": "{N} x {K}", "tokens": "{tokens}", "engine": "{engine}", "µs": "{microseconds:.1f}", **speed,
+        "TOP/s": "{teraops_per_second:,.0f}", "of bf16 peak": "{of_peak:.0%}"}), (models, {
+            "model, decoding": "{model}", "tokens/s": "{tokens_per_second:,.0f}", **speed}))
 
 
 if __name__ == "__main__":

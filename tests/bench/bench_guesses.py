@@ -7,16 +7,16 @@ text, with the same seeds. They write the same tokens, which is checked. "in vai
 temperature of 100.
 """
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
-from report import ROOT, machine_name, publish, table, take_turns
+from report import ROOT, machine_name, publish, take_turns
 from msgspec import Meta
 from torch import Tensor
 
@@ -52,39 +52,36 @@ def main() -> None:
     config = parse(GuessConfig, "Decoding with guessed tokens beside decoding without.")
     folder = config.model or newest_model(Path("out"))
     model = load_quantized(folder, "owlet")
-    draft = load_quantized(config.draft, "owlet") if config.draft else None
     ids = token_ids(read_tokenizer(folder), [config.text.read_text(encoding="utf-8")])[0]
     if len(ids) < config.prompts * config.length:
         raise UserError(f"--text: expected {config.prompts} x {config.length} tokens or more, got {len(ids)}")
     starts = range(0, len(ids) - config.length + 1, len(ids) // config.prompts)[:config.prompts]
     prompts = [torch.tensor([ids[start:start + config.length]]) for start in starts]
+    ways = {"none": {"most_guesses": 0}, "the text": {}}
+    if config.draft:
+        ways["draft"] = {"draft": load_quantized(config.draft, "owlet")}
     rows = []
-    for threads in config.threads:
+    for threads, temperature in itertools.product(config.threads, config.temperatures):
         torch.set_num_threads(threads)
-        for temperature in config.temperatures:
-            ways = {"none": {"most_guesses": 0}, "the text": {}, **({"draft": {"draft": draft}} if draft else {})}
-            calls: dict[tuple[str, int], Callable[[], tuple]] = {
-                (name, i): partial(write, model, prompt, config.new, i, temperature=temperature, **settings)
-                for i, prompt in enumerate(prompts) for name, settings in ways.items()}
-            found = {key: results[0] for key, results in take_turns(calls, 1, warmup=1, title=f"{threads}").items()}
-            for name in ways:
-                runs = [found[name, i] for i in range(len(prompts))]
-                if any(not torch.equal(run[1], found["none", i][1]) for i, run in enumerate(runs)):
-                    raise UserError(f"guesses by {name} changed the text at temperature {temperature:g}")
-                rows.append({
-                    "threads": threads, "temperature": temperature, "guesses": name,
-                    "speed": statistics.median((config.new - 1) / run[0] for run in runs),
-                    "ratio": statistics.median(found["none", i][0] / run[0] for i, run in enumerate(runs)),
-                    "guessed": sum(run[2] for run in runs), "right": sum(run[3] for run in runs)})
+        calls = {(name, i): partial(write, model, prompt, config.new, i, temperature=temperature, **settings)
+                 for i, prompt in enumerate(prompts) for name, settings in ways.items()}
+        found = {key: results[0] for key, results in take_turns(calls, 1, title=f"{threads}").items()}
+        for name in ways:
+            runs = [found[name, i] for i in range(len(prompts))]
+            if any(not torch.equal(run[1], found["none", i][1]) for i, run in enumerate(runs)):
+                raise UserError(f"guesses by {name} changed the text at temperature {temperature:g}")
+            rows.append({
+                "threads": threads, "temperature": temperature, "guesses": name,
+                "speed": statistics.median((config.new - 1) / run[0] for run in runs),
+                "ratio": statistics.median(found["none", i][0] / run[0] for i, run in enumerate(runs)),
+                "guessed": sum(run[2] for run in runs), "right": sum(run[3] for run in runs)})
     for row in rows:
         row["share"] = f"{row['right'] / row['guessed']:.0%} of {row['guessed']:,}" if row["guessed"] else "-"
-    text = table(rows, {
+    draft = f", draft {config.draft.name}" if config.draft else ""
+    note = f"{folder.name}{draft}; medians of {len(prompts)} texts, {config.new} tokens each; {machine_name()}"
+    publish(config.out / "guesses", note, (rows, {
         "guesses by": "{guesses}", "temperature": "{temperature:g}", "threads": "{threads}", "tokens/s": "{speed:,.0f}",
-        "over none": "{ratio:.2f}x", "right": "{share}"})
-    machine = machine_name()
-    what = f"{folder.name}{f', draft {config.draft.name}' if config.draft else ''}; medians of {len(prompts)} texts"
-    publish(config.out / "guesses", f"{text}\n\n{what}, {config.new} tokens each; {machine}",
-            {"machine": machine, "rows": rows})
+        "over none": "{ratio:.2f}x", "right": "{share}"}))
 
 
 if __name__ == "__main__":

@@ -9,18 +9,17 @@ picture of it. report.py says how to choose sizes and threads.
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
-from report import GPT2_VOCAB, OUT, THREADS, picture, publish, random_model, sizes, summary, table, uncaptured
-from probe import Limits, int8_machine
+from report import GPT2_VOCAB, OUT, THREADS, matrix_sizes, picture, publish, random_model, sizes, summary, uncaptured
+from probe import LIMIT, Limits, int8_machine
 from torch import Tensor
 
 import int8
 from generate import generate
-from lib.checkpoint import empty_model
-from model import GPT, GPTConfig
+from model import GPT
 
 ROUNDS = {"tiny": 9, "small": 7, "base": 5, "medium": 3}  # medium in fp32 takes seconds a round
 ENGINES = {"fp32": "#bdbdbd", "torch.ao": "#9ecae1", "owlet": "#08519c"}
@@ -34,11 +33,6 @@ class Phase:
     new: int  # tokens timed after the prompt; 0: the prompt is timed
     guesses: bool = False  # owlet guesses, in a text of random tokens, so that hardly any is right
 
-    def fit(self, config: GPTConfig) -> "Phase":
-        new = min(self.new, config.block_size // 2) if self.prompt > config.block_size else self.new
-        prompt = min(self.prompt, config.block_size - (new if self.prompt > config.block_size else 0))
-        return replace(self, prompt=prompt, new=min(new, config.block_size - prompt))
-
     def start(self, model: GPT) -> Iterator[Tensor]:
         """A generation of which only what is timed is left to do."""
         prompt = torch.randint(0, model.config.vocab_size, (self.batch, self.prompt))
@@ -48,16 +42,15 @@ class Phase:
         return stream
 
 
-PHASES = {"prompt": Phase(1, 512, 0), "decode": Phase(1, 32, 200), "decode, full context": Phase(1, 10**6, 128),
-          "batch 16": Phase(16, 32, 16),
-          "decode, guessing in vain": Phase(1, 32, 200, guesses=True)}
+def phases(block: int) -> dict[str, Phase]:
+    """What is timed of a model whose context is `block` tokens."""
+    last, new = min(128, block // 2), min(200, block - 32)
+    return {"prompt": Phase(1, min(512, block), 0), "decode": Phase(1, 32, new),
+            "decode, full context": Phase(1, block - last, last), "batch 16": Phase(16, 32, 16),
+            "decode, guessing in vain": Phase(1, 32, new, guesses=True)}
 
 
-def matrix_sizes(config: GPTConfig) -> tuple[int, int]:
-    """The weights of all layers, and of the head."""
-    layers, head = (sum(t.numel() for name, t in empty_model(config).named_parameters()
-                        if t.dim() == 2 and ("layers" in name) == inside) for inside in (True, False))
-    return layers, head if config.tie_embeddings else head // 2
+PHASES = list(phases(1024))
 
 
 @pytest.fixture(scope="module", params=sizes("tiny,small,base,medium"))
@@ -70,7 +63,7 @@ def models(request: pytest.FixtureRequest) -> dict[str, GPT]:
 @pytest.mark.parametrize("threads", THREADS)
 def bench_inference(benchmark, request, models, threads, phase):
     config = models["fp32"].config
-    size, work = request.node.callspec.params["models"], PHASES[phase].fit(config)
+    size, work = request.node.callspec.params["models"], phases(config.block_size)[phase]
     benchmark.group = f"{size} {phase}, {threads} threads"
     torch.set_num_threads(threads)
     seconds = {name: [] for name in models}
@@ -83,9 +76,8 @@ def bench_inference(benchmark, request, models, threads, phase):
             seconds[name].append(time.perf_counter() - start)
         return (work.start(models["owlet"]),), {}
 
-    # bytes of int8; the embedding is the head
     layers, head = matrix_sizes(config)
-    limits = Limits(layers + head, threads)
+    limits = Limits(layers + head, threads)  # a byte a weight; the embedding is the head
     for model in models.values():
         list(itertools.islice(work.start(model), 3))  # warm-up
     benchmark.pedantic(list, setup=others, rounds=ROUNDS[size])
@@ -112,22 +104,18 @@ def report(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if not rows:
         return
-    rows.sort(key=lambda row: list(PHASES).index(row["phase"]))  # stable: sizes stay in order
-    text = table(rows, {
-        "phase": "{phase}", "size": "{size}", "threads": "{threads}",
-        "fp32 tok/s": "{speed[fp32][median]:,.0f} ±{speed[fp32][spread]:.0%}",
-        "torch.ao tok/s": "{speed[torch.ao][median]:,.0f} ±{speed[torch.ao][spread]:.0%}",
-        "owlet tok/s": "{speed[owlet][median]:,.0f} ±{speed[owlet][spread]:.0%}",
-        "torch.ao / fp32": "{speed_up[torch.ao]:.2f}", "owlet / fp32": "{speed_up[owlet]:.2f}",
-        "owlet GB/s": "{gigabytes_per_second:.1f}", "owlet GOP/s": "{gigaops_per_second:,.0f}",
-        "limit tok/s": "{limit:,.0f}", "limited by": "{limited_by}", "of limit": "{share_of_limit:.0%}"})
-    note = ("Medians of rounds that take turns, and how far the farthest round is from them. The limit is the time to "
-            "read the int8 weights or to multiply by them, whichever is longer, at the speeds probed before and after; "
-            "attention, norms and sampling come on top.")
+    rows.sort(key=lambda row: PHASES.index(row["phase"]))  # stable: sizes stay in order
     machine = int8_machine()
     plot(machine.split(";")[0])
+    note = ("Medians of rounds that take turns, and how far the farthest round is from them. "
+            f"The limit is {LIMIT} before and after; attention, norms and sampling come on top. {machine}.")
+    speeds = {f"{name} tok/s": f"{{speed[{name}][median]:,.0f}} ±{{speed[{name}][spread]:.0%}}" for name in ENGINES}
     with uncaptured(request):
-        publish(OUT / "inference", f"{text}\n\n{note} {machine}.", {"machine": machine, "rows": rows})
+        publish(OUT / "inference", note, (rows, {
+            "phase": "{phase}", "size": "{size}", "threads": "{threads}", **speeds,
+            "torch.ao / fp32": "{speed_up[torch.ao]:.2f}", "owlet / fp32": "{speed_up[owlet]:.2f}",
+            "owlet GB/s": "{gigabytes_per_second:.1f}", "owlet GOP/s": "{gigaops_per_second:,.0f}",
+            "limit tok/s": "{limit:,.0f}", "limited by": "{limited_by}", "of limit": "{share_of_limit:.0%}"}))
 
 
 def plot(title: str) -> None:

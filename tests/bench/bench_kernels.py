@@ -7,33 +7,25 @@ in a model: a single matrix would stay in the second-level cache. The table is p
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from report import GPT2_VOCAB, OUT, THREADS, publish, sizes, table, uncaptured
-from probe import Limits, int8_machine
+from report import GPT2_VOCAB, OUT, THREADS, matrix_shapes, matrix_sizes, publish, sizes, uncaptured
+from probe import LIMIT, Limits, int8_machine
 from torch import Tensor, nn
 
 from int8 import quantize_rows, torch_ao
 from model import SIZES, GPTConfig
 
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 512]
-MATRICES = ["qkv", "o", "gate_up", "down", "head"]
-CASES = [(size, matrix, engine) for size in sizes("base,medium") for matrix, engine in
-         [*((matrix, "owlet") for matrix in MATRICES), ("gate_up", "fp32"), ("gate_up", "torch.ao")]]
+CONFIGS = {size: GPTConfig(GPT2_VOCAB, **SIZES[size]) for size in sizes("base,medium")}
+CASES = [(size, matrix, engine) for size, config in CONFIGS.items() for matrix, engine in
+         [*((matrix, "owlet") for matrix in matrix_shapes(config)), ("gate_up", "fp32"), ("gate_up", "torch.ao")]]
 limits = functools.cache(Limits)
 rows: list[dict] = []
-
-
-def shapes(size: str) -> tuple[dict[str, tuple[int, int]], int]:
-    """(N, K) of a model's matrices, and the number of weights in all layers together."""
-    c = GPTConfig(GPT2_VOCAB, **SIZES[size])
-    matrices = {"qkv": (3 * c.n_embd, c.n_embd), "o": (c.n_embd, c.n_embd), "gate_up": (2 * c.n_hidden, c.n_embd),
-                "down": (c.n_embd, c.n_hidden), "head": (c.vocab_size, c.n_embd)}
-    *layer, head = (N * K for N, K in matrices.values())
-    return matrices, c.n_layer * sum(layer) + head
 
 
 def product(engine: str, weight: Tensor, swiglu: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -57,18 +49,18 @@ def product(engine: str, weight: Tensor, swiglu: bool) -> Callable[[Tensor, Tens
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def linears(request: pytest.FixtureRequest) -> list[Callable[[Tensor, Tensor | None], Tensor]]:
     size, matrix, engine = request.param
-    matrices, total = shapes(size)
-    N, K = matrices[matrix]
+    N, K = matrix_shapes(CONFIGS[size])[matrix]
     torch.manual_seed(0)
     weight = torch.randn(N, K)
-    return [product(engine, weight, matrix == "gate_up") for _ in range(-(-total // (N * K)))]
+    copies = math.ceil(sum(matrix_sizes(CONFIGS[size])) / (N * K))
+    return [product(engine, weight, matrix == "gate_up") for _ in range(copies)]
 
 
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("tokens", TOKENS)
 def bench_int8_linear(benchmark, request, linears, tokens, threads):
     size, matrix, engine = request.node.callspec.params["linears"]
-    N, K = shapes(size)[0][matrix]
+    N, K = matrix_shapes(CONFIGS[size])[matrix]
     benchmark.group = f"{size} {matrix}, {tokens} tokens, {threads} threads"
     torch.set_num_threads(threads)
     x = torch.randn(tokens, K)
@@ -96,14 +88,10 @@ def bench_int8_linear(benchmark, request, linears, tokens, threads):
 @pytest.fixture(scope="module", autouse=True)
 def report(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    if not rows:
-        return
-    text = table(rows, {
-        "matrix": "{matrix}", "tokens": "{tokens}", "engine": "{engine}", "threads": "{threads}",
-        "µs": "{microseconds:,.0f}", "GB/s": "{gigabytes_per_second:.1f}", "GOP/s": "{gigaops_per_second:,.0f}",
-        "of limit": "{share_of_limit:.0%}"})
-    note = ("Medians. GB/s are of the weights as each engine holds them. The limit is the time to read the int8 "
-            "weights or to multiply by them, whichever is longer, at the speeds probed in the same run.")
-    machine = int8_machine()
-    with uncaptured(request):
-        publish(OUT / "kernels", f"{text}\n\n{note} {machine}.", {"machine": machine, "rows": rows})
+    if rows:
+        with uncaptured(request):
+            publish(OUT / "kernels", "Medians. GB/s are of the weights as each engine holds them. "
+                    f"The limit is {LIMIT} in the same run. {int8_machine()}.", (rows, {
+                        "matrix": "{matrix}", "tokens": "{tokens}", "engine": "{engine}", "threads": "{threads}",
+                        "µs": "{microseconds:,.0f}", "GB/s": "{gigabytes_per_second:.1f}",
+                        "GOP/s": "{gigaops_per_second:,.0f}", "of limit": "{share_of_limit:.0%}"}))

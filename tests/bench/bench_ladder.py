@@ -17,7 +17,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from report import OUT, machine_name, publish, table, take_turns
+from report import OUT, machine_name, publish, take_turns
 from msgspec import Meta
 from probe import Limits, compiled, owlet_kernels
 from torch import Tensor
@@ -30,6 +30,10 @@ NOISY = 0.1  # between the quartiles, as a share of the median: from there on a 
 THREADS = sorted({1, min(2, cores())})
 
 
+def on_threads(name: str, threads: int) -> str:
+    return f"{name}, {threads} threads" if threads > 1 else name
+
+
 def rungs(N: int, K: int) -> dict[str, tuple[int, Callable[[], Tensor]]]:
     """Name -> threads, and how to multiply the same random w (N, K) by the same token: y (1, N). Each is checked."""
     torch.manual_seed(0)
@@ -37,10 +41,6 @@ def rungs(N: int, K: int) -> dict[str, tuple[int, Callable[[], Tensor]]]:
     (w, scale), (q, x_scale) = quantize_rows(w32), quantize_tokens(x)
     huge = torch.ops.owlet.pack_int8(w)  # on pages of 2 MB
     small = huge.clone()  # on pages of 4 KB
-    found = {}
-
-    def add(name: str, threads: int, product: Callable[..., Tensor], *args: object) -> None:
-        found[f"{name}, {threads} threads" if threads > 1 else name] = threads, lambda: product(*args)
 
     def climb(name: str, threads: int, panels: Tensor) -> Tensor:
         y = torch.empty(1, N)
@@ -48,15 +48,14 @@ def rungs(N: int, K: int) -> dict[str, tuple[int, Callable[[], Tensor]]]:
                         y.view(N).numpy())
         return y
 
-    for name in ladder.rungs():
-        add(name, 1, climb, name, 1, small)
+    found = {name: (1, partial(climb, name, 1, small)) for name in ladder.rungs()}
+    fast = [name for name in ladder.rungs() if name.startswith("vpdpbusd")]
+    found |= {on_threads(f"{name}, pages of 2 MB", threads): (threads, partial(climb, name, threads, huge))
+              for threads in THREADS for name in fast}
     for threads in THREADS:
-        for name in ladder.rungs():
-            if name.startswith("vpdpbusd"):
-                add(f"{name}, pages of 2 MB", threads, climb, name, threads, huge)
-    for threads in THREADS:
-        add(f"owlet's kernel ({owlet_kernels.isa()})", threads, torch.ops.owlet.int8_linear, x, huge, scale)
-        add("fp32, torch", threads, F.linear, x, w32)
+        found[on_threads(f"owlet's kernel ({owlet_kernels.isa()})", threads)] = threads, partial(
+            torch.ops.owlet.int8_linear, x, huge, scale)
+        found[on_threads("fp32, torch", threads)] = threads, partial(F.linear, x, w32)
 
     parts = zip(w.split(4096), scale.split(4096), strict=True)  # the reference needs 8 bytes a weight
     expected = torch.cat([int8_linear_reference(x, *part) for part in parts], dim=1)
@@ -92,8 +91,7 @@ def measure(mib: int, K: int, rounds: int) -> dict[str, dict[str, str]]:
         noisy = "~" * ((high - low) / middle > NOISY)
         cells[name] = {f"speed {mib}": f"{noisy}{middle:.1f}",
                        f"share {mib}": f"{middle / limits[threads].bandwidth:.0%}"}
-    return cells | {f"the limit, {threads} threads" if threads > 1 else "the limit":
-                    {f"speed {mib}": f"{limit.bandwidth:.1f}", f"share {mib}": "100%"}
+    return cells | {on_threads("the limit", threads): {f"speed {mib}": f"{limit.bandwidth:.1f}", f"share {mib}": "100%"}
                     for threads, limit in limits.items()}
 
 
@@ -113,9 +111,9 @@ def main() -> None:
         columns |= {f"{mib} MiB: GB/s": f"{{speed {mib}}}", f"{mib} MiB: of the limit": f"{{share {mib}}}"}
     note = (f"{machine_name()}; one token, K = {K}; medians of {config.rounds} rounds, "
             f"~ where the quartiles lie more than {NOISY:.0%} apart.")
-    if not any(name.startswith("vpdpbusd") for name in sizes[config.mib[0]]):
+    if not any(row["rung"].startswith("vpdpbusd") for row in rows):
         note += " The rungs above `packed in panels` need AVX512-VNNI, which this CPU lacks."
-    publish(OUT / "ladder", f"{table(rows, columns)}\n\n{note}", {"machine": machine_name(), "rows": rows})
+    publish(OUT / "ladder", note, (rows, columns))
 
 
 if __name__ == "__main__":

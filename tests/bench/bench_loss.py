@@ -10,21 +10,18 @@ text, computed by the same code for all.
 
 import shutil
 import statistics
-import subprocess
-import sys
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import gpt2
 import torch
-from report import ROOT, machine_name, picture, publish, table, take_turns
+from report import ROOT, machine_name, picture, publish, run_process, take_turns
 from safetensors.torch import load_model as load_weights
 
 from dataloader import TokenData, evaluate
 from lib.checkpoint import load_model
-from lib.cli import Count, UserError, flag, parse, run
+from lib.cli import Count, flag, parse, run
 from lib.files import newest
 
 BASELINES = {"GPT-2, as published": 1e-3, "GPT-2, learning rate tuned": 3e-3}  # learning rates
@@ -39,7 +36,7 @@ class Recipe:
 
     name: str
     steps: int
-    learning_rate: float | None = None  # of a baseline
+    learning_rate: float | None = None  # a baseline's; owlet has its own
     parameters: int = 0
     seconds: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)  # in nats
@@ -48,20 +45,13 @@ class Recipe:
         """Train in a process of its own, then evaluate. Raises UserError if the process fails."""
         seed = len(self.seconds) + 1
         out /= f"{self.name.replace(', ', '-').replace(' ', '-')}-{self.steps}-{seed}"
+        shutil.rmtree(out, ignore_errors=True)  # from an earlier benchmark
         if self.learning_rate is None:
-            command = ["train.py", "tiny", "--data", data.folder, "--out", out, "--seed", seed,
+            command = [ROOT / "train.py", "tiny", "--data", data.folder, "--out", out, "--seed", seed,
                        "--max-steps", self.steps, *SHAPE]
         else:
-            command = ["tests/bench/gpt2.py", data.folder, out, self.learning_rate, seed]
-        shutil.rmtree(out, ignore_errors=True)  # from an earlier benchmark
-        out.mkdir(parents=True)
-        with (out / "output.txt").open("w") as output:
-            start = time.perf_counter()
-            code = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])],
-                                  stdout=output, stderr=subprocess.STDOUT).returncode
-            self.seconds.append(time.perf_counter() - start)
-        if code:
-            raise UserError(f"{self.name}: ended with {code}; its output is in {out}/output.txt")
+            command = [ROOT / "tests/bench/gpt2.py", data.folder, out, self.learning_rate, seed]
+        self.seconds.append(run_process(command, out / "output.txt"))
         model = self.load(data, out)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.loss.append(evaluate(model, data))
@@ -76,19 +66,13 @@ class Recipe:
 
 # ---------------------------------------------------------------- report
 
-def loss_table(recipes: list[Recipe]) -> str:
+def loss_rows(recipes: list[Recipe]) -> list[dict]:
     """Medians; losses with the lowest and the highest, times also as shares of each baseline's."""
-    published, tuned = (statistics.median(recipe.seconds) for recipe in recipes[:2])
-    rows = []
-    for recipe in recipes:
-        seconds = statistics.median(recipe.seconds)
-        rows.append(vars(recipe) | {
-            "seconds": seconds, "loss": statistics.median(recipe.loss), "low": min(recipe.loss),
-            "high": max(recipe.loss), "of_published": seconds / published, "of_tuned": seconds / tuned})
-    return table(rows, {
-        "": "{name}", "parameters": "{parameters:,}", "steps": "{steps:,}",
-        "validation loss, nats": "{loss:.3f} ({low:.3f} to {high:.3f})", "seconds": "{seconds:.1f}",
-        "of the published": "{of_published:.2f}", "of the tuned": "{of_tuned:.2f}"})
+    seconds = [statistics.median(recipe.seconds) for recipe in recipes]
+    return [{"name": recipe.name, "parameters": recipe.parameters, "steps": recipe.steps, "seconds": median,
+             "loss": statistics.median(recipe.loss), "low": min(recipe.loss), "high": max(recipe.loss),
+             "of_published": median / seconds[0], "of_tuned": median / seconds[1]}
+            for recipe, median in zip(recipes, seconds, strict=True)]
 
 
 def plot(recipes: list[Recipe], title: str, path: Path) -> None:
@@ -121,9 +105,11 @@ def main() -> None:
     calls = {i: partial(recipe.run, data, config.out) for i, recipe in enumerate(recipes)}
     take_turns(calls, config.repeats, warmup=0)
     plot(recipes, f"{data.folder.name}, {gpt2.BATCH} x {gpt2.BLOCK} tokens a step", config.out / "loss.png")
-    machine = f"{machine_name()}, {torch.get_num_threads()} threads"
-    publish(config.out / "loss", f"{loss_table(recipes)}\n\n{machine}; medians of {config.repeats} rounds",
-            {"machine": machine, "data": str(data.folder), "rows": [asdict(recipe) for recipe in recipes]})
+    note = f"{machine_name()}, {torch.get_num_threads()} threads; medians of {config.repeats} rounds"
+    publish(config.out / "loss", note, (loss_rows(recipes), {
+        "": "{name}", "parameters": "{parameters:,}", "steps": "{steps:,}",
+        "validation loss, nats": "{loss:.3f} ({low:.3f} to {high:.3f})", "seconds": "{seconds:.1f}",
+        "of the published": "{of_published:.2f}", "of the tuned": "{of_tuned:.2f}"}))
 
 
 if __name__ == "__main__":

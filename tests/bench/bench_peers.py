@@ -9,86 +9,36 @@ Each engine is a process of its own, bound to as many cores as it has threads. B
 for its users. What --out holds from an earlier run (models, converted files) is used again; remove it to start afresh.
 """
 
-import importlib.metadata
 import itertools
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from report import GPT2_VOCAB, machine_name, picture, publish, random_model, summary, table, take_turns
-from engines import ENGINES, Engine
+from report import CORES, GPT2_VOCAB, Remote, machine_name, picture, publish, random_model, summary, take_turns
+from engines import ENGINES
 from msgspec import Meta
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import models
 
 from lib.checkpoint import load_model, save_weights
 from lib.cli import Count, UserError, flag, parse, run
+from lib.corpus import BYTES, train_tokenizer
 from lib.files import beside, write_json
 from model import GPT
 
 SHORT, NEW, LONG = 32, 200, 512  # tokens: the prompt before decoding, those decoded, the prompt that is timed
-CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # only Linux binds processes
 WRONG = 1.0  # an engine as far off as this runs another model; 4 bits, hardest for random weights, come to 0.6
 
 
-# ---------------------------------------------------------------- an engine's process
-
-def serve(name: str, folder: Path, threads: int) -> None:
-    """Answer requests, one line of JSON each, on standard input and output."""
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to standard error
-
-    def reply(**answer: object) -> None:
-        print(json.dumps(answer), file=channel, flush=True)
-
-    torch.set_num_threads(threads)
-    try:
-        engine = ENGINES[name](folder, threads)
-        reply(megabytes=engine.size / 1e6, version=importlib.metadata.version(engine.package))
-        for line in sys.stdin:
-            request = json.loads(line)
-            if request["new"]:
-                reply(**timed(engine, **request))
-            else:
-                reply(logits=engine.logits(request["ids"]).tolist())
-    except ModuleNotFoundError as error:
-        reply(error=f"not installed: {error.name}")
-    except Exception as error:  # whatever stops one engine is a row of the table, and the others go on
-        reply(error=" ".join(f"{type(error).__name__}: {error}".split())[:200])
-        raise
-
-
-def timed(engine: Engine, ids: list[int], new: int) -> dict:
-    """Seconds until the first token, and from there to the last; and the tokens."""
-    tokens, times = [], []
-
-    def note(token: int) -> bool:
-        tokens.append(token)
-        times.append(time.perf_counter())
-        return False  # True would stop CTranslate2
-
-    start = time.perf_counter()
-    engine.generate(ids, new, note)
-    return {"prompt": times[0] - start, "decode": times[-1] - times[0], "tokens": tokens}
-
-
-class EngineError(Exception):
-    pass
-
-
 class Worker:
-    """An engine's process, seen from outside, and its row of the table. It runs only while it works on a request."""
+    """An engine in a process of its own, and its row of the table. It runs only while it works on a request."""
 
     def __init__(self, name: str, folder: Path, threads: int) -> None:
-        self.name, self.folder, self.threads, self.process = name, folder, threads, None
+        self.name, self.folder, self.threads, self.remote = name, folder, threads, None
         self.row = {"size": folder.name, "threads": threads, "engine": name}
         self.speeds = {"decode": [], "prompt": []}  # tokens a second, one value a round
 
@@ -97,45 +47,28 @@ class Worker:
         if "error" in self.row:
             return
         try:
-            if self.process is None:
-                self.start()
-                self.row |= check(self, reference, ids[:SHORT])
-                self.ask(ids, 1)
+            if self.remote is None:
+                self.remote = Remote(partial(ENGINES[self.name], self.folder, self.threads), CORES[:self.threads],
+                                     {"OMP_NUM_THREADS": str(self.threads)}, beside(self.folder, f"-{self.name}.log"))
+                self.row |= self.ask("about") | check(self, reference, ids[:SHORT])
+                self.ask("timed", ids, 1)
             else:
-                self.speeds["decode"].append((NEW - 1) / self.ask(ids[:SHORT], NEW)["decode"])
-                self.speeds["prompt"].append(LONG / self.ask(ids, 1)["prompt"])
-        except EngineError as error:
+                self.speeds["decode"].append((NEW - 1) / self.ask("timed", ids[:SHORT], NEW)["decode"])
+                self.speeds["prompt"].append(LONG / self.ask("timed", ids, 1)["prompt"])
+        except UserError as error:
             self.row["error"] = str(error)
 
-    def start(self) -> None:
-        command = [sys.executable, __file__, "--serve", self.name, str(self.folder), str(self.threads)]
-        with beside(self.folder, f"-{self.name}.log").open("w") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(self.threads)},
-                preexec_fn=partial(os.sched_setaffinity, 0, CORES[:self.threads]))
-        self.row |= self.answer()
-
-    def ask(self, ids: list[int], new: int) -> dict:
-        self.process.send_signal(signal.SIGCONT)
-        print(json.dumps({"ids": ids, "new": new}), file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def answer(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            raise EngineError(signal.strsignal(-code) if code < 0 else f"ended with exit code {code}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise EngineError(answer["error"])
-        self.process.send_signal(signal.SIGSTOP)
+    def ask(self, method: str, *args: object) -> Any:
+        os.kill(self.remote.process.pid, signal.SIGCONT)
+        self.remote.ask(method, *args)
+        answer = self.remote.answer()
+        os.kill(self.remote.process.pid, signal.SIGSTOP)
         return answer
 
     def close(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+        if self.remote is not None and self.remote.process.is_alive():
+            os.kill(self.remote.process.pid, signal.SIGCONT)
+            self.remote.close()
 
 
 # ---------------------------------------------------------------- the comparison
@@ -145,12 +78,10 @@ def make_checkpoint(size: str, vocab_size: int, out: Path) -> Path:
     folder = out / size
     if (folder / "config.json").exists():
         return folder
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a symbol for each byte
-    pairs = list(itertools.islice(itertools.product(alphabet, repeat=2), vocab_size - len(alphabet)))
-    vocab = [*alphabet, *map("".join, pairs)]
-    tokenizer = Tokenizer(models.BPE(vocab={text: token for token, text in enumerate(vocab)}, merges=pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    pairs = list(itertools.islice(itertools.product(BYTES, repeat=2), vocab_size - len(BYTES)))
+    vocab = [*BYTES, *map("".join, pairs)]
+    tokenizer = train_tokenizer((), len(BYTES))
+    tokenizer.model = models.BPE(vocab={text: token for token, text in enumerate(vocab)}, merges=pairs)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), vocab[0])  # CTranslate2 needs them
@@ -165,16 +96,16 @@ def check(worker: Worker, reference: GPT, prompt: list[int]) -> dict[str, float]
     """How far off an engine is: its logits relative to fp32's, and, for the tokens it decodes, how far fp32's logit of
     a token is below its highest, in standard deviations of the logits (about 4 for random tokens).
     """
-    tokens = worker.ask(prompt, NEW)["tokens"]
+    tokens = worker.ask("timed", prompt, NEW)["tokens"]
     if len(tokens) != NEW:
-        raise EngineError(f"decoded {len(tokens)} tokens instead of {NEW}")
-    logits = torch.tensor(worker.ask(prompt, 0)["logits"])
+        raise UserError(f"decoded {len(tokens)} tokens instead of {NEW}")
+    logits = torch.from_numpy(worker.ask("logits", prompt))
     exact = reference(torch.tensor([prompt + tokens]))[0][0, len(prompt) - 1:-1]  # (NEW, V)
     chosen = exact.gather(1, torch.tensor(tokens)[:, None])[:, 0]
     off = {"logits_off": ((logits - exact[0]).norm() / exact[0].norm()).item(),
            "choices_off": ((exact.amax(1) - chosen) / exact.std(1)).mean().item()}
     if not max(off.values()) < WRONG:
-        raise EngineError(f"computes something else: {off}")
+        raise UserError(f"computes something else: {off}")
     return off
 
 
@@ -239,24 +170,18 @@ def main() -> None:
         for threads in config.threads:
             rows += compare(folder, threads, config.engines, config.rounds)
     measured = [row for row in rows if "error" not in row]
-    text = table(measured, {
+    errors = {f"{row['engine']}, {row['size']}: {row['error']}\n\n": None for row in rows if "error" in row}
+    versions = {f"{row['engine']} {row['version']}": None for row in measured}
+    note = (f"{''.join(errors)}{machine_name()}; {config.rounds} rounds, medians and the value farthest from them; "
+            f"decode: {NEW} tokens after {SHORT}, prompt: {LONG}; GB/s are of one byte a weight\n"
+            f"{', '.join(versions)}\nwhat the engines printed is in {config.out}/*.log")
+    plot(rows, machine_name(), config.out / "peers.png")
+    publish(config.out / "peers", note, (measured, {
         "engine": "{engine}", "size": "{size}", "threads": "{threads}", "file MB": "{megabytes:.1f}",
         "logits off": "{logits_off:.2%}", "choices off": "{choices_off:.4f}",
         "decode tok/s": "{decode[median]:,.0f} ±{decode[spread]:.0%}", "GB/s": "{bandwidth:.1f}",
-        "prompt tok/s": "{prompt[median]:,.0f} ±{prompt[spread]:.0%}"})
-    errors = {f"{row['engine']}, {row['size']}: {row['error']}": None for row in rows if "error" in row}
-    versions = {f"{row['engine']} {row['version']}": None for row in measured}
-    note = (f"{machine_name()}; {config.rounds} rounds, medians and the value farthest from them; decode: {NEW} tokens "
-            f"after {SHORT}, prompt: {LONG}; GB/s are of one byte a weight\n{', '.join(versions)}\n"
-            f"what the engines printed is in {config.out}/*.log")
-    plot(rows, machine_name(), config.out / "peers.png")
-    publish(config.out / "peers", "\n\n".join([text, *errors, note]), {"machine": machine_name(), "rows": rows})
+        "prompt tok/s": "{prompt[median]:,.0f} ±{prompt[spread]:.0%}"}))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--serve"]:
-        name, folder, threads = sys.argv[2:]
-        serve(name, Path(folder), int(threads))
-    else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no stopped process is left behind
-        run(main)
+    run(main)

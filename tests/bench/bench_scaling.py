@@ -1,28 +1,21 @@
-"""How a training step scales over ranks: measured here, and modelled for 4 and 8.
+"""How a training step scales over ranks that share its batch: measured here, and modelled for up to 8.
 
     python tests/bench/bench_scaling.py                                  1 and 2 ranks: a core each, or a GPU each
     python tests/bench/bench_scaling.py --ranks 1 2 4 8 --sizes base     on a machine that has them
 
 The step is train.py's, not compiled. The ranks are processes that live for the whole benchmark and take turns; between
-turns they wait on a pipe. Strong scaling divides a batch among the ranks, weak scaling gives each rank a whole batch.
-The ceiling is the same step with nothing sent. What is missing from N there, ranks lose to shared caches and memory
-and to work that each of them repeats; what is missing from the ceiling is communication. The model adds a step up from
-its parts, each of them measured here, or assumed for GPUs that are not here.
+turns they wait on a pipe. The ceiling is the speed-up of the same step with nothing sent. It is below N because ranks
+share caches and memory, and because each repeats some work; communication makes up the rest. The model adds a step up
+from its parts, each of them measured here, or assumed for GPUs that are not here.
 """
 
 import itertools
 import math
-import multiprocessing
-import os
 import random
-import signal
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Literal
 from unittest import mock
@@ -30,7 +23,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from report import machine_name, picture, publish, summary, table, take_turns
+from report import CORES, Remote, machine_name, picture, publish, summary, take_turns
 from msgspec import Meta
 from torch import Tensor
 
@@ -47,11 +40,10 @@ CONFIGS = {"tiny-64": GPTConfig(**SIZES["tiny"] | {"block_size": 64}), "small": 
 BATCHES = {"tiny-64": 12, "small": 16, "base": 128}  # sequences a step
 RATES = 0.02, 3e-3  # learning rates of Muon and AdamW: the time of a step does not depend on them
 GPUS = torch.cuda.device_count()
-CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # only Linux binds processes
 PLACES = GPUS or len(CORES)  # for ranks
 STUDENT = {1: 6365, 2: 3817, 4: 2754}  # GPUs -> seconds of the student project's training (README.md)
 
-Times = dict[tuple[int, str], list[float]]  # ranks, turn -> ms a step, one value a round
+Times = dict[tuple[int, str], list[float]]  # ranks, name of the turn -> ms a step, one value a round
 
 
 # ---------------------------------------------------------------- what a step sends
@@ -93,10 +85,10 @@ class Rank:
         self.matrices = [torch.randn(count, *shape, device=self.device)
                          for shape, count in matrix_shapes(self.model).items()]
         self.buckets = [torch.zeros(round(megabytes * 1e6) // 4, device=self.device) for megabytes in sent(size)[0]]
-        self.steps: dict[torch.Size, Tensor] = {}  # of Muon, this rank's
+        self.steps: dict[torch.Size, Tensor] = {}  # this rank's steps of Muon, by shape
 
     def turn(self, name: str, sequences: int, steps: int) -> float:
-        """Milliseconds a step, over so many. One more is the warm-up, since a turn of another shape has new memory."""
+        """The mean milliseconds of `steps` steps, after one as the warm-up: another shape needs new memory."""
         call = partial(getattr(self, name), *self.tokens[:, :sequences])  # x and y, each (sequences, T)
         call()
         if self.world > 1:
@@ -138,85 +130,61 @@ class Rank:
             orthogonalize(x, self.optimizers[0].dtype)
 
 
-def serve(size: str, rank: int, world: int, port: int, pipe: Connection) -> None:
-    """A rank's process: takes its turns until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
-    if not GPUS:
-        os.sched_setaffinity(0, [CORES[rank]])
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
-                   "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0",  # as on one machine by torchrun
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    member = Rank(size)
-    while True:
-        try:
-            request = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(member.turn(*request))
-
-
 class Group:
     """The processes of a number of ranks, and the turns they take: name -> method of Rank, sequences a rank."""
 
     def __init__(self, size: str, ranks: int) -> None:
-        batch, share = BATCHES[size], BATCHES[size] // ranks
-        self.ranks, self.turns = ranks, {"step": ("step", batch), "half": ("step", batch // 2),
-                                         "newton_schulz": ("newton_schulz", 0)}
-        if ranks > 1:
-            self.turns = {"strong": ("step", share), "strong, silent": ("silent", share),
-                          "weak": ("step", batch), "weak, silent": ("silent", batch),
-                          "collectives": ("collectives", 0), "message": ("message", 0)}
+        batch = BATCHES[size]
+        self.ranks, self.turns = ranks, {"step": ("step", batch // ranks)}
+        if ranks == 1:
+            self.turns |= {"half": ("step", batch // 2), "newton_schulz": ("newton_schulz", 0)}
+        else:
+            self.turns |= {"silent": ("silent", batch // ranks), "collectives": ("collectives", 0),
+                           "message": ("message", 0)}
         port = random.randrange(20_000, 32_000)  # below those that the system hands out to clients
-        context = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
-        for rank in range(ranks):
-            here, there = context.Pipe()
-            self.processes.append(context.Process(target=serve, args=(size, rank, ranks, port, there), daemon=True))
-            self.processes[-1].start()
-            there.close()
-            self.pipes.append(here)
+        env = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0,
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # as on one machine by torchrun
+        self.remotes = [Remote(partial(Rank, size), [] if GPUS else [CORES[rank]], {
+            name: str(value) for name, value in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()})
+            for rank in range(ranks)]
 
     def turn(self, name: str, steps: int) -> float:
         """Milliseconds of a step on the slowest rank."""
+        for remote in self.remotes:
+            remote.ask("turn", *self.turns[name], steps)
         try:
-            for pipe in self.pipes:
-                pipe.send((*self.turns[name], steps))
-            return max([pipe.recv() for pipe in self.pipes])
-        except (EOFError, ConnectionError):
-            raise UserError(f"one of {self.ranks} ranks ended early; its error is above") from None
-
-    def sized_turn(self, name: str, seconds: float) -> Callable[[], float]:
-        """A turn of about so many seconds, one step at least."""
-        step = [self.turn(name, 1) for _ in range(2)][1]  # the first is the warm-up
-        return partial(self.turn, name, max(1, round(seconds * 1e3 / step)))
+            return max([remote.answer() for remote in self.remotes])
+        except UserError as error:
+            raise UserError(f"one of {self.ranks} ranks ended early: {error}") from None
 
     def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
+        for remote in self.remotes:
+            remote.process.kill()  # one that waits for a rank that has ended would not answer
 
 
 # ---------------------------------------------------------------- measured
 
 def measure(size: str, ranks: list[int], rounds: int, seconds: float) -> Times:
-    groups = [Group(size, n) for n in ranks]
+    """Every turn of every group, of about so many seconds, but one step at least."""
+    groups, calls = [Group(size, n) for n in ranks], {}
     try:
-        calls = {(group.ranks, name): group.sized_turn(name, seconds) for group in groups for name in group.turns}
+        for group in groups:
+            for name in group.turns:
+                step = [group.turn(name, 1) for _ in range(2)][1]  # the first is the warm-up
+                calls[group.ranks, name] = partial(group.turn, name, max(1, round(seconds * 1e3 / step)))
         return take_turns(calls, rounds, warmup=0, title=size)
     finally:
         for group in groups:
             group.close()
 
 
-def compare(times: Times, size: str, ranks: int, scaling: Literal["strong", "weak"]) -> dict:
+def compare(times: Times, size: str, ranks: int) -> dict:
     """A row of the table: medians over the rounds. A ratio is of values from the same round."""
-    one, collectives = np.array(times[1, "step"]), np.array(times[ranks, "collectives"])
-    many, silent = np.array(times[ranks, scaling]), np.array(times[ranks, f"{scaling}, silent"])
-    work = ranks if scaling == "weak" else 1
-    values = {"one": one, "speed_up": work * one / many, "ceiling": work * one / silent,
-              "share_of_ceiling": silent / many, "collectives": collectives, "collectives_share": collectives / many,
-              "exposed": many - silent, "exposed_share": 1 - silent / many}
-    return {"size": size, "scaling": scaling, "ranks": ranks, "many": summary(many.tolist()),
+    one, many, silent, collectives = (
+        np.array(times[turn]) for turn in ((1, "step"), (ranks, "step"), (ranks, "silent"), (ranks, "collectives")))
+    values = {"one": one, "speed_up": one / many, "ceiling": one / silent, "share_of_ceiling": silent / many,
+              "collectives": collectives}
+    return {"size": size, "ranks": ranks, "many": summary(many.tolist()),
             **{name: float(np.median(value)) for name, value in values.items()}}
 
 
@@ -232,42 +200,33 @@ class Model:
     fixed: float  # what each rank does besides
     bandwidth: float  # from a rank to the next
     hop: float  # the shortest message there
-    hidden: float  # of backward, the share that overlaps with sending gradients
+    hidden: float  # the share of backward that overlaps with sending gradients
 
-    def step(self, ranks: float, sequences: float) -> float:
-        """T(N) = compute + fixed + Newton-Schulz / N + exposed communication, for so many sequences a rank.
+    def step(self, ranks: float) -> float:
+        """T(N) = compute / N + fixed + Newton-Schulz / N + exposed communication.
 
         Collectives go round a ring (Patarasuk & Yuan, 2009): an all-reduce is 2 (N - 1) hops with an N-th of the bytes
         each, an all-gather N - 1. Backward is two thirds of compute. The last bucket is ready at its end and cannot
         overlap with it; Muon's steps overlap with nothing.
         """
         buckets, matrices, messages = sent(self.size)
-        compute = self.sequence * sequences
+        compute = self.sequence * BATCHES[self.size] / ranks
         reduce = [2 * (ranks - 1) * (bucket / ranks / self.bandwidth + self.hop) for bucket in buckets]
         gather = (ranks - 1) * (matrices / ranks / self.bandwidth + messages * self.hop)
         exposed = max(sum(reduce) - self.hidden * 2 / 3 * compute, reduce[-1]) + gather
         return compute + self.fixed + self.newton_schulz / ranks + exposed
 
-    def strong(self, ranks: float) -> float:
-        """A step whose batch the ranks share."""
-        return self.step(ranks, BATCHES[self.size] / ranks)
 
-
-def measured_compute(size: str, times: Times) -> dict[str, float]:
-    """From one rank's times at two batch sizes."""
-    batch = BATCHES[size]
+def measured_model(size: str, times: Times, ranks: int) -> Model:
+    """From the times of one rank with two sizes of batch, and of what so many ranks send."""
+    batch, (buckets, matrices, messages) = BATCHES[size], sent(size)
     step, half, newton_schulz = (float(np.median(times[1, name])) for name in ("step", "half", "newton_schulz"))
-    sequence = (step - half) / (batch - batch // 2)
-    return {"sequence": sequence, "newton_schulz": newton_schulz,
-            "fixed": max(0.0, step - batch * sequence - newton_schulz)}
-
-
-def measured_link(size: str, times: Times, ranks: int) -> dict[str, float]:
-    buckets, matrices, messages = sent(size)
-    hop = float(np.median(times[ranks, "message"])) / (2 * (ranks - 1))
-    travel = float(np.median(times[ranks, "collectives"])) - (ranks - 1) * hop * (2 * len(buckets) + messages)
+    message, collectives = (float(np.median(times[ranks, name])) for name in ("message", "collectives"))
+    sequence, hop = (step - half) / (batch - batch // 2), message / (2 * (ranks - 1))
+    travel = collectives - (ranks - 1) * hop * (2 * len(buckets) + messages)
     bandwidth = (ranks - 1) / ranks * (2 * sum(buckets) + matrices) / max(1e-9, travel)
-    return {"bandwidth": bandwidth, "hop": hop, "hidden": 1 if GPUS else 0}  # a core computes or sends
+    return Model(size, sequence, newton_schulz, max(0.0, step - batch * sequence - newton_schulz), bandwidth, hop,
+                 hidden=1 if GPUS else 0)  # a core computes or sends
 
 
 ASSUMED = """\
@@ -276,29 +235,16 @@ compiled, on A100s (600,000 steps of 491,520 tokens on 8 in 4 days); besides, se
 3.35 TB/s (data sheet). Assumed of links: NVLink 80 % of 450 GB/s each way (data sheet), PCIe 28 GB/s (all-reduce of 8
 GPUs on PCIe 5, github.com/NVIDIA/nccl, issue 1639); the shortest message from NCCL's own tables (src/graph/tuning.cc;
 ring, simple); a GPU sends while it computes."""
-LINKS = {"NVLink": {"bandwidth": 0.8 * 450, "hop": 3.4e-3, "hidden": 1},
-         "PCIe": {"bandwidth": 28, "hop": 5.7e-3, "hidden": 1}}
+LINKS = {"NVLink": {"bandwidth": 0.8 * 450, "hop": 3.4e-3}, "PCIe": {"bandwidth": 28, "hop": 5.7e-3}}
 
 
-def assumed_compute(size: str) -> dict[str, float]:
-    """An H100's."""
+def assumed_model(size: str, link: str) -> Model:
+    """H100s."""
     model, flops = meta_model(size), 0.29 * 989e9  # a millisecond
     newton_schulz = len(COEFFICIENTS) * sum(count * (4 * min(shape)**2 * max(shape) + 2 * min(shape)**3)
                                             for shape, count in matrix_shapes(model).items())
-    return {"sequence": model.flops_per_token() * model.config.block_size / flops,
-            "newton_schulz": newton_schulz / flops, "fixed": 28 * model.num_params() / 3.35e9}
-
-
-def make_models(times: dict[str, Times], ranks: list[int]) -> dict[str, Model]:
-    """From what was measured. Unless that was ranks on GPUs, also one GPU here, or base on H100s, with two links."""
-    compute = {size: measured_compute(size, of) for size, of in times.items()}
-    found = {size: Model(size, **compute[size], **measured_link(size, times[size], ranks[1]))
-             for size in times if len(ranks) > 1}
-    if GPUS and found:
-        return found
-    alone = compute if GPUS else {"base": assumed_compute("base")}
-    return found | {f"{size}, {'' if GPUS else 'H100s, '}{link}": Model(size, **alone[size], **values)
-                    for size in alone for link, values in LINKS.items()}
+    return Model(size, model.flops_per_token() * model.config.block_size / flops, newton_schulz / flops,
+                 28 * model.num_params() / 3.35e9, **LINKS[link], hidden=1)
 
 
 def fit_student() -> tuple[float, float]:
@@ -310,24 +256,25 @@ def fit_student() -> tuple[float, float]:
 # ---------------------------------------------------------------- report
 
 def model_row(name: str, model: Model) -> dict:
-    batch, one = BATCHES[model.size], model.strong(1)
-    on = {n: f"{model.strong(n):.1f} = {one / model.strong(n):.2f}x" if batch % n == 0 else "" for n in (2, 4, 8)}
+    batch, one = BATCHES[model.size], model.step(1)
+    on = {n: f"{model.step(n):.1f} = {one / model.step(n):.2f}x" if batch % n == 0 else "" for n in (2, 4, 8)}
     return vars(model) | {"name": name, "batch": batch, "one": one, "on": on}
 
 
-def plot(machine: str, measured: list[dict], models: dict[str, Model], path: Path) -> None:
+def plot(measured: list[dict], models: dict[str, Model], path: Path) -> None:
     """Speed-up against ranks: solid where the model is of what was measured."""
     ranks, (serial, parallel) = np.linspace(1, 8, 141), fit_student()
-    with picture(path, f"strong scaling: the same batch on N ranks\n{machine}", (8, 6)) as [[axis]]:
+    title = f"strong scaling: the same batch on N ranks\n{machine_name(bool(GPUS))}"
+    with picture(path, title, (8, 6)) as [[axis]]:
         axis.plot(ranks, ranks, "--", color="grey", lw=1, label="ideal")
         axis.plot(ranks, (serial + parallel) / (serial + parallel / ranks), color="black", lw=1,
                   label=f"student project: {serial:,.0f} + {parallel:,.0f} / N seconds")
         axis.plot(list(STUDENT), [STUDENT[1] / seconds for seconds in STUDENT.values()], "ks", ms=4)
         for i, (name, model) in enumerate(models.items()):
             here = name == model.size
-            axis.plot(ranks, [model.strong(1) / model.strong(n) for n in ranks], "-" if here else ":", color=f"C{i}",
+            axis.plot(ranks, [model.step(1) / model.step(n) for n in ranks], "-" if here else ":", color=f"C{i}",
                       label=f"{name}, batch {BATCHES[model.size]}: model{' and measured' * here}")
-            points = [row for row in measured if (row["size"], row["scaling"]) == (name, "strong")]
+            points = [row for row in measured if row["size"] == name]
             axis.plot([row["ranks"] for row in points], [row["speed_up"] for row in points], "o", color=f"C{i}")
         axis.set(xlabel="ranks", ylabel="speed-up")
 
@@ -339,52 +286,41 @@ class ScalingConfig:
     sizes: tuple[Literal[tuple(CONFIGS)], ...] = flag(
         ("tiny-64", "small"), "tiny-64: 4 layers x 128, batch 12 of 64 tokens; small: 6 x 384, 16 of 256; "
         "base: 8 x 512, 128 of 512.")
-    ranks: tuple[Annotated[int, Meta(ge=1, le=PLACES)], ...] = flag(
-        tuple(range(1, min(2, PLACES) + 1)), "Numbers of ranks; 1 is always among them.")
+    ranks: tuple[Annotated[int, Meta(ge=1, le=PLACES)], ...] = flag((1, 2), "Numbers of ranks; 1 is among them.")
     rounds: Count = flag(9, "Turns of each kind that count.")
     seconds: NonNegative = flag(1.0, "About how long a turn takes; it is one step at least.")
     out: Path = flag(Path("out/scaling"), "Folder for scaling.md, scaling.json and scaling.png.")
 
 
 def main() -> None:
-    config = parse(ScalingConfig, "How a training step scales over ranks: measured, and modelled for 4 and 8.")
-    if not PLACES:
-        raise UserError("needs GPUs, or Linux, which can bind a process to a core")
-    ranks = sorted({1, *config.ranks})
-    for size, n in itertools.product(config.sizes, ranks):
+    config = parse(ScalingConfig, "How a training step scales over ranks: measured, and modelled for up to 8.")
+    if PLACES < 2:
+        raise UserError("needs two GPUs, or two cores and Linux, which can bind a process to a core")
+    one, *more = sorted({1, *config.ranks})
+    for size, n in itertools.product(config.sizes, more):
         if BATCHES[size] % n:
             raise UserError(f"--ranks: expected divisors of {size}'s batch of {BATCHES[size]}, got {n}")
 
-    times = {size: measure(size, ranks, config.rounds, config.seconds) for size in config.sizes}
-    models, (serial, parallel), machine = make_models(times, ranks), fit_student(), machine_name(bool(GPUS))
-    measured = [compare(times[size], size, n, scaling)
-                for size, n, scaling in itertools.product(config.sizes, ranks[1:], ("strong", "weak"))]
-    for row in measured:
-        model, sequences = models[row["size"]], BATCHES[row["size"]]
-        row["model"] = model.step(row["ranks"], sequences / (row["ranks"] if row["scaling"] == "strong" else 1))
-    plot(machine, measured, models, config.out / "scaling.png")
-    text = [
-        table(measured, {
-            "measured": "{size}, {scaling}, {ranks} ranks", "1 rank, ms": "{one:.1f}",
-            "N ranks, ms": "{many[median]:.1f} ±{many[spread]:.0%}", "speed-up": "{speed_up:.2f}x",
-            "ceiling": "{ceiling:.2f}x", "share of it": "{share_of_ceiling:.0%}",
-            "collectives alone, ms": "{collectives:.1f} = {collectives_share:.0%}",
-            "exposed, ms": "{exposed:.1f} = {exposed_share:.0%}", "model, ms": "{model:.1f}"}),
-        table([model_row(name, model) for name, model in models.items()], {
-            "model, strong scaling": "{name}", "batch": "{batch}", "1 rank, ms": "{one:.1f}", "2": "{on[2]}",
-            "4": "{on[4]}", "8": "{on[8]}", "a sequence, ms": "{sequence:.3g}",
-            "Newton-Schulz, ms": "{newton_schulz:.3g}", "besides, ms": "{fixed:.3g}", "link, GB/s": "{bandwidth:.3g}",
-            "shortest message, ms": "{hop:.2g}"}),
-        ASSUMED,
-        f"student project, {', '.join(f'{seconds:,} s on {n}' for n, seconds in STUDENT.items())} GPUs: "
-        f"{serial:,.0f} + {parallel:,.0f} / N seconds by least squares, {serial / (serial + parallel):.0%} serial",
-        f"{machine}; {config.rounds} rounds, medians and the value farthest from them"]
-    publish(config.out / "scaling", "\n\n".join(text), {
-        "machine": machine, "rounds": config.rounds, "measured": measured, "student": [serial, parallel],
-        "times": {size: {f"{n}, {name}": seconds for (n, name), seconds in of.items()} for size, of in times.items()},
-        "models": {name: vars(model) for name, model in models.items()}})
+    measured, models, (serial, parallel) = [], {}, fit_student()
+    for size in config.sizes if more else ():
+        times = measure(size, [one, *more], config.rounds, config.seconds)
+        models[size] = measured_model(size, times, more[0])
+        measured += [compare(times, size, n) | {"model": models[size].step(n)} for n in more]
+    models |= {f"base, H100s, {link}": assumed_model("base", link) for link in LINKS}
+    plot(measured, models, config.out / "scaling.png")
+    note = (f"{ASSUMED}\n\nstudent project, {', '.join(f'{seconds:,} s on {n}' for n, seconds in STUDENT.items())} "
+            f"GPUs: {serial:,.0f} + {parallel:,.0f} / N seconds by least squares, {serial / (serial + parallel):.0%} "
+            f"serial\n\n{machine_name(bool(GPUS))}; {config.rounds} rounds, medians and the value farthest from them")
+    publish(config.out / "scaling", note, (measured, {
+        "measured": "{size}, {ranks} ranks", "1 rank, ms": "{one:.1f}",
+        "N ranks, ms": "{many[median]:.1f} ±{many[spread]:.0%}", "speed-up": "{speed_up:.2f}x",
+        "ceiling": "{ceiling:.2f}x", "share of it": "{share_of_ceiling:.0%}",
+        "collectives alone, ms": "{collectives:.1f}", "model, ms": "{model:.1f}"}),
+        ([model_row(name, model) for name, model in models.items()], {
+            "model": "{name}", "batch": "{batch}", "1 rank, ms": "{one:.1f}", "2": "{on[2]}", "4": "{on[4]}",
+            "8": "{on[8]}", "a sequence, ms": "{sequence:.3g}", "Newton-Schulz, ms": "{newton_schulz:.3g}",
+            "besides, ms": "{fixed:.3g}", "link, GB/s": "{bandwidth:.3g}", "shortest message, ms": "{hop:.2g}"}))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no rank is left behind
     run(main)

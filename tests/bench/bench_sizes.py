@@ -9,20 +9,17 @@ kept, over all of the validation text. Cells that --out holds from an earlier ca
 
 import itertools
 import json
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from report import ROOT, machine_name, picture, publish, table
+from report import ROOT, machine_name, picture, publish, run_process
 from msgspec import Meta
 
 from dataloader import TokenData, evaluate
 from lib.checkpoint import load_model
-from lib.cli import UserError, flag, parse, run
+from lib.cli import flag, parse, run
 from lib.files import write_json
 
 COLORS = {"tiny": "#9ecae1", "small": "#4292c6", "base": "#08519c", "medium": "#000000"}
@@ -34,18 +31,14 @@ def cell(size: str, folder: Path, minutes: float, out: Path) -> dict:
     result = out / "cell.json"
     if result.exists():
         return json.loads(result.read_text())
-    log = out.with_suffix(".txt")
-    with log.open("w") as output:
-        start = time.perf_counter()
-        code = subprocess.run([sys.executable, ROOT / "train.py", size, "--data", folder, "--out", out,
-                               f"--max-minutes={minutes}"], stdout=output, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise UserError(f"train.py ended with {code}; its output is in {log}")
-    seconds, records = time.perf_counter() - start, [json.loads(line) for line in (out / "log.jsonl").open()]
+    seconds = run_process([ROOT / "train.py", size, "--data", folder, "--out", out, f"--max-minutes={minutes}"],
+                          out.with_suffix(".txt"))
+    records = [json.loads(line) for line in (out / "log.jsonl").open()]
     model, run = load_model(out), json.loads((out / "run.json").read_text())
     data = TokenData(folder, model.config.block_size)
     steps = records[-1]["step"]
-    row = {"size": size, "text": folder.name, "bytes": data.meta["train"]["bytes"], "minutes": minutes,
+    row = {"size": size, "text": folder.name, "bytes": data.meta["train"]["bytes"],
+           "megabytes": data.meta["train"]["bytes"] / 1e6, "minutes": minutes,
            "seconds": seconds, "steps": steps, "parameters": model.num_params(),
            "passes": steps * run["flags"]["batch_size"] * run["plan"]["block_size"] / data.tokens["train"],
            "bits_per_byte": evaluate(model, data) * data.bits_per_nat}
@@ -80,16 +73,14 @@ class SizesConfig:
 
 def main() -> None:
     config = parse(SizesConfig, "Which size for which book and how much time: a table of real runs.")
-    config.out.mkdir(parents=True, exist_ok=True)
     machine, rows = f"{machine_name()}, {torch.get_num_threads()} threads", []
     for minutes, text, size in itertools.product(sorted(config.minutes), config.texts, config.sizes):
         rows.append(cell(size, text, minutes, config.out))
-        ordered = sorted(rows, key=lambda row: (row["bytes"], row["minutes"], row["parameters"]))
-        lines = table([row | {"megabytes": row["bytes"] / 1e6} for row in ordered], {
+        rows.sort(key=lambda row: (row["bytes"], row["minutes"], row["parameters"]))
+        plot(rows, machine, config.out / "sizes.png")
+        publish(config.out / "sizes", machine, (rows, {
             "text": "{text}, {megabytes:.2g} MB", "minutes": "{minutes:g}", "size": "{size}", "steps": "{steps:,}",
-            "passes": "{passes:.2g}", "bits a byte": "{bits_per_byte:.3f}"})
-        plot(ordered, machine, config.out / "sizes.png")
-        publish(config.out / "sizes", f"{lines}\n\n{machine}", {"machine": machine, "rows": ordered})
+            "passes": "{passes:.2g}", "bits a byte": "{bits_per_byte:.3f}"}))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from report import machine_name, publish, table, take_turns
+from report import machine_name, publish, take_turns
 from torch import Tensor, nn
 
 from dataloader import forward_loss
@@ -86,14 +86,14 @@ def seconds(step: Step, x: Tensor, y: Tensor) -> float:
 def measure(size: str, ranks: Ranks, rounds: int) -> list[dict]:
     """A row for each way to take a step."""
     device, block = ranks.device, SIZES[size]["block_size"]
-    auto = pick_dtype("auto", device)
-    plain = auto if device.type == "cuda" else torch.float32
-    compiled = {"plain compiled": (plain, plain_step(size, ranks, plain, compile=True))}
+    auto, on_gpu = pick_dtype("auto", device), device.type == "cuda"
+    plain = auto if on_gpu else torch.float32
     steps = {"plain": (plain, plain_step(size, ranks, plain)),
              "plain Muon": (plain, plain_step(size, ranks, plain, muon=True)),
-             **(compiled if device.type == "cuda" else {}),
              "owlet float32": (torch.float32, owlet_step(size, ranks, "float32")),
              "owlet": (auto, owlet_step(size, ranks, "auto"))}
+    if on_gpu:
+        steps["plain compiled"] = plain, plain_step(size, ranks, plain, compile=True)
     x, y = torch.randint(VOCABULARY, (2, BATCH, block), device=device)
     calls = {name: partial(seconds, step, x, y) for name, (_, step) in steps.items()}
     calls |= {dtype: partial(peak_flops, device, dtype) for dtype in (torch.float32, auto)}
@@ -119,12 +119,11 @@ def main() -> None:
     flags = parse(TrainBenchConfig, "What a training step costs: train.py's step beside a plain loop.")
     ranks = Ranks("auto", flags.threads)
     rows = [row for size in flags.sizes for row in measure(size, ranks, flags.rounds)]
-    text = table(rows, {
+    note = (f"{machine_name(ranks.device.type == 'cuda')}, {flags.threads} threads; "
+            f"medians of {flags.rounds} steps in turn")
+    publish(flags.out / "train", note, (rows, {
         "size": "{size}", "step": "{step}", "dtype": "{dtype}", "tokens/s": "{speed:,.0f}",
-        "over plain": "{ratio:.2f}x", "of matmul peak": "{mfu:.0%}", "peak, GFLOP/s": "{peak:,.0f}"})
-    machine = f"{machine_name(ranks.device.type == 'cuda')}, {flags.threads} threads"
-    publish(flags.out / "train", f"{text}\n\n{machine}; medians of {flags.rounds} steps in turn",
-            {"machine": machine, "rows": rows})
+        "over plain": "{ratio:.2f}x", "of matmul peak": "{mfu:.0%}", "peak, GFLOP/s": "{peak:,.0f}"}))
 
 
 if __name__ == "__main__":

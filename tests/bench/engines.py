@@ -1,9 +1,10 @@
 """The engines of bench_peers.py: ways to run a checkpoint folder on the CPU.
 
-An engine converts the folder to its own format and leaves that beside it for the next time. It imports its packages
-itself, so that a missing one stops no other engine.
+An engine imports its packages itself, so that a missing one stops no other engine.
 """
 
+import importlib.metadata
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,20 +22,40 @@ from model import GPT, KVCache, RMSNorm
 
 
 class Engine:
-    """Loads a checkpoint folder. `size` is the bytes of its stored weights.
+    """Loads a checkpoint folder, of which an engine with a format of its own first makes FOLDER + `ending`, once.
 
-    An engine fed token by token implements feed(ids, fresh): it continues its cache, or begins a new one, and returns
-    the last position's logits (V). Others implement generate and logits.
+    `size` is the bytes of its stored weights. An engine fed token by token implements feed(ids, fresh): it continues
+    its cache, or begins a new one, and returns the last position's logits (V). Others implement generate and logits.
     """
 
-    package = "torch"
+    package, ending = "torch", ""
     size: int
 
     def __init__(self, folder: Path, threads: int) -> None:
-        raise NotImplementedError
+        torch.set_num_threads(threads)
+        self.path = beside(folder, self.ending)
+        if not self.path.exists():
+            self.convert(folder)
+        self.load(folder, threads)
+
+    def about(self) -> dict[str, float | str]:
+        return {"megabytes": self.size / 1e6, "version": importlib.metadata.version(self.package)}
 
     def feed(self, ids: list[int], fresh: bool) -> np.ndarray:
         raise NotImplementedError
+
+    def timed(self, ids: list[int], n: int) -> dict:
+        """Seconds until the first of n greedy tokens, and from there to the last; and the tokens."""
+        tokens, times = [], []
+
+        def note(token: int) -> bool:
+            tokens.append(token)
+            times.append(time.perf_counter())
+            return False  # True would stop CTranslate2
+
+        start = time.perf_counter()
+        self.generate(ids, n, note)
+        return {"prompt": times[0] - start, "decode": times[-1] - times[0], "tokens": tokens}
 
     def generate(self, ids: list[int], n: int, note: Callable[[int], bool]) -> None:
         """Call note with each of n greedy tokens."""
@@ -52,11 +73,13 @@ class Engine:
 class Owlet(Engine):
     """Keys and values are int8. llama.cpp's are fp16, those of the others fp32."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        small = beside(folder, "-int8")
-        if not small.exists():
-            int8.save_quantized(load_model(folder), small)
-        self.model, self.size = int8.load_quantized(small, "owlet"), weights_size(small)
+    ending = "-int8"
+
+    def convert(self, folder: Path) -> None:
+        int8.save_quantized(load_model(folder), self.path)
+
+    def load(self, folder: Path, threads: int) -> None:
+        self.model, self.size = int8.load_quantized(self.path, "owlet"), weights_size(self.path)
 
     def generate(self, ids: list[int], n: int, note: Callable[[int], bool]) -> None:
         for token in generate(self.model, torch.tensor([ids]), n, temperature=0, most_guesses=0):
@@ -70,37 +93,17 @@ class Owlet(Engine):
 class TorchAO(Owlet):
     """torch.ao.quantization.quantize_dynamic, PyTorch's old int8, on model.py."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    ending = ""
+
+    def load(self, folder: Path, threads: int) -> None:
         self.model = int8.torch_ao(load_model(folder))
         self.size = stored_size(self.model.state_dict())
-
-
-class TorchAOCompiled(Owlet):
-    """torchao's dynamic int8 (W8A8), PyTorch's new one, on model.py, compiled; embedding and head stay fp32."""
-
-    package = "torchao"
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-        torch._inductor.config.freezing = True  # without it, torch 2.13 computes wrong logits
-        self.model = load_model(folder).requires_grad_(False)
-        quantize_(self.model, Int8DynamicActivationInt8WeightConfig(),  # the head takes 3 ms in oneDNN's reference
-                  lambda module, name: isinstance(module, nn.Linear) and name != "lm_head")
-        self.size = stored_size(self.model.state_dict())
-        compiled = torch.compile(self.model.forward)
-
-        def forward(idx: Tensor, targets: None = None, cache: KVCache | None = None) -> tuple[Tensor, None]:
-            torch._dynamo.mark_static(idx)  # a kernel for each length of the prompt, and one for a token
-            return compiled(idx, targets, cache)
-
-        self.model.forward = forward
 
 
 class Transformers(Engine):
     package = "transformers"
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def load(self, folder: Path, threads: int) -> None:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -117,23 +120,18 @@ class Transformers(Engine):
 # ---------------------------------------------------------------- engines with formats of their own
 
 class LlamaCpp(Engine):
-    package = "llama-cpp-python"
+    package, ending = "llama-cpp-python", ".gguf"
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        from llama_cpp import Llama
-
-        path = self.file(folder)
-        block = load_model(folder).config.block_size
-        self.llama, self.size = Llama(str(path), n_ctx=block, n_threads=threads, n_threads_batch=threads,
-                                      flash_attn=True, verbose=False), path.stat().st_size
-
-    def file(self, folder: Path) -> Path:
+    def convert(self, folder: Path) -> None:
         from lib.gguf import write_gguf
 
-        path = beside(folder, ".gguf")
-        if not path.exists():
-            write_gguf(load_model(folder), folder, path)
-        return path
+        write_gguf(load_model(folder), folder, self.path)
+
+    def load(self, folder: Path, threads: int) -> None:
+        from llama_cpp import Llama
+
+        self.llama, self.size = Llama(str(self.path), n_ctx=0, n_threads=threads, n_threads_batch=threads,
+                                      flash_attn=True, verbose=False), self.path.stat().st_size
 
     def feed(self, ids: list[int], fresh: bool) -> np.ndarray:
         if fresh:
@@ -145,29 +143,31 @@ class LlamaCpp(Engine):
 class LlamaCppQ4(LlamaCpp):
     """llama-quantize's own Q4_0, from the Q8_0 file: embedding and head keep more bits."""
 
-    def file(self, folder: Path) -> Path:
+    ending = "-Q4_0.gguf"
+
+    def convert(self, folder: Path) -> None:
         import llama_cpp
 
-        path = beside(folder, "-Q4_0.gguf")
-        if not path.exists():
-            params = llama_cpp.llama_model_quantize_default_params()
-            params.ftype, params.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
-            llama_cpp.llama_model_quantize(bytes(super().file(folder)), bytes(path), params)
-        return path
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype, params.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
+        large = LlamaCpp(folder, threads=1).path  # made if it is not there
+        llama_cpp.llama_model_quantize(bytes(large), bytes(self.path), params)
 
 
 class CTranslate2(Engine):
-    package = "ctranslate2"
+    package, ending = "ctranslate2", "-ctranslate2"
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        import ctranslate2
+    def convert(self, folder: Path) -> None:
+        from ctranslate2.converters import TransformersConverter
+
+        TransformersConverter(str(folder)).convert(str(self.path), quantization="int8")
+
+    def load(self, folder: Path, threads: int) -> None:
+        from ctranslate2 import Generator
         from transformers import AutoTokenizer
 
-        out = beside(folder, "-ctranslate2")
-        if not out.exists():
-            ctranslate2.converters.TransformersConverter(str(folder)).convert(str(out), quantization="int8")
-        self.model = ctranslate2.Generator(str(out), intra_threads=threads)
-        self.tokenizer, self.size = AutoTokenizer.from_pretrained(folder), (out / "model.bin").stat().st_size
+        self.model = Generator(str(self.path), intra_threads=threads)
+        self.tokenizer, self.size = AutoTokenizer.from_pretrained(folder), (self.path / "model.bin").stat().st_size
 
     def generate(self, ids: list[int], n: int, note: Callable[[int], bool]) -> None:
         self.model.generate_batch([self.tokenizer.convert_ids_to_tokens(ids)], max_length=n, min_length=n,
@@ -178,33 +178,30 @@ class CTranslate2(Engine):
 
 
 class OnnxRuntime(Engine):
-    package = "onnxruntime"
+    package, ending = "onnxruntime", "-int8.onnx"
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        import onnxruntime
-
-        path = beside(folder, "-int8.onnx")
-        if not path.exists():
-            self.export(folder, path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
-        self.session, self.size = onnxruntime.InferenceSession(str(path), options), path.stat().st_size
-        self.names = [node.name for node in self.session.get_inputs()]
-        _, heads, _, head_dim = self.session.get_inputs()[1].shape
-        self.value = onnxruntime.OrtValue.ortvalue_from_numpy  # the cache stays in these, uncopied
-        self.empty = [self.value(np.empty((1, heads, 0, head_dim), np.float32))] * (len(self.names) - 1)
-
-    def export(self, folder: Path, path: Path) -> None:
+    def convert(self, folder: Path) -> None:
         from onnxruntime.quantization import quantize_dynamic
 
         model = Traceable(load_model(folder))
-        inputs, outputs = model.example(), len(model.example())
-        names = [f"past.{i}" for i in range(outputs - 1)]
-        with atomic_path(beside(folder, ".onnx")) as fp32, atomic_path(path) as small, torch.inference_mode():
+        inputs = model.example()
+        names = [f"past.{i}" for i in range(len(inputs) - 1)]
+        with atomic_path(beside(folder, ".onnx")) as fp32, atomic_path(self.path) as small, torch.inference_mode():
             torch.onnx.export(model, inputs, fp32, input_names=["ids", *names], dynamo=False, opset_version=18,
                               output_names=["logits", *(f"new.{name}" for name in names)],
                               dynamic_axes={"ids": {1: "T"}} | {name: {2: "P"} for name in names})
             quantize_dynamic(fp32, small, per_channel=True)
+
+    def load(self, folder: Path, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        self.session, self.size = onnxruntime.InferenceSession(self.path, options), self.path.stat().st_size
+        self.names = [node.name for node in self.session.get_inputs()]
+        _, heads, _, head_dim = self.session.get_inputs()[1].shape
+        self.value = onnxruntime.OrtValue.ortvalue_from_numpy  # the cache stays in these, uncopied
+        self.empty = [self.value(np.empty((1, heads, 0, head_dim), np.float32))] * (len(self.names) - 1)
 
     def feed(self, ids: list[int], fresh: bool) -> np.ndarray:
         past = self.empty if fresh else self.past
@@ -214,19 +211,9 @@ class OnnxRuntime(Engine):
 
 
 class OpenVINO(Engine):
-    package = "openvino"
+    package, ending = "openvino", "-openvino.xml"
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        import openvino
-
-        path = beside(folder, "-openvino.xml")
-        if not path.exists():
-            self.export(folder, path)
-        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-        self.request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
-        self.size = path.with_suffix(".bin").stat().st_size
-
-    def export(self, folder: Path, path: Path) -> None:
+    def convert(self, folder: Path) -> None:
         import openvino
         from openvino._offline_transformations import apply_make_stateful_transformation
 
@@ -241,7 +228,14 @@ class OpenVINO(Engine):
                                        input=[[1, -1], *([1, heads, -1, head_dim] for _ in past)])
         apply_make_stateful_transformation(
             graph, list(zip(graph.get_parameters()[1:], graph.get_results()[1:], strict=True)))
-        openvino.save_model(graph, path, compress_to_fp16=False)
+        openvino.save_model(graph, self.path, compress_to_fp16=False)
+
+    def load(self, folder: Path, threads: int) -> None:
+        import openvino
+
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+        self.request = openvino.Core().compile_model(self.path, "CPU", options).create_infer_request()
+        self.size = self.path.with_suffix(".bin").stat().st_size
 
     def feed(self, ids: list[int], fresh: bool) -> np.ndarray:
         if fresh:
@@ -305,7 +299,6 @@ class Traceable(nn.Module):
 
 
 ENGINES = {
-    "owlet": Owlet, "torch.ao": TorchAO, "torchao-compiled": TorchAOCompiled,
-    "transformers-fp32": Transformers, "llama.cpp-Q8_0": LlamaCpp, "llama.cpp-Q4_0": LlamaCppQ4,
-    "CTranslate2": CTranslate2, "OpenVINO": OpenVINO, "ONNX-Runtime": OnnxRuntime,
+    "owlet": Owlet, "torch.ao": TorchAO, "transformers-fp32": Transformers, "llama.cpp-Q8_0": LlamaCpp,
+    "llama.cpp-Q4_0": LlamaCppQ4, "CTranslate2": CTranslate2, "OpenVINO": OpenVINO, "ONNX-Runtime": OnnxRuntime,
 }

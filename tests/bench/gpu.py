@@ -48,7 +48,7 @@ torch.cuda.synchronize()
 SANITIZER = ["compute-sanitizer", "--kernel-name", "kernel_substring=owlet", "--error-exitcode", "9", "--tool"]
 SMALLEST = ["-m", "pytest", "tests/test_cuda.py", "-k",
             "(sums and random and 65) or strides or (recorded and gqa and 3)"]
-# Of the fifth token of `medium`, 61 launches each: qkv, attention, o, gate and up, down
+# The first layer of the fifth token of `medium`, which has 61 launches a token: qkv, attention, o, gate and up, down
 NCU = ["ncu", "--clock-control", "none", "--kernel-name", "regex:gemv_kernel|attention_kernel",
        "--launch-skip", "244", "--launch-count", "5", "--section", "SpeedOfLight", "--section", "LaunchStats",
        "--section", "Occupancy", "--section", "WarpStateStats", "--section", "MemoryWorkloadAnalysis"]

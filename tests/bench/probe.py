@@ -16,6 +16,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 owlet_kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
 
 BUILD = ROOT / "build/bench"
+LIMIT = "the time to read the int8 weights or to multiply by them, whichever is longer, at the speeds probed"
 
 
 def probe() -> ModuleType:
