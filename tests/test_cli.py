@@ -5,7 +5,6 @@ import dataclasses
 import os
 import pickle
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Literal
 import prepare
 import pytest
 import torch
-from conftest import ROOT, damage, refused
+from conftest import ROOT, damage, random_model, refused, save_model
 
 import quantize
 import sample
@@ -25,12 +24,10 @@ import train
 from lib import checkpoint, corpus
 from lib.cli import Count, NonNegative, Threads, UserError, flag, given, parse
 
-TINY = ["--n-layer", 1, "--n-embd", 16, "--n-head", 2, "--block-size", 16, "--batch-size", 4, "--max-steps", 2,
-        "--eval-tokens", 500, "--threads", 1, "--device", "cpu"]
 
-
-def tree(root: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+def tree(root: Path) -> dict[Path, bytes | None]:
+    """All files, with their contents, and folders."""
+    return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
 # ---------------------------------------------------------------- flags
@@ -50,7 +47,7 @@ class Flags:
     ([], {}), (["small", "--steps", "3"], {"size": "small", "steps": 3}), (["--rate=.5"], {"rate": 0.5}),
     (["--rate", "1e-3"], {"rate": 0.001}), (["--threads", "1", "4"], {"threads": (1, 4)}),
     (["--out", "a"], {"out": Path("a")}), (["--no-compare"], {"compare": False}),
-    (["--name=-x", "--out=null"], {"name": "-x", "out": Path("null")})])
+    (["--name=-x", "--out=null"], {"name": "-x", "out": Path("null")}), (["--out=~/x"], {"out": Path.home() / "x"})])
 def test_flags_are_what_their_annotations_say(words, expected):
     assert given(Flags, args=words) == expected
     assert parse(Flags, "", words) == dataclasses.replace(Flags(), **expected)
@@ -68,75 +65,94 @@ def test_what_no_flag_takes_is_one_line(words):
     assert "\n" not in str(refusal.value) and named in str(refusal.value)
 
 
-def test_a_positional_is_named_without_dashes(script):
-    refused(script(train.main, "small", "--init-from", "nowhere"), "train.py: small has no effect beside --init-from")
+# ---------------------------------------------------------------- mistakes
 
-
-# ---------------------------------------------------------------- prepare
-
-@pytest.mark.parametrize(("flags", "words"), [
+RUN = ["--resume", "--out", "out/wood"]
+MISTAKES = {prepare.main: [
     (["--input", "nowhere.txt"], ["nowhere.txt", "nothing"]),
     (["--input", "."], ["a folder"]),
-    (["--input", "empty.txt"], ["empty.txt", "empty"]),
-    (["--input", "binary.txt"], ["binary.txt", "zero byte"]),
-    (["--input", "good.txt", "--vocab-size", 255], ["--vocab-size", "256", "255"]),
-    (["--input", "good.txt", "--val", 1.5], ["--val", "1.5"]),
-    (["--input", "good.txt", "--clean", "much"], ["--clean", "much", "plain"]),
-    (["--input", "good.txt", "--tokenizer", "."], ["tokenizer.json"]),
-    (["--inptu", "good.txt"], ["--inptu", "--input"]),
-], ids=lambda value: " ".join(map(str, value)) if str(value).startswith("['--") else "")
-def test_prepare_refuses(script, tmp_path, monkeypatch, flags, words):
-    monkeypatch.chdir(tmp_path)
-    Path("empty.txt").touch()
-    Path("binary.txt").write_bytes(b"\x7fELF\0\0")
-    Path("good.txt").write_text("good " * 100)
-    before = tree(tmp_path)
-    refused(script(prepare.main, *flags), *words)
-    assert tree(tmp_path) == before and not Path("data", "good").exists()
-
-
-# ---------------------------------------------------------------- train
-
-@pytest.mark.parametrize(("flags", "words"), [
+    (["--input", "book.txt", "--vocab-size", 255], ["--vocab-size", "256", "255"]),
+    (["--input", "book.txt", "--val", 1.5], ["--val", "1.5"]),
+    (["--input", "book.txt", "--clean", "much"], ["--clean", "much", "plain"]),
+    (["--input", "book.txt", "--tokenizer", "."], ["tokenizer.json"]),
+    (["--inptu", "book.txt"], ["--inptu", "--input"]),
+    (["--tokenizer", "out/wood", "--vocab-size", 300], ["--vocab-size", "--tokenizer"]),
+], train.main: [
     (["--block-size", 100_000], ["--block-size", "longer", "100000"]),
     (["--max-stepz", 5], ["--max-stepz"]),
-    (["--max-steps", "many"], ["--max-steps", "many"]),
     (["--max-steps", 0], ["--max-steps", ">= 1", "0"]),
     (["huge"], ["huge", "tiny"]),
-    (["--data", "nowhere"], ["nowhere"]),
     (["--batch-size", 6, "--grad-accum", 4], ["--batch-size", "multiple", "4", "6"]),
     (["--n-embd", 30, "--n-head", 4], ["n_embd", "multiple", "30"]),
     (["--n-head", 4, "--n-kv-head", 3], ["n_kv_head", "divisor", "3"]),
-    (["--device", "tpu"], ["--device", "tpu"]),
     (["--device", "cuda"], ["--device cuda", "none"]),
     (["--n-layer", 0], ["n_layer", "1 or more"]),
     (["--n-kv-head", -1], ["n_kv_head", "1 or more"]),
     (["--dropout", 1], ["dropout"]),
-    (["--muon-lr", "1e39"], ["--muon-lr", "1e+39"]),
     (["--batch-size", 2**31], ["--batch-size", "1048576"]),
-    (["--adam-lr", "nan"], ["--adam-lr", "nan"]),
-    (["--seed", -1], ["--seed", "-1"]),
     (["--threads", 100_000], ["--threads", "4096"]),
-    (["--threads", 0], ["--threads"]),
+    (["--parallel", "fsdp"], ["--parallel", "torchrun"]),
     (["--resume", "--out", "nowhere"], ["nowhere", checkpoint.STATE]),
-    (["--init-from", "nowhere"], ["--n-layer=1", "no effect", "nowhere"]),
-], ids=lambda value: " ".join(map(str, value)) if isinstance(value[0], str) and value[0][:1] in "-h" else "")
-def test_train_refuses(script, data, tmp_path, monkeypatch, flags, words):
+    (["--init-from", "nowhere", "--n-layer", 1], ["--n-layer=1", "no effect", "nowhere"]),
+    (["small", "--init-from", "out/wood"], ["train.py: small has no effect beside --init-from"]),
+    *[(["--init-from", "out/wood", *flag], [flag[0].replace("--no-", "--")]) for flag in (
+        ["--n-layer", 8], ["--n-head", 2], ["--n-kv-head", 1], ["--n-embd", 64], ["--no-qk-norm"],
+        ["--no-tie-embeddings"])],
+    (["--init-from", "out/wood", "--weight-decay", 0.1], ["--weight-decay", "--muon-lr 0"]),
+    (["--out", "out/wood"], ["out/wood", "--resume"]),
+    ([*RUN, "--n-layer", 8], ["n_layer", "1", "8"]),
+    (["small", *RUN], ["size", "tiny", "small"]),
+    *[([*RUN, *flag], [flag[0].strip("-").replace("-", "_").removeprefix("no_")]) for flag in (
+        ["--block-size", 512], ["--no-qk-norm"], ["--eval-tokens", 9], ["--init-from", "out/wood"],
+        ["--n-kv-head", 1])],
+    *[([*flags, "--max-steps", 5, "--max-minutes", 1], ["--max-steps", "--max-minutes"]) for flags in ([], RUN)],
+], sample.main: [
+    (["--top-k", 0], ["top-k", "1 or more", "0"]),
+    (["--max-new-tokens", 10**12], ["--max-new-tokens"]),
+    (["--prompt", "\udcff"], ["--prompt", "utf-8"]),
+    (["--prompt", "x" * 17], ["prompt", "16", "17"]),
+    (["--prompt", "-milk"], ["--prompt", "=-"]),
+    (["--prompt-file", "nowhere"], ["nowhere"]),
+    (["--prompt-file", "latin1"], ["latin1", "UTF-8"]),
+    (["--prompt-file", "/dev/zero"], ["/dev/zero", "at most"]),
+    (["--prompt", "x", "--prompt-file", "nowhere"], ["--prompt-file"]),
+    (["--chekpoint", "x"], ["--chekpoint"]),
+    (["--backend", "reference"], ["--backend", "fp32"]),
+    (["--dtype", "float16"], ["--dtype", "float16", "bfloat16"]),
+], quantize.main: [
+    *[(["--no-compare", *flag], [flag[0], "--no-compare"])
+      for flag in (["--data", "x"], ["--eval-tokens", 5], ["--backend", "reference"])],
+    (["--out", "out/wood"], ["out/wood", "training run"])]}
+for script_main, options in {  # the message names the flag and its value
+        train.main: "--max-steps=many --data=nowhere --device=tpu --muon-lr=1e+39 --adam-lr=nan --threads=0 --seed=-1",
+        sample.main: "--top-p=0 --temperature=-0.5 --repetition-penalty=0 --num-samples=0 --max-new-tokens=0 "
+                     "--threads=0 --seed=-1 --device=cuda --checkpoint=nowhere --backend=gpu"}.items():
+    MISTAKES[script_main] += [([option], option.strip("-").split("=")) for option in options.split()]
+    MISTAKES[script_main].append((["--seed", 2**64 - 1], ["--seed", str(2**63 - 1)]))
+
+
+@pytest.mark.parametrize(("main", "flags", "words"), [
+    pytest.param(main, flags, words, id=f"{main.__module__} {' '.join(map(str, flags))}")
+    for main, rows in MISTAKES.items() for flags, words in rows])
+def test_a_mistake_is_one_line(script, data, folder, main, flags, words):
+    Path("book.txt").write_text("good " * 100)
+    Path("latin1").write_bytes("é".encode("latin-1"))
+    Path("data").mkdir()
+    Path("data/wood").symlink_to(data)
+    before = tree(Path())
+    result = script(main, *flags)
+    refused(result, *words)
+    assert result[1] == "" and tree(Path()) == before
+
+
+@pytest.mark.parametrize(("main", "cure"), [
+    (train.main, "data/prepare.py"), (sample.main, "python train.py"), (quantize.main, "python train.py")])
+def test_a_script_without_its_input_says_how_to_make_it(script, tmp_path, monkeypatch, main, cure):
     monkeypatch.chdir(tmp_path)
-    default = [] if "--data" in flags or "--resume" in flags else ["--data", data]
-    refused(script(train.main, *default, *TINY, *flags), *words)
-    assert not tree(tmp_path)
+    refused(script(main), cure)
 
 
-def test_train_without_data_says_how_to_make_some(script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused(script(train.main), "data/prepare.py")
-
-
-def test_train_does_not_overwrite_a_run(script, data, folder):
-    before = tree(folder)
-    refused(script(train.main, "--data", data, "--out", folder, *TINY), folder, "--resume")
-    assert tree(folder) == before
+# ---------------------------------------------------------------- train
 
 
 def test_resuming_a_finished_run_does_nothing(script, folder):
@@ -146,21 +162,16 @@ def test_resuming_a_finished_run_does_nothing(script, folder):
     assert tree(folder) == before
 
 
-def test_train_refuses_other_data_on_resume(script, data, folder, text_file, tmp_path):
-    other = corpus.prepare(corpus.PrepareConfig(input=(text_file,), out=tmp_path / "other", val=0.3))
+def test_train_refuses_other_data_on_resume(script, folder, text_file):
+    other = corpus.prepare(corpus.PrepareConfig(input=(text_file,), out=Path("other"), val=0.3))
     before = tree(folder)
-    refused(script(train.main, "--resume", "--out", folder, "--data", other, "--max-steps", 4), "other data")
-    refused(script(train.main, "small", "--resume", "--out", folder, "--max-steps", 4), "size", "tiny", "small")
+    refused(script(train.main, *RUN, "--data", other, "--max-steps", 4), "other data")
     assert tree(folder) == before
 
 
 def test_train_does_not_overwrite_a_model(script, data, folder):
     (folder / checkpoint.STATE).unlink()
     refused(script(train.main, "--init-from", folder, "--data", data, "--out", folder), folder, "holds a model")
-
-
-def test_train_refuses_another_architecture_on_resume(script, folder):
-    refused(script(train.main, "--resume", "--out", folder, "--n-layer", 2, "--max-steps", 4), "n_layer", "1", "2")
 
 
 def test_a_pickle_in_place_of_the_state_is_not_run(script, folder, tmp_path):
@@ -173,58 +184,15 @@ def test_a_pickle_in_place_of_the_state_is_not_run(script, folder, tmp_path):
     assert not (tmp_path / "boom").exists()
 
 
-@pytest.mark.parametrize("keep", [0, 10, 1000, -10])
-def test_a_truncated_state_is_named(script, folder, keep):
-    whole = (folder / checkpoint.STATE).read_bytes()
-    (folder / checkpoint.STATE).write_bytes(whole[:keep])
-    refused(script(train.main, "--resume", "--out", folder), checkpoint.STATE)
-
-
-def test_token_files_must_match_their_description(script, data, tmp_path):
-    copy = Path(shutil.copytree(data, tmp_path / "data"))
-    (copy / "val.bin").write_bytes((copy / "val.bin").read_bytes()[:-2])
-    refused(script(train.main, "--data", copy, "--out", tmp_path / "out", *TINY), "val.bin", "prepare.py")
-    assert not (tmp_path / "out").exists()
-
-
 # ---------------------------------------------------------------- sample
-
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--top-k", 0], ["top-k", "1 or more", "0"]),
-    (["--top-p", 0], ["top-p"]),
-    (["--temperature", -0.5], ["temperature", "-0.5"]),
-    (["--repetition-penalty", 0], ["repetition-penalty"]),
-    (["--num-samples", 0], ["--num-samples"]),
-    (["--max-new-tokens", 0], ["--max-new-tokens"]),
-    (["--max-new-tokens", 10**12], ["--max-new-tokens"]),
-    (["--seed", -1], ["--seed"]),
-    (["--threads", 0], ["--threads"]),
-    (["--device", "cuda"], ["--device"]),
-    (["--prompt", "\udcff"], ["--prompt", "utf-8"]),
-    (["--prompt", "x" * 17], ["prompt", "16", "17"]),
-    (["--prompt-file", "nowhere"], ["nowhere"]),
-    (["--prompt-file", "latin1"], ["latin1", "UTF-8"]),
-    (["--prompt", "x", "--prompt-file", "nowhere"], ["--prompt-file"]),
-    (["--checkpoint", "nowhere"], ["nowhere"]),
-    (["--chekpoint", "x"], ["--chekpoint"]),
-    (["--backend", "gpu"], ["--backend", "gpu"]),
-    (["--dtype", "float16"], ["--dtype", "float16", "bfloat16"]),
-], ids=lambda value: " ".join(map(str, value)) if str(value).startswith("['--") else "")
-def test_sample_refuses(script, folder, flags, words):
-    Path("latin1").write_bytes("é".encode("latin-1"))
-    result = script(sample.main, *flags)
-    refused(result, *words)
-    assert result[1] == ""
-
 
 @pytest.mark.parametrize("main", [sample.main, quantize.main], ids=["sample", "quantize"])
 def test_bad_folders_are_refused(script, folder, main):
-    before = tree(folder.parent)
     weights = folder / "model.safetensors"
 
     def check(*words: object) -> None:
         refused(script(main, "--checkpoint", folder), *words)
-        assert {path.parent for path in tree(folder.parent)} == {path.parent for path in before}
+        assert list(folder.parent.iterdir()) == [folder]
 
     whole = weights.read_bytes()
     for keep in (0, 7, 100, len(whole) - 1):
@@ -243,12 +211,6 @@ def test_bad_folders_are_refused(script, folder, main):
     check("config.json")
 
 
-def test_scripts_without_a_checkpoint_say_how_to_make_one(script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused(script(sample.main), "python train.py")
-    refused(script(quantize.main), "python train.py")
-
-
 def test_sample_streams_continues_and_repeats(script, folder):
     flags = ["--prompt", "Owl ", "--max-new-tokens", 40, "--seed", 3]
     code, out, err = script(sample.main, *flags)
@@ -257,14 +219,15 @@ def test_sample_streams_continues_and_repeats(script, folder):
     assert script(sample.main, *flags[:-1], 4)[1] != out
 
 
-def test_sample_takes_prompts_from_files_and_pipes(script, folder, monkeypatch):
-    flags = ["--max-new-tokens", 5, "--seed", 3]
-    Path("prompt.txt").write_text("你好 ")
-    from_file = script(sample.main, "--prompt-file", "prompt.txt", *flags)[1]
-    assert from_file.startswith("你好 ")
-    with Path("prompt.txt").open() as pipe:
-        monkeypatch.setattr(sys, "stdin", pipe)
-        assert script(sample.main, "--prompt", "-", *flags)[1] == from_file
+def test_prompts_of_files_and_pipes_are_read_as_books_are(script, folder, monkeypatch):
+    flags, texts = ["--max-new-tokens", 5, "--seed", 3], []
+    for name, content in ("plain", "你\nFox\n"), ("windows", "\ufeff你\r\nFox\r\n"):
+        Path(name).write_bytes(content.encode())
+        texts.append(script(sample.main, "--prompt-file", name, *flags)[1])
+        with Path(name).open() as pipe:
+            monkeypatch.setattr(sys, "stdin", pipe)
+            texts.append(script(sample.main, "--prompt", "-", *flags)[1])
+    assert len(set(texts)) == 1 and texts[0].startswith("你\nFox\n")
 
 
 def test_several_samples_differ(script, folder):
@@ -304,6 +267,20 @@ def test_int8_folders_sample_like_fp32_ones(script, folder):
     assert code == 0 and out.startswith("Fox ") and "int8" in err and "wood-int8" in err
     refused(script(sample.main, "--dtype", "bfloat16"), "--dtype bfloat16", "fp32", "wood-int8")
     assert script(sample.main, "--dtype", "float32", "--max-new-tokens", 2)[0] == 0
+
+
+def test_int8_folders_go_where_they_are_sent_and_overwrite_no_other(script, folder):
+    before = tree(Path("out"))
+    code, _, err = script(quantize.main, "--out", "small/model", "--no-compare", "--gguf")
+    assert code == 0 and Path("small/model.gguf").exists(), err
+    assert script(sample.main, "--checkpoint", "small/model", "--max-new-tokens", 8)[0] == 0
+    assert tree(Path("out")) == before
+    save_model(random_model(), Path("other"))
+    refused(script(quantize.main, "--out", "other"), "other", "name another --out")
+    Path("out/wood-int8").mkdir()
+    Path("out/wood-int8/run.json").touch()
+    refused(script(quantize.main, "--checkpoint", folder), "out/wood-int8: holds a training run")
+    assert list(Path("out/wood-int8").iterdir()) == [Path("out/wood-int8/run.json")]
 
 
 # ---------------------------------------------------------------- the process
@@ -371,16 +348,6 @@ def test_loading_a_model_imports_no_compiler(script, folder):
     assert done.stdout == "[]\n"
 
 
-def test_ctrl_c_leaves_without_a_traceback(folder):
-    process = subprocess.Popen([sys.executable, ROOT / "sample.py", "--max-new-tokens", "1000000"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(20)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert b"Traceback" not in err and b"interrupted" in err
-
-
 def test_ctrl_c_is_known_in_whatever_a_library_makes_of_it(script):
     """Python 3.11 makes a RuntimeError of it within __set_name__, that is while a class is made; C code may drop it."""
     class Field:
@@ -390,9 +357,9 @@ def test_ctrl_c_is_known_in_whatever_a_library_makes_of_it(script):
     def main() -> None:
         type("Class", (), {"field": Field()})
 
-    def library() -> None:
+    def library(number: int = signal.SIGINT) -> None:
         try:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         except BaseException:
             raise ImportError("half-loaded")  # noqa: B904
 
@@ -404,14 +371,7 @@ def test_ctrl_c_is_known_in_whatever_a_library_makes_of_it(script):
     for interrupted in (main, library, in_c):
         code, _, err = script(interrupted)
         assert code == 130 and err.count("interrupted") == 1 and err.count("\n") == 2, err
-
-    def terminated() -> None:
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        except BaseException:
-            raise ImportError("half-loaded")  # noqa: B904
-
-    code, _, err = script(terminated)
+    code, _, err = script(lambda: library(signal.SIGTERM))
     assert code == 128 + signal.SIGTERM and "half-loaded" not in err
 
 
@@ -431,10 +391,3 @@ def test_a_reader_that_leaves_early_is_no_error(folder):
                           shell=True, capture_output=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     assert b"Traceback" not in done.stderr and b"Error" not in done.stderr
 
-
-def test_a_training_run_is_not_overwritten_by_an_int8_folder(folder, script):
-    run = folder.with_name(f"{folder.name}-int8")
-    run.mkdir()
-    (run / "run.json").touch()
-    code, _, err = script(quantize.main, "--checkpoint", folder)
-    assert code == 2 and f"{run}: holds a training run" in err and len(list(run.iterdir())) == 1

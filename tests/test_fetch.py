@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port, make_text, random_model, refused, save_model
+from conftest import free_port, random_model, refused, save_model
+from test_fuzz import run_script
 
 import sample
 from lib import corpus, fetch
@@ -26,10 +24,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def model(tmp_path):
     """A folder with all that sample.py needs, and a pickle."""
     folder = tmp_path / "served"
-    folder.mkdir()
-    tokenizer = corpus.train_tokenizer([make_text(100)], 256)
     save_model(random_model(vocab_size=256), folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    corpus.train_tokenizer([], 256).save(str(folder / "tokenizer.json"))
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     return folder
 
@@ -40,28 +36,26 @@ def hub(model):
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
             path = self.path.split("?")[0]
+            file, kind = model / Path(path).name, "application/json"
             if path == "/api/models/owls/wren/revision/main":
-                return self.answer(json.dumps({"id": "owls/wren", "sha": COMMIT}).encode(), "application/json")
-            if path == f"/api/models/owls/wren/tree/{COMMIT}":
-                files = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
-                         for file in model.iterdir()]
-                return self.answer(json.dumps(files).encode(), "application/json")
-            file = model / Path(path).name
-            if path.startswith(f"/owls/wren/resolve/{COMMIT}/") and file.is_file():
-                return self.answer(file.read_bytes(), "application/octet-stream")
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return None
+                body = json.dumps({"id": "owls/wren", "sha": COMMIT}).encode()
+            elif path == f"/api/models/owls/wren/tree/{COMMIT}":
+                body = json.dumps([{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
+                                   for file in model.iterdir()]).encode()
+            elif path.startswith(f"/owls/wren/resolve/{COMMIT}/") and file.is_file():
+                body, kind = file.read_bytes(), "application/octet-stream"
+            else:
+                return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+            return self.answer(200, body, {"Content-Type": kind, "X-Repo-Commit": COMMIT,
+                                           "ETag": f'"{hashlib.sha1(body).hexdigest()}"'})
 
         do_HEAD = do_GET
 
-        def answer(self, body, kind):
-            self.send_response(200)
-            for name, value in {"Content-Type": kind, "Content-Length": len(body), "X-Repo-Commit": COMMIT,
-                                "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}.items():
-                self.send_header(name, str(value))
+        def answer(self, code, body, headers):
+            self.send_response(code)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(body)
@@ -75,43 +69,38 @@ def hub(model):
         server.shutdown()
 
 
-def run(folder, hub, *words):
-    env = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.run([sys.executable, ROOT / "sample.py", "--max-new-tokens", "5", "--seed", "1", *words],
-                          cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+def run(folder, hub, name):
+    """The exit code of sample.py with a model of this hub, and what it printed on standard output and error."""
+    code, err = run_script(["sample", "--checkpoint", str(name), "--max-new-tokens", "5", "--seed", "1"], folder,
+                           HF_ENDPOINT=hub, HF_HOME=str(folder / "home"), HF_HUB_DISABLE_PROGRESS_BARS="1")
+    return code, (folder / "stdout").read_text(), err
 
 
 def test_a_model_of_the_hub_is_fetched_once(tmp_path, model, hub):
-    here = run(tmp_path, hub, "--checkpoint", model)
-    first = run(tmp_path, hub, "--checkpoint", "owls/wren")
-    assert first.returncode == 0 and first.stdout == here.stdout and COMMIT in first.stderr, first.stderr
+    _, text, _ = run(tmp_path, hub, model)
+    code, out, err = run(tmp_path, hub, "owls/wren")
+    assert code == 0 and out == text and COMMIT in err, err
     fetched = tmp_path / "out" / "owls--wren"
     assert {file.name for file in fetched.iterdir()} == {file.name for file in model.iterdir()} - {"pytorch_model.bin"}
-    offline = run(tmp_path, f"http://127.0.0.1:{free_port()}", "--checkpoint", "owls/wren")
-    assert offline.returncode == 0 and offline.stdout == here.stdout and COMMIT not in offline.stderr
+    code, out, err = run(tmp_path, f"http://127.0.0.1:{free_port()}", "owls/wren")  # where nothing listens
+    assert code == 0 and out == text and COMMIT not in err
 
 
-@pytest.mark.parametrize("name", ["owls/hawk", "owls/wren@hawk", "owls/wren"])
-def test_what_cannot_be_fetched_is_one_line(tmp_path, hub, name):
-    address = hub if name != "owls/wren" else f"http://127.0.0.1:{free_port()}"  # where nothing listens
-    done = run(tmp_path, address, "--checkpoint", name)
-    assert done.returncode == 2 and done.stdout == "", done.stderr
-    assert len(done.stderr.splitlines()) == 1 and name in done.stderr and "Hugging Face" in done.stderr, done.stderr
-    assert not list((tmp_path / "out").glob("*"))
+@pytest.mark.parametrize("wrong", ["name", "revision", "address", "weights"])
+def test_what_cannot_be_fetched_is_one_line(tmp_path, model, hub, wrong):
+    name = {"name": "owls/hawk", "revision": "owls/wren@hawk"}.get(wrong, "owls/wren")
+    if wrong == "weights":
+        (model / "model.safetensors").unlink()
+    result = run(tmp_path, f"http://127.0.0.1:{free_port()}" if wrong == "address" else hub, name)
+    refused(result, name, "safetensors" if wrong == "weights" else "Hugging Face")
+    assert result[1] == "" and "note" not in result[2] and not list((tmp_path / "out").glob("*"))
 
 
-def test_a_model_without_safetensors_is_not_half_fetched(tmp_path, model, hub):
-    (model / "model.safetensors").unlink()
-    done = run(tmp_path, hub, "--checkpoint", "owls/wren")
-    assert done.returncode == 2 and "owls/wren" in done.stderr and "safetensors" in done.stderr
-    assert not list((tmp_path / "out").glob("*"))
-
-
-def test_paths_stay_paths(tmp_path, monkeypatch, script):
+@pytest.mark.parametrize("name", ["out/owl", "owl", "a/b/c", "/nowhere/owl"])
+def test_paths_stay_paths(tmp_path, monkeypatch, script, name):
     monkeypatch.chdir(tmp_path)
-    for name in ("out/owl", "owl", "a/b/c", "/nowhere/owl"):
-        code, _, err = script(sample.main, "--checkpoint", name)
-        assert code == 2 and name in err and "Hugging Face" not in err
+    code, _, err = script(sample.main, "--checkpoint", name)
+    assert code == 2 and name in err and "Hugging Face" not in err
 
 
 def test_a_wheel_is_checked(tmp_path, monkeypatch):

@@ -12,8 +12,9 @@ import re
 import resource
 import shutil
 import signal
-import time
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import prepare
@@ -25,7 +26,9 @@ from tokenizers import Tokenizer, decoders, models
 import quantize
 import sample
 import train
+from int8 import save_quantized
 from lib import cli, corpus, recipe
+from lib.checkpoint import copy_companions, load_model
 
 SECONDS = 20  # after which a script is interrupted, as a user would
 MAINS = {"prepare": prepare.main, "train": train.main, "sample": sample.main, "quantize": quantize.main}
@@ -49,22 +52,17 @@ VALUES = [None, "", "x", "\u0000", "\u20ac", [], {}, [None], [[]], {"a": 1}, Tru
           64.0, 1e-40, 1e300, 2**31 - 1, 2**31, 2**40, 2**63, 2**70, -(2**63), "256", "../x", "/etc/passwd"]
 WORDS = ["", " ", "-1", "0", "1", "3", "1.5", "1e-45", "1e38", "1e999", "-1e999", "nan", "9" * 30, "9" * 5000, "x",
          "None", "[", "~nobody/x", "~", "/dev/null", "/dev/zero", "/nowhere/x", ".", "..", "x" * 300, "\udce9", "$x__y",
-         "a\nb",
-         "--", "-", "model", "data", "auto", "cpu", "cuda:99", "mps"]
+         "a\nb", "--", "-", "model", "data", "auto", "cpu", "cuda:99", "mps"]
 
 
 # ---------------------------------------------------------------- folders to damage
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory) -> Path:
+def whole(data, checkpoint_folder, tmp_path_factory) -> Path:
     """data/, model/ (a run of two steps), model-int8/, tokenizers/KIND/, all in order."""
     root = tmp_path_factory.mktemp("whole")
     shutil.copytree(data, root / "data")
-    config = recipe.TrainConfig(data=root / "data", out=root / "model", n_layer=1, n_embd=16, n_head=2, block_size=16,
-                               batch_size=2, max_steps=2, eval_tokens=100, device="cpu")
-    assert train.train(config, train.Ranks("cpu", threads=1)) == 0
-    from int8 import save_quantized
-    from lib.checkpoint import copy_companions, load_model
+    shutil.copytree(checkpoint_folder, root / "model")
     save_quantized(load_model(root / "model"), root / "model-int8")
     copy_companions(root / "model", root / "model-int8")
     for name, tokenizer in TOKENIZERS.items():
@@ -141,10 +139,16 @@ def change(document: object, path: tuple, value: object, action: str) -> None:
 
 # ---------------------------------------------------------------- one case
 
-def run_script(words: list[str], place: Path) -> tuple[int | None, str]:
-    """Run a script in a process of its own. Its exit code, and what it printed on standard error."""
-    process = forks().Process(target=_run, args=(words, place))
+def start_script(words: list[str], place: Path, **environment: str) -> BaseProcess:
+    """A script in a process of its own. Its standard streams are the files stdin, stdout and stderr in `place`."""
+    process = forks().Process(target=_run, args=(words, place, environment))
     process.start()
+    return process
+
+
+def run_script(words: list[str], place: Path, **environment: str) -> tuple[int | None, str]:
+    """Its exit code, and what it printed on standard error."""
+    process = start_script(words, place, **environment)
     process.join(SECONDS)
     if process.is_alive():  # endless by its flags, perhaps; then Ctrl-C ends it cleanly
         os.kill(process.pid, signal.SIGINT)
@@ -156,13 +160,13 @@ def run_script(words: list[str], place: Path) -> tuple[int | None, str]:
     return process.exitcode, (place / "stderr").read_text(errors="replace")
 
 
-def _run(words: list[str], place: Path) -> None:
+def _run(words: list[str], place: Path, environment: dict[str, str]) -> None:
     os.chdir(place)
+    os.environ.update(environment)
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
     for number, name in enumerate(["stdin", "stdout", "stderr"]):
         Path(name).touch()
         os.dup2(os.open(name, os.O_RDWR | os.O_TRUNC * (number > 0)), number)
-    import sys
     sys.argv = [f"{words[0]}.py", *words[1:]]
     torch.set_num_threads(1)
     cli.run(MAINS[words[0]])
@@ -184,56 +188,53 @@ def assert_clean(words: list[str], place: Path) -> None:
 
 
 @pytest.fixture
-def cases(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[random.Random, Path]]:
-    """A source of chance and a fresh folder for each case."""
-    count, seed = request.config.getoption("--cases"), request.config.getoption("--cases-seed")
-    print(f"--cases-seed {seed}")
+def check(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., None]:
+    """check(draw): run many scripts, each in a fresh folder, and tell of all that were not clean.
 
-    def draw() -> Iterator[tuple[random.Random, Path]]:
+    draw(rng, place) prepares the folder; it returns the script with its flags, and what to say of the case.
+    """
+    count, seed = request.config.getoption("--cases"), request.config.getoption("--cases-seed")
+
+    def run(draw: Callable[[random.Random, Path], tuple[list[str], str]]) -> None:
+        faults = []
         for number in range(count):
             place = tmp_path / "case"
             place.mkdir()
             (place / "book.txt").write_text(make_text(300))
-            yield random.Random(f"{seed} {number}"), place
+            words, about = draw(random.Random(f"{seed} {number}"), place)
+            try:
+                assert_clean(words, place)
+            except AssertionError as error:
+                faults.append(f"{about}\n  {words!a}\n  {error}")
             shutil.rmtree(place)
+        assert not faults, "\n\n".join([f"--cases-seed {seed}: {len(faults)} faults", *faults])
 
-    return draw()
+    return run
 
 
-def test_damaged_folders(whole, cases):
-    faults = []
-    (cases_began := time.monotonic())
-    for rng, place in cases:
+def test_damaged_folders(whole, check, tmp_path):
+    shutil.copytree(whole / "data", tmp_path / "data")
+
+    def draw(rng: random.Random, place: Path) -> tuple[list[str], str]:
         kind = rng.choices(list(USES), [4, 8, 3, 2])[0]
         source = whole / kind if kind != "tokenizers" else rng.choice(sorted((whole / kind).iterdir()))
-        folder = Path(shutil.copytree(source, place / "folder"))
-        if not (place.parent / "data").exists():
-            shutil.copytree(whole / "data", place.parent / "data")
-        done = damage(folder, rng)
-        words = [word.replace("FOLDER", "folder") for word in rng.choice(USES[kind])]
-        try:
-            assert_clean(words, place)
-        except AssertionError as error:
-            faults.append(f"{kind}: {done}\n  {' '.join(words)}\n  {error}")
-    assert not faults, "\n\n".join([f"{len(faults)} faults in {time.monotonic() - cases_began:.0f} s", *faults])
+        damaged = damage(Path(shutil.copytree(source, place / "folder")), rng)
+        return [word.replace("FOLDER", "folder") for word in rng.choice(USES[kind])], f"{kind}: {damaged}"
+
+    check(draw)
 
 
-def test_flags_without_sense(whole, cases):
-    faults = []
-    for rng, place in cases:
+def test_flags_without_sense(whole, check):
+    given = {"prepare": ["--input", "book.txt"], "train": [*TINY, *QUICK, "--data", "data"],
+             "sample": ["--checkpoint", "model", "--max-new-tokens", "9"],
+             "quantize": ["--checkpoint", "model", "--no-compare"]}
+
+    def draw(rng: random.Random, place: Path) -> tuple[list[str], str]:
         for name in ("data", "model", "model-int8"):
             shutil.copytree(whole / name, place / name)
         script = rng.choice(list(CONFIGS))
-        flags = {"prepare": ["--input", "book.txt"], "train": [*TINY, *QUICK, "--data", "data"],
-                 "sample": ["--checkpoint", "model", "--max-new-tokens", "9"],
-                 "quantize": ["--checkpoint", "model", "--no-compare"]}[script]
-        field = rng.choice(dataclasses.fields(CONFIGS[script])).name
-        option = f"--{field.replace('_', '-')}"
-        words = [script, *flags, *([option] if rng.random() < 0.1 else [f"{option}={rng.choice(WORDS)}"])]
-        if script == "train" and rng.random() < 0.3:
-            words += ["--resume", "--out", "model"]
-        try:
-            assert_clean(words, place)
-        except AssertionError as error:
-            faults.append(f"{words!a}\n  {error}")
-    assert not faults, "\n\n".join([f"{len(faults)} faults", *faults])
+        option = f"--{rng.choice(dataclasses.fields(CONFIGS[script])).name.replace('_', '-')}"
+        words = [script, *given[script], *([option] if rng.random() < 0.1 else [f"{option}={rng.choice(WORDS)}"])]
+        return words + ["--resume", "--out", "model"] * (script == "train" and rng.random() < 0.3), option
+
+    check(draw)

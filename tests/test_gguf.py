@@ -76,26 +76,14 @@ def test_tensors(tmp_path, fields, capsys):
     model, _ = save(tmp_path, **fields)
     write_gguf(model, tmp_path, tmp_path / "m.gguf")
     _, tensors = read(tmp_path / "m.gguf")
-    odd = model.config.n_embd % 32 != 0
-    assert capsys.readouterr().out.count("note:") == odd
+    assert capsys.readouterr().out.count("note:") == (model.config.n_embd % 32 != 0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, model.config.n_layer)
+    ours = {names.get_name(name, [".weight"]): exact.detach() for name, exact in model.named_parameters()}
+    assert tensors.keys() == ours.keys()
     assert ("output.weight" in tensors) == (not model.config.tie_embeddings)
-    assert len(tensors) == len(list(model.parameters()))
-    state = model.state_dict()
-    for name, ours in {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-                       "blk.1.attn_q": "model.layers.1.self_attn.q_proj",
-                       "blk.1.attn_k": "model.layers.1.self_attn.k_proj",
-                       "blk.1.attn_v": "model.layers.1.self_attn.v_proj",
-                       "blk.1.attn_output": "model.layers.1.self_attn.o_proj",
-                       "blk.1.attn_q_norm": "model.layers.1.self_attn.q_norm",
-                       "blk.1.attn_norm": "model.layers.1.input_layernorm",
-                       "blk.1.ffn_norm": "model.layers.1.post_attention_layernorm",
-                       "blk.1.ffn_gate": "model.layers.1.mlp.gate_proj", "blk.1.ffn_up": "model.layers.1.mlp.up_proj",
-                       "blk.0.ffn_down": "model.layers.0.mlp.down_proj"}.items():
-        if f"{name}.weight" not in tensors:
-            assert name in ("output", "blk.1.attn_q_norm")
-            continue
-        tensor, exact = tensors[f"{name}.weight"], state[f"{ours}.weight"]
-        if name in ("blk.1.attn_q", "blk.1.attn_k") and not model.config.qk_norm:
+    for name, exact in ours.items():
+        tensor = tensors[name]
+        if name.endswith(("attn_q.weight", "attn_k.weight")) and not model.config.qk_norm:
             exact = interleave_pairs(exact, model.config.head_dim)
         kind = "F32" if exact.dim() == 1 else "F16" if exact.size(1) % 32 else "Q8_0"
         assert tensor.tensor_type.name == kind
@@ -118,37 +106,25 @@ def test_llama_rows_stand_in_pairs():
 
 def test_what_cannot_be_written_is_refused(tmp_path):
     model, tokenizer = save(tmp_path)
+
+    def assert_refused(match):
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(UserError, match=match):
+            write_gguf(model, tmp_path, tmp_path / "m.gguf")
+        assert not list(tmp_path.glob("*.gguf"))
+
     tokenizer.add_tokens([f"<{i}>" for i in range(4)])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="tokens up to 259, the model knows 259"):
-        write_gguf(model, tmp_path, tmp_path / "m.gguf")
+    assert_refused("tokens up to 259, the model knows 259")
     tokenizer.post_processor = processors.TemplateProcessing("<0> $0", special_tokens=[("<0>", 256)])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="another post_processor"):
-        write_gguf(model, tmp_path, tmp_path / "m.gguf")
+    assert_refused("another post_processor")
     tokenizer.post_processor = processors.TemplateProcessing("$0", special_tokens=[])  # adds nothing
     tokenizer.model.dropout = 0.5
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="got another tokenizer"):
-        write_gguf(model, tmp_path, tmp_path / "m.gguf")
-    tokenizer.model.dropout = None
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="cuts texts as one of gpt-2, smollm, qwen2, llama-bpe, got another"):
-        write_gguf(model, tmp_path, tmp_path / "m.gguf")
-    save(tmp_path)
+    assert_refused("got another tokenizer")
+    tokenizer.model.dropout, tokenizer.pre_tokenizer = None, pre_tokenizers.Whitespace()
+    assert_refused("cuts texts as one of gpt-2, smollm, qwen2, llama-bpe, got another")
+    _, tokenizer = save(tmp_path)
     model.lm_head.weight.data[0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight: expected numbers"):
-        write_gguf(model, tmp_path, tmp_path / "m.gguf")
-    assert not list(tmp_path.glob("*.gguf"))
-
-
-def test_flag(tmp_path, script):
-    save(tmp_path / "wood")
-    code, out, err = script(quantize.main, "--checkpoint", tmp_path / "wood", "--gguf", "--no-compare")
-    assert code == 0, err
-    assert f"{tmp_path}/wood.gguf" in out
-    assert read(tmp_path / "wood.gguf")[0]["general.name"] == "wood"
+    assert_refused(r"model\.embed_tokens\.weight: expected numbers")
 
 
 # ---------------------------------------------------------------- and back
@@ -221,6 +197,15 @@ def rewritten(path, **changes):
     return out
 
 
+@pytest.fixture
+def wood(tmp_path, monkeypatch):
+    """The working folder, with wood.gguf."""
+    monkeypatch.chdir(tmp_path)
+    model, _ = save(tmp_path / "made")
+    write_gguf(model, tmp_path / "made", tmp_path / "wood.gguf")
+    return tmp_path
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"architecture": "mamba"}, "general.architecture: expected qwen3 or llama, got mamba"),
     ({"pre": "poro"}, "got gpt2 with poro"), ({"model": "llama"}, "got llama with gpt-2"),
@@ -234,14 +219,17 @@ def rewritten(path, **changes):
     ({"tensor": "blk.0.ffn_up.weight"}, "tensor blk.0.ffn_up.weight is missing"),
     ({"block_count": None}, "num_hidden_layers"), ({"block_count": "2"}, "block_count: expected int, got '2'"),
     ({"head_count": 3}, "num_key_value_heads"), ({"embedding_length": 128}, "expected torch.float32"),
-    ({"embedding_length": 2**31 - 1}, "hidden_size"), ({"tokens": None}, "vocab_size")], ids=str)
-def test_a_wrong_gguf_is_refused_in_one_line(tmp_path, monkeypatch, script, changes, said):
-    monkeypatch.chdir(tmp_path)
-    model, _ = save(tmp_path / "wood")
-    write_gguf(model, tmp_path / "wood", tmp_path / "m.gguf")
-    code, _, err = script(sample.main, "--checkpoint", rewritten(tmp_path / "m.gguf", **changes))
+    ({"embedding_length": 2**31 - 1}, "hidden_size"), ({"tokens": None}, "vocab_size"),
+    *[(left, "wood.gguf") for left in (0, 3, 4, 20, 500, 3000, 20_000, -1)]], ids=str)
+def test_a_wrong_or_truncated_gguf_is_refused_in_one_line(wood, script, changes, said):
+    path = wood / "wood.gguf"
+    if isinstance(changes, dict):
+        path = rewritten(path, **changes)
+    else:
+        path.write_bytes(path.read_bytes()[:changes])
+    code, _, err = script(sample.main, "--checkpoint", path)
     assert code == 2 and said in err and err.count("\n") == 1, err
-    assert not (tmp_path / "out").exists()
+    assert not (wood / "out").exists()
 
 
 def test_a_llama_of_another_shape_is_refused(tmp_path):
@@ -269,27 +257,7 @@ def test_a_big_endian_gguf_is_named(tmp_path):
         convert(tmp_path / "big.gguf", tmp_path / "back", "0")
 
 
-@pytest.mark.parametrize("left", [0, 3, 4, 20, 500, 3000, 20_000, -1])
-def test_a_truncated_gguf_is_refused(tmp_path, monkeypatch, script, left):
-    monkeypatch.chdir(tmp_path)
-    model, _ = save(tmp_path / "wood")
-    write_gguf(model, tmp_path / "wood", tmp_path / "m.gguf")
-    (tmp_path / "m.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:left])
-    code, _, err = script(sample.main, "--checkpoint", "m.gguf")
-    assert code == 2 and "m.gguf" in err and err.count("\n") == 1, err
-    assert not (tmp_path / "out").exists()
-
-
 # ---------------------------------------------------------------- in place of a folder
-
-@pytest.fixture
-def wood(tmp_path, monkeypatch):
-    """The working folder, with wood.gguf."""
-    monkeypatch.chdir(tmp_path)
-    model, _ = save(tmp_path / "made")
-    write_gguf(model, tmp_path / "made", tmp_path / "wood.gguf")
-    return tmp_path
-
 
 FLAGS = {  # of each script that takes a model: a first and a second use
     "--checkpoint": [[sample.main, "--max-new-tokens", 2], [quantize.main, "--no-compare"]],

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -18,13 +19,14 @@ import prepare
 import pytest
 import torch
 from conftest import ROOT, end_well, fork_train, make_text, random_model, refused, save_model
-from test_fuzz import run_script
+from test_fuzz import run_script, start_script
+from test_quantize import quick  # noqa: F401  (a fixture)
 
 import quantize
 import sample
 import train
 from dataloader import TokenData
-from lib import checkpoint, cli, corpus, machine, picture
+from lib import checkpoint, corpus, machine
 from lib.checkpoint import STATE, read_state
 from lib.distributed import Ranks
 from lib.files import beside
@@ -61,11 +63,10 @@ def test_no_name_is_a_language(tmp_path, text_file, name, compare):
         assert (tmp_path / path).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("main", "flag"), [
-    (prepare.main, "--input"), (prepare.main, "--out"), (prepare.main, "--tokenizer"), (train.main, "--data"),
-    (train.main, "--out"), (train.main, "--init-from"), (sample.main, "--checkpoint"), (sample.main, "--prompt"),
-    (sample.main, "--prompt-file"), (quantize.main, "--checkpoint"), (quantize.main, "--out"),
-    (quantize.main, "--data")])
+@pytest.mark.parametrize(("main", "flag"), [(main, flag) for main, flags in {
+    prepare.main: "--input --out --tokenizer", train.main: "--data --out --init-from",
+    sample.main: "--checkpoint --prompt --prompt-file", quantize.main: "--checkpoint --out --data",
+}.items() for flag in flags.split()])
 @pytest.mark.parametrize("word", ["caf\udce9", ""])
 def test_a_name_that_cannot_be_written_down_is_refused(script, tmp_path, monkeypatch, main, flag, word):
     monkeypatch.chdir(tmp_path)
@@ -75,31 +76,11 @@ def test_a_name_that_cannot_be_written_down_is_refused(script, tmp_path, monkeyp
     assert list(Path().iterdir()) == [Path("caf\udce9")]
 
 
-def test_home_is_found_behind_an_equals_sign(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cli.parse(corpus.PrepareConfig, "", ["--out=~/x"]).out == tmp_path / "x"
-
-
-def test_a_value_that_begins_with_a_dash_has_its_cure(script):
-    refused(script(sample.main, "--prompt", "-milk"), "--prompt", "=-")
-
-
 @pytest.mark.parametrize("name", [".", ".."])
 def test_a_folder_beside_has_a_name(tmp_path, monkeypatch, name):
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
     assert beside(Path(name), "-int8") == tmp_path / {".": "a/b-int8", "..": "a-int8"}[name]
-
-
-def test_int8_folders_go_where_they_are_sent(script, folder, tmp_path):
-    before = {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()}
-    code, _, err = script(quantize.main, "--out", "small/model", "--no-compare", "--gguf")
-    assert code == 0 and Path("small/model.gguf").exists(), err
-    assert script(sample.main, "--checkpoint", "small/model", *SHORT)[0] == 0
-    assert {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()} == before
-    refused(script(quantize.main, "--out", folder), folder, "training run")
-    save_model(random_model(), tmp_path / "other")
-    refused(script(quantize.main, "--out", tmp_path / "other"), "other", "name another --out")
 
 
 # ---------------------------------------------------------------- compilers
@@ -119,6 +100,7 @@ def test_a_compiler_may_be_several_words(tmp_path, monkeypatch):
     assert "no C++ compiler" not in code.stderr + code.stdout
 
 
+@pytest.mark.long  # test_train.py's two ranks, of which one cannot compile, are quick
 def test_where_nothing_compiles_training_goes_on(data, tmp_path):
     log = tmp_path / "log"
     changes = "from lib import machine; machine.cxx = lambda: '/bin/false'"
@@ -169,12 +151,11 @@ def test_what_cannot_be_written_in_the_middle_of_a_run_is_a_note(script, data, t
         if run.step == 12:
             path = out / lost
             if path.is_dir():
-                for file in path.iterdir():
-                    file.unlink()
-                path.rmdir()
+                shutil.rmtree(path)
+                path.touch()
             else:
                 path.unlink(missing_ok=True)
-            (path.write_text if lost == "runs" else lambda _: path.mkdir())("x")
+                path.mkdir()
         step(run)
 
     monkeypatch.setattr(train.Run, "train_step", lose)
@@ -186,18 +167,13 @@ def test_what_cannot_be_written_in_the_middle_of_a_run_is_a_note(script, data, t
         assert lost in err and err.count("note") == 1
 
 
-@pytest.mark.parametrize("broken", ["savefig", "Figure", "SummaryWriter"])
+@pytest.mark.parametrize("broken", ["lib.picture.Figure.savefig", "lib.picture.Figure",
+                                    "torch.utils.tensorboard.SummaryWriter"])
 def test_pictures_and_curves_that_fail_do_not_end_a_run(script, data, tmp_path, monkeypatch, broken):
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no font\nat all")
 
-    if broken == "savefig":
-        monkeypatch.setattr(picture.Figure, "savefig", fail)
-    elif broken == "Figure":
-        monkeypatch.setattr(picture, "Figure", fail)
-    else:
-        import torch.utils.tensorboard
-        monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", fail)
+    monkeypatch.setattr(broken, fail)
     code, _, err = script(train.main, "--data", data, "--out", tmp_path / "run", *TINY, *QUICK)
     assert code == 0 and read_state(tmp_path / "run")["step"] == 2
     assert err.count("\n") == 1 and "no font; going on without" in err
@@ -253,16 +229,16 @@ def test_a_closed_terminal_saves_and_stops_under_torchrun(data, tmp_path):
     assert f"stopped at step {read_state(out)['step']}" in said
 
 
-@pytest.mark.parametrize("words", [
-    ["train.py"], ["sample.py"], ["quantize.py"], ["data/prepare.py", "--input", "book.txt"],
-    ["profile_run.py", "sample.py"]], ids=" ".join)
+@pytest.mark.parametrize(("words", "letters"), [
+    ("train.py", 0), ("sample.py", 0), ("sample.py --max-new-tokens 1000000", 20), ("quantize.py", 0),
+    ("data/prepare.py --input book.txt", 0), ("profile_run.py sample.py", 0)])
 @pytest.mark.parametrize("moment", [0, *(pytest.param(0.1 + 0.2 * i, marks=pytest.mark.long) for i in range(12))])
-def test_ctrl_c_is_one_line_once_a_script_runs(folder, data, words, moment):
-    """Before that, while it imports, it is Python's own traceback."""
+def test_ctrl_c_is_one_line_once_a_script_runs(folder, data, words, letters, moment):
+    """Before that, while it imports, it is Python's own traceback. `letters` are read of its text first."""
     Path("book.txt").write_text(make_text(200_000))
     Path("data").mkdir()
     Path("data/wood").symlink_to(data)
-    words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in words.split()]
     process = start("-c", f"""if True:
         import runpy, sys
         sys.path.insert(0, {str(ROOT)!r})
@@ -271,7 +247,7 @@ def test_ctrl_c_is_one_line_once_a_script_runs(folder, data, words, moment):
         cli.run = lambda main: run(lambda: (print("running", flush=True), main()))
         runpy.run_path({words[0]!r}, run_name="__main__")
     """)
-    assert process.stdout.readline() == "running\n"
+    assert process.stdout.readline() == "running\n" and len(process.stdout.read(letters)) == letters
     time.sleep(moment)
     process.send_signal(signal.SIGINT)
     try:
@@ -290,42 +266,36 @@ def test_ctrl_c_is_one_line_once_a_script_runs(folder, data, words, moment):
 @pytest.mark.parametrize("moment", [0, 2, *(pytest.param(i, marks=pytest.mark.long) for i in (1, 3))])
 def test_a_stopped_prepare_leaves_nothing(tmp_path, number, moment):
     (tmp_path / "book.txt").write_text(make_text(300_000))
-    process = start(ROOT / "data/prepare.py", "--input", "book.txt", "--out", "made", "--vocab-size", 2000,
-                    cwd=tmp_path)
+    process = start_script(["prepare", "--input", "book.txt", "--out", "made", "--vocab-size", "2000"], tmp_path)
     while not list(tmp_path.glob("made/.*.tmp")):
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), (tmp_path / "stderr").read_text()
         time.sleep(0.01)
     time.sleep(0.15 * moment)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
-    assert "Traceback" not in err
+    os.kill(process.pid, number)
+    process.join(30)
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
     if moment > 1 and (tmp_path / "made/meta.json").exists():  # it had ended already, or all but its exit
-        assert process.returncode in (0, 128 + number, -number)
+        assert process.exitcode in (0, 128 + number, -number)
         TokenData(tmp_path / "made", 16)
-        return
-    assert process.returncode == 128 + number
-    assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
-
-
-# ---------------------------------------------------------------- two at once, halves, masks
-
-def test_two_that_prepare_one_folder_do_not_mix(tmp_path):
-    texts = {"a.txt": make_text(30_000, seed=1), "b.txt": make_text(7_000, seed=2)}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
-    for _ in range(2):
-        both = [start(ROOT / "data/prepare.py", "--input", name, "--out", "made", cwd=tmp_path) for name in texts]
-        assert [process.wait(60) for process in both] == [0, 0]
-        data = TokenData(tmp_path / "made", 16)
-        kept = np.concatenate([np.fromfile(tmp_path / "made" / f"{part}.bin", "<u2") for part in data.files])
-        assert kept.astype(np.uint8).tobytes().decode() in texts.values()
-        assert not list(tmp_path.glob("made/.*")) and not list(tmp_path.glob(".*"))
+    else:
+        assert process.exitcode == 128 + number
+        assert {path.name for path in tmp_path.iterdir()} == {"book.txt", "stdin", "stdout", "stderr"}
 
 
 @pytest.mark.parametrize("moved", range(6))
-def test_killed_while_it_replaces_an_int8_folder_nothing_is_mixed(script, folder, monkeypatch, moved):
-    assert script(quantize.main, "--no-compare")[0] == 0
-    old = folder.with_name("wood-int8")
+@pytest.mark.parametrize("kind", ["data", "int8"])
+def test_killed_while_it_replaces_a_folder_nothing_is_mixed(script, folder, monkeypatch, kind, moved):
+    """The new folder becomes valid in one moment. Making it once more makes all valid."""
+    made, marker, make, use = {
+        "data": (Path("data/a"), "meta.json", [prepare.main, "--input", "a.txt", "--out", "data/a"],
+                 [train.main, "--data", "data/a", "--out", "run", *TINY, *QUICK]),
+        "int8": (Path("out/wood-int8"), "config.json", [quantize.main, "--checkpoint", folder, "--no-compare"],
+                 [sample.main, "--checkpoint", "out/wood-int8", *SHORT])}[kind]
+    text = make_text(2000, seed=1)
+    Path("a.txt").write_text(text)
+    assert script(*make)[0] == 0
+    before, files = [path.read_bytes() for path in made.glob("train.bin")], len(list(made.iterdir()))
+    Path("a.txt").write_text(text.replace("Owl", "Elk"))  # as many bytes
     replace, left = Path.replace, iter(range(moved))
 
     def die(path: Path, target: Path) -> Path:
@@ -333,25 +303,24 @@ def test_killed_while_it_replaces_an_int8_folder_nothing_is_mixed(script, folder
             os._exit(9)
         return replace(path, target)
 
-    context = multiprocessing.get_context("fork")
-
     def killed() -> None:
         monkeypatch.setattr(Path, "replace", die)
-        quantize.main()
+        script(*make)
 
-    monkeypatch.setattr(sys, "argv", ["quantize.py", "--checkpoint", str(folder), "--no-compare"])
-    process = context.Process(target=killed)
+    process = multiprocessing.get_context("fork").Process(target=killed)
     process.start()
     process.join()
-    files = len(list(folder.glob("*token*"))) + 3
     if moved < files:
         assert process.exitcode == 9
-        refused(script(sample.main, "--checkpoint", old, *SHORT), "config.json")
-    assert script(quantize.main, "--checkpoint", folder, "--no-compare")[0] == 0
-    assert script(sample.main, "--checkpoint", old, *SHORT)[0] == 0 and not list(old.glob(".*"))
+        refused(script(*use), marker)
+    assert script(*make)[0] == 0 and not list(made.glob(".*"))
+    assert script(*use)[0] == 0
+    assert kind == "int8" or before != [path.read_bytes() for path in made.glob("train.bin")]
 
 
-def test_a_mask_holds_for_every_file(script, data, tmp_path):
+# ---------------------------------------------------------------- two at once, halves, masks
+
+def test_a_mask_holds_for_every_file(script, data, tmp_path, quick):  # noqa: F811
     before = os.umask(0o077)
     try:
         assert script(train.main, "--data", data, "--out", tmp_path / "out" / "run", *TINY, *QUICK)[0] == 0
@@ -367,44 +336,23 @@ def test_a_mask_holds_for_every_file(script, data, tmp_path):
 
 def test_a_book_may_come_through_a_pipe(script, tmp_path, text_file, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    script(prepare.main, "--input", text_file, "--out", "file")
-    for word in ("-", "/dev/stdin"):
-        subprocess.run([sys.executable, ROOT / "data/prepare.py", "--input", word, "--out", "piped"],
-                       input=text_file.read_bytes(), check=True)
-    read, write = os.pipe()
-    writer = threading.Thread(target=lambda: (os.write(write, text_file.read_bytes()), os.close(write)))
-    writer.start()
-    assert script(prepare.main, "--input", f"/dev/fd/{read}", "--out", "fd")[0] == 0
-    writer.join()
-    for made in ("piped", "fd"):
+
+    def pipe(content: bytes) -> int:
+        read, write = os.pipe()
+        threading.Thread(target=lambda: (os.write(write, content), os.close(write))).start()
+        return read
+
+    assert script(prepare.main, "--input", text_file, "--out", "file")[0] == 0
+    for word in ("-", "/dev/stdin", "/dev/fd/{}"):
+        read, before = pipe(text_file.read_bytes()), os.dup(0)
+        os.dup2(read, 0)
+        assert script(prepare.main, "--input", word.format(read), "--out", "piped")[0] == 0
+        os.dup2(before, 0)
         for part in ("train.bin", "val.bin"):
-            assert Path(made, part).read_bytes() == Path("file", part).read_bytes()
-    empty, write = os.pipe()
-    os.close(write)
-    refused(script(prepare.main, "--input", f"/dev/fd/{empty}", "--out", "none"), "an empty file")
+            assert Path("piped", part).read_bytes() == Path("file", part).read_bytes()
+        shutil.rmtree("piped")
+    refused(script(prepare.main, "--input", f"/dev/fd/{pipe(b'')}", "--out", "none"), "an empty file")
     assert not Path("none").exists()
-
-
-@pytest.mark.parametrize(("content", "word"), [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "Git LFS"), ("Owl".encode("utf-16"), "UTF-16"),
-    ("Owl".encode("utf-16-be"), "zero byte")])
-def test_what_is_no_text_is_called_by_its_name(script, tmp_path, content, word):
-    (tmp_path / "book.txt").write_bytes(content)
-    refused(script(prepare.main, "--input", tmp_path / "book.txt", "--out", tmp_path / "made"), "book.txt", word)
-
-
-def test_prompts_are_read_as_books_are(script, folder, monkeypatch):
-    Path("plain.txt").write_text("Owl\nFox\n")
-    Path("windows.txt").write_bytes(b"\xef\xbb\xbfOwl\r\nFox\r\n")
-    texts = [script(sample.main, "--prompt-file", f"{name}.txt", *SHORT)[1] for name in ("plain", "windows")]
-    with Path("windows.txt").open() as pipe:
-        monkeypatch.setattr(sys, "stdin", pipe)
-        texts.append(script(sample.main, "--prompt", "-", *SHORT)[1])
-    assert len(set(texts)) == 1 and texts[0].startswith("Owl\nFox\n")
-
-
-def test_a_prompt_without_end_is_refused(script, folder):
-    refused(script(sample.main, "--prompt-file", "/dev/zero"), "/dev/zero", "at most")
 
 
 def test_a_book_may_say_where_its_texts_end(script, tmp_path, monkeypatch):
@@ -451,42 +399,10 @@ def test_a_model_larger_than_memory_is_refused(script, folder, monkeypatch):
 
 # ---------------------------------------------------------------- flags
 
-@pytest.mark.parametrize(("main", "flags", "words"), [
-    *[(train.main, ["--init-from", "out/wood", *flag], [flag[0].replace("--no-", "--")]) for flag in (
-        ["--n-layer", 8], ["--n-head", 2], ["--n-kv-head", 1], ["--n-embd", 64], ["--no-qk-norm"],
-        ["--no-tie-embeddings"])],
-    (train.main, ["small", "--init-from", "out/wood"], ["train.py: small has no effect beside --init-from"]),
-    (train.main, ["--init-from", "out/wood", "--weight-decay", 0.1], ["--weight-decay", "--muon-lr 0"]),
-    *[(train.main, ["--resume", "--out", "out/wood", *flag], [flag[0].strip("-").replace("-", "_").removeprefix("no_")])
-      for flag in (["--n-layer", 8], ["--block-size", 512], ["--no-qk-norm"], ["--eval-tokens", 9],
-                   ["--init-from", "out/wood"], ["--n-kv-head", 1])],
-    (train.main, ["small", "--resume", "--out", "out/wood"], ["size", "small"]),
-    (train.main, ["--parallel", "fsdp"], ["--parallel", "torchrun"]),
-    *[(train.main, [*flags, "--max-steps", 5, "--max-minutes", 1], ["--max-steps", "--max-minutes"])
-      for flags in ([], ["--resume", "--out", "out/wood"])],
-    *[(quantize.main, ["--no-compare", *flag], [flag[0], "--no-compare"])
-      for flag in (["--data", "x"], ["--eval-tokens", 5], ["--backend", "reference"])],
-    (sample.main, ["--backend", "reference"], ["--backend", "fp32"]),
-    (prepare.main, ["--tokenizer", "out/wood", "--vocab-size", 300], ["--vocab-size", "--tokenizer"]),
-    *[(main, ["--seed", 2**64 - 1], ["--seed", str(2**63 - 1)]) for main in (train.main, sample.main)],
-    *[(main, ["--seed", -1], ["--seed", "-1"]) for main in (train.main, sample.main)],
-], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) and len(str(value)) < 60 else "")
-def test_no_flag_is_silently_without_effect(script, folder, main, flags, words):
-    before = sorted(Path().rglob("*"))
-    refused(script(main, *flags), *words)
-    assert sorted(Path().rglob("*")) == before
-
-
 def test_flags_that_greedy_decoding_ignores_are_noted(script, folder):
     code, _, err = script(sample.main, "--temperature", 0, "--top-k", 3, "--top-p", 0.5, *SHORT)
     noted = re.findall("^note: (--[a-z-]+) has no effect", err, re.M)
     assert code == 0 and sorted(noted) == ["--seed", "--top-k", "--top-p"]
-
-
-def test_profiles_take_no_flags_that_comparing_ignores(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "profile_run.py", "--out", "x", "--compare", "a", "b"],
-                          capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and "--out" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_seeds_reach_as_far_in_every_script(script, data, folder, tmp_path):
@@ -529,24 +445,15 @@ def test_threads_are_as_many_as_cores_are_free(monkeypatch, notes_anew, capsys, 
 
 
 def test_seconds_of_cores_are_counted():
-    before, start = machine.core_seconds(), time.monotonic()
-    while time.monotonic() < start + 0.5:
+    before, start = machine.core_seconds(), time.process_time()
+    while time.process_time() < start + 0.5:
         pass
     seconds, busy, own = (now - then for now, then in zip(machine.core_seconds(), before, strict=True))
-    assert 0.2 < own < 1.05 * seconds and own - 0.05 < busy < machine.cores() * seconds + 0.1
-
-
-@pytest.mark.parametrize(("found", "dtype"), [
-    ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16), ({"avx512_f": True, "amx_bf16": True}, torch.bfloat16),
-    ({"avx512_f": True, "amx_bf16": False}, torch.float32), ({"neon": True}, torch.float32)], ids=str)
-def test_bfloat16_is_taken_where_the_cpu_multiplies_it(monkeypatch, found, dtype):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
-    assert machine.pick_dtype("auto", torch.device("cpu")) == dtype
-    assert machine.pick_dtype("float32", torch.device("cpu")) == torch.float32
+    assert 0.45 < own < 1.05 * seconds and own - 0.05 < busy < machine.cores() * seconds + 0.1
 
 
 def test_a_mistake_under_torchrun_is_said_once(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            ROOT / "train.py", "--max-stepz", "5"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0 and done.stderr.count("train.py: unrecognized arguments: --max-stepz") == 1
 
