@@ -92,11 +92,13 @@ def damage(folder: Path, rng: random.Random) -> str:
     name = file.relative_to(folder)
     if file.suffix == ".json" and rng.random() < 0.75:
         document = json.loads(file.read_text())
-        path, value = rng.choice(list(places(document))), rng.choice(VALUES)
-        action = rng.choice(["set", "set", "set", "drop"])
-        change(document, path, value, action)
+        (container, key), value = rng.choice(list(places(document))), rng.choice(VALUES)
+        container[key] = value
+        if rng.random() < 0.25:
+            value = "dropped"
+            del container[key]
         file.write_text(json.dumps(document))
-        return f"{name}: {action} {path} {value!r:.40}"
+        return f"{name}: {key!r} {value!r:.40}"
     content, kind = file.read_bytes(), rng.choice(
         ["cut", "empty", "foreign", "noise", "flip", "gone", "folder", "pipe", "zeros", "dangling", "lines"])
     file.unlink()
@@ -118,23 +120,12 @@ def damage(folder: Path, rng: random.Random) -> str:
     return f"{name}: {kind}"
 
 
-def places(value: object, path: tuple = ()) -> Iterator[tuple]:
-    """The paths to all values of a JSON document; of long lists and objects the first three and the last."""
-    yield path
+def places(value: object) -> Iterator[tuple[dict | list, str | int]]:
+    """All containers of a JSON document with each of their keys; of long ones the first three and the last."""
     items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
     for key, inner in items if len(items) < 30 else [*items[:3], items[-1]]:
-        yield from places(inner, (*path, key))
-
-
-def change(document: object, path: tuple, value: object, action: str) -> None:
-    if not path:
-        return
-    for key in path[:-1]:
-        document = document[key]
-    if action == "drop":
-        del document[path[-1]]
-    else:
-        document[path[-1]] = value
+        yield value, key
+        yield from places(inner)
 
 
 # ---------------------------------------------------------------- one case
