@@ -333,7 +333,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(script, data, tmp_path, megab
 
 
 def test_loading_a_model_imports_no_compiler(script, folder):
-    """As many an operation on the meta device does, for a second of every start of sample.py."""
+    """Many operations on the meta device do, which costs a second at every start of sample.py."""
     assert script(quantize.main, "--no-compare")[0] == 0
     code = f"""if True:
         import sys
@@ -349,7 +349,7 @@ def test_loading_a_model_imports_no_compiler(script, folder):
 
 
 def test_ctrl_c_is_known_in_whatever_a_library_makes_of_it(script):
-    """Python 3.11 makes a RuntimeError of it within __set_name__, that is while a class is made; C code may drop it."""
+    """Python 3.11 turns it into a RuntimeError within __set_name__, while a class is made; C code may drop it."""
     class Field:
         def __set_name__(self, *_: object) -> None:
             signal.raise_signal(signal.SIGINT)

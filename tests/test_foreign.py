@@ -376,7 +376,7 @@ def test_what_run_json_says_is_checked_as_flags_are(script, folder, part, change
 
 
 def test_an_older_run_is_named_and_its_model_goes_on(script, folder, quick):  # noqa: F811
-    """Of the version whose state was train_state.pt, beside a run.json of settings."""
+    """An earlier version kept the state in train_state.pt and the settings in run.json."""
     (folder / STATE).rename(folder / "train_state.pt")
     run = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({"settings": {"data": run["plan"]["data"], "size": "tiny"},

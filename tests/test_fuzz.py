@@ -37,7 +37,7 @@ CONFIGS = {"prepare": corpus.PrepareConfig, "train": recipe.TrainConfig, "sample
 QUICK = ["--max-steps", "3", "--batch-size", "2", "--eval-tokens", "100", "--eval-every", "2", "--threads", "1",
          "--device", "cpu", "--compile", "off"]
 TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "16"]
-# what each folder is used by; FOLDER stands for it
+# the scripts that use each folder, which FOLDER stands for
 USES = {
     "data": [["train", *TINY, *QUICK, "--data", "FOLDER", "--out", "run"]],
     "model": [["sample", "--checkpoint", "FOLDER", "--max-new-tokens", "20", "--num-samples", "2", "--seed", "1"],

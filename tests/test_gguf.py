@@ -259,7 +259,7 @@ def test_a_big_endian_gguf_is_named(tmp_path):
 
 # ---------------------------------------------------------------- in place of a folder
 
-FLAGS = {  # of each script that takes a model: a first and a second use
+FLAGS = {  # each flag that names a model, with a first and a second use
     "--checkpoint": [[sample.main, "--max-new-tokens", 2], [quantize.main, "--no-compare"]],
     "--init-from": [[train.main, "--data", "book.txt", "--max-steps", 1, "--threads", 1, "--eval-tokens", 99]] * 2}
 
@@ -343,8 +343,8 @@ def test_llama_cpp_agrees(tmp_path, fields, vocab_size):
     assert llama.detokenize(ids) == TEXT.encode()
     llama.eval(ids)
     exact, near = model(torch.tensor([ids]))[0][0], torch.from_numpy(llama.scores[:len(ids)].copy())
-    # Of 32 normal values the largest is 2.2 times their root mean square, so rounding them to 127 steps of it is 0.5 %
-    # off, and a product of weights and activations 0.7 %. Nine products one behind the other: 2.1 %, three times that
-    # for the worst token. (Which token is the likeliest may hang on less.)
+    # The largest of 32 normal values is 2.2 times their root mean square. Rounding to 127 steps of it is 0.5 % off, a
+    # product of rounded weights and activations 0.7 %, nine products in a row 2.1 %; the worst token has three times
+    # that. The likeliest token is not compared: it may depend on less.
     off = (near - exact).norm(dim=1) / exact.norm(dim=1)
     assert off.max() < 0.063 and (near - exact).norm() < 0.035 * exact.norm(), off

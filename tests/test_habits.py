@@ -1,4 +1,4 @@
-"""What a Unix program does: any name, signals, pipes, masks, full disks; and no flag without effect."""
+"""What a Unix program copes with: any name, signals, pipes, masks, full disks, busy cores."""
 
 import json
 import multiprocessing
@@ -237,7 +237,7 @@ def test_a_closed_terminal_saves_and_stops_under_torchrun(data, tmp_path):
     ("data/prepare.py --input book.txt", 0), ("profile_run.py sample.py", 0)])
 @pytest.mark.parametrize("moment", [0, *(pytest.param(0.1 + 0.2 * i, marks=pytest.mark.long) for i in range(12))])
 def test_ctrl_c_is_one_line_once_a_script_runs(folder, data, words, letters, moment):
-    """Before that, while it imports, it is Python's own traceback. `letters` are read of its text first."""
+    """Ctrl-C during the imports prints Python's own traceback. The test reads `letters` of the script's text first."""
     Path("book.txt").write_text(make_text(200_000))
     Path("data").mkdir()
     Path("data/wood").symlink_to(data)
