@@ -309,7 +309,7 @@ def test_large_files_in_place_of_json_are_not_read(model, script):
 def test_prepared_data_that_does_not_fit_together_is_refused(script, data, tmp_path, change, word):
     folder = Path(shutil.copytree(data, tmp_path / "data"))
     [(field, value)] = change.items()
-    if isinstance(value, bytes):  # of as many tokens, or of one token less
+    if isinstance(value, bytes):  # another first token, or none
         tokens = (folder / field).read_bytes()
         (folder / field).write_bytes(value + tokens[2:])
     else:

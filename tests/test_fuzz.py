@@ -131,14 +131,14 @@ def places(value: object) -> Iterator[tuple[dict | list, str | int]]:
 # ---------------------------------------------------------------- one case
 
 def start_script(words: list[str], place: Path, **environment: str) -> BaseProcess:
-    """A script in a process of its own. Its standard streams are the files stdin, stdout and stderr in `place`."""
+    """Start a script in a process of its own. Its standard streams are the files stdin, stdout, stderr in `place`."""
     process = forks().Process(target=_run, args=(words, place, environment))
     process.start()
     return process
 
 
 def run_script(words: list[str], place: Path, **environment: str) -> tuple[int | None, str]:
-    """Its exit code, and what it printed on standard error."""
+    """Run a script. Returns its exit code, and what it printed on standard error."""
     process = start_script(words, place, **environment)
     process.join(SECONDS)
     if process.is_alive():  # endless by its flags, perhaps; then Ctrl-C ends it cleanly
