@@ -93,7 +93,7 @@ constexpr double kEnoughSeconds = 4e-3;  // per timing
 #define OPAQUE(v) asm volatile("" : "+v"(v))
 #endif
 
-// Defines name(repeats), for the instruction set `target_isa`: each repeat adds w * a, by `add`, to each s of kSums sums.
+// Defines name(repeats) for an instruction set: a repeat adds w * a, by `add`, to each s of kSums sums.
 #define DOT(name, target_isa, Values, Sums, one, add)              \
   __attribute__((target(target_isa))) void name(int64_t repeats) { \
     Values w = one, a = one;                                       \
