@@ -3,11 +3,17 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import full_range, make_linear, random_int8, random_model, save_model
+from conftest import ROOT, make_linear, random_int8, random_model, save_model
+from test_product import (  # noqa: F401  (they run here with the product below)
+    SIZES,
+    Product,
+    test_a_token_that_is_not_finite_yields_nan_and_no_other_does,
+    test_largest_k_does_not_overflow,
+    test_sums_are_exact,
+)
 from torch import library
 
 import int8
@@ -25,8 +31,6 @@ if not torch.cuda.is_available():
 if not hasattr(int8.owlet_kernels, "CudaDecoder"):
     pytest.skip("the CUDA kernels are not built: python setup.py build_ext, with nvcc", allow_module_level=True)
 
-ROOT = Path(__file__).resolve().parent.parent
-SIZES = [1, 3, 7, 16, 63, 64, 65, 257, 1408]
 DEVICE = torch.device("cuda:0")
 int8_linear = torch.ops.owlet.int8_linear
 
@@ -36,28 +40,11 @@ def on_gpu(x, w, scale, residual=None, swiglu=False):
     return int8_linear(x, w, scale, residual, swiglu).cpu()
 
 
-# --- the operator -------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the operator
 
-
-@pytest.mark.parametrize("make", [random_int8, full_range], ids=["random", "full range"])
-@pytest.mark.parametrize("K", SIZES)
-def test_sums_are_exact(K, make):
-    torch.manual_seed(0)
-    x, w = make(max(SIZES), K).float(), make(max(SIZES), K)
-    x[:, 0] = 127  # the scale is 1
-    x[5], w[7] = 0, 0
-    sums = (x.double() @ w.double().T).float()
-    for N in SIZES:
-        for M in SIZES:
-            assert torch.equal(on_gpu(x[:M], w[:N], torch.ones(N)), sums[:M, :N]), (M, N)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("M", [1, 20, 70])
-def test_largest_k_does_not_overflow(M, sign):
-    K = (2**31 - 1) // (128 * 127)
-    y = on_gpu(torch.full((M, K), 127.0 * sign), torch.full((2, K), 127, dtype=torch.int8), torch.ones(2))
-    assert torch.equal(y, torch.full((M, 2), float(sign * 127 * 127 * K)))
+@pytest.fixture
+def product() -> Product:
+    return Product(on_gpu, SIZES, SIZES, SIZES)
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -66,18 +53,6 @@ def test_same_bits_as_on_the_cpu(M, swiglu):
     x, w, scale, residual = make_linear(M, 1408, 520, swiglu)
     cpu = int8_linear(x, torch.ops.owlet.pack_int8(w), scale, residual, swiglu)
     assert torch.equal(on_gpu(x, w, scale, residual, swiglu), cpu)
-
-
-@pytest.mark.parametrize("M", [1, 9, 70])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_token_that_is_not_finite_yields_nan_and_no_other_does(M, bad):
-    x, w, scale, _ = make_linear(M, 72, 200)
-    good = on_gpu(x, w, scale)
-    x[M // 2, 77] = bad
-    y = on_gpu(x, w, scale)
-    assert y[M // 2].isnan().all()
-    y[M // 2] = good[M // 2]
-    assert torch.equal(y, good)
 
 
 def test_strides_odd_addresses_and_empty_batches():
@@ -112,8 +87,7 @@ def test_the_operator_has_the_right_schema():
     library.opcheck(int8_linear.default, (x, tiles(w), scale, residual, True), test_utils=checks)
 
 
-# --- models -------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- models
 MODELS = {"mha": {"head_dim": 16}, "gqa": {"n_kv_head": 2, "head_dim": 32}, "llama": {"qk_norm": False, "head_dim": 64},
           "untied": {"tie_embeddings": False, "head_dim": 16}, "torch's attention": {"head_dim": 10}}
 
@@ -136,7 +110,7 @@ def test_int8_logits_are_those_of_the_cpu(fp32):
 
 @pytest.mark.parametrize("B", [1, 3, 6])
 def test_recorded_logits_are_those_of_the_python_path(fp32, B):
-    """Step by step, by the decoder in C++ where it takes the model, without recording."""
+    """One token at a time, by the decoder in C++ where it takes the model, without capture."""
     model = int8_on_gpu(fp32)
     idx = torch.randint(fp32.config.vocab_size, (B, 90), device=DEVICE)
     with torch.inference_mode():
@@ -154,7 +128,7 @@ SETTINGS = {"greedy": {"temperature": 0}, "everything": {"temperature": 0.9, "to
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
-def test_generating_records_and_repeats(fp32, kind, settings):
+def test_generating_captures_and_repeats(fp32, kind, settings):
     """Across the end of the context; the text depends on the seed alone."""
     model = fp32.to(DEVICE) if kind == "fp32" else int8_on_gpu(fp32)
     idx = torch.randint(fp32.config.vocab_size, (3, 200), device=DEVICE)
@@ -188,8 +162,7 @@ def test_eos_ends_a_row(fp32):
     assert (ended[0, first:] == eos).all() and torch.equal(ended[0, :first], free[0, :first])
 
 
-# --- scripts ------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- scripts
 
 def run(*command):
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)

@@ -1,7 +1,7 @@
-"""The int8 kernels: exact sums, the same bits on every instruction set and thread count, clear errors."""
+"""The int8 kernels of a CPU: any shape, the same bits on every instruction set and thread count, clear errors."""
 
-import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,18 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_equals_reference, full_range, make_linear, random_int8, random_model
+from conftest import ROOT, assert_equals_reference, make_linear, random_int8, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
 
-from int8 import arrays, int8_linear_reference, quantize_state, quantize_tokens
+from int8 import arrays, quantize_state, quantize_tokens
 
 owlet_kernels = pytest.importorskip("owlet_kernels", reason="the kernels are not built: python setup.py build_ext")
 
-ROOT = Path(__file__).resolve().parent.parent
 ISAS = owlet_kernels.isas()
-SIZES = [1, 3, 7, 16, 63, 64, 65, 257, 1408]
 MAX_K = owlet_kernels.MAX_K
 
 int8_linear = torch.ops.owlet.int8_linear
@@ -28,73 +26,17 @@ pack_int8 = torch.ops.owlet.pack_int8
 
 
 @pytest.fixture(autouse=True)
-def restore_settings():
-    isa, threads = os.environ.pop("OWLET_ISA", None), torch.get_num_threads()
+def restore_settings(monkeypatch):
+    monkeypatch.setenv("OWLET_ISA", "")
     yield
-    os.environ.pop("OWLET_ISA", None)
-    if isa is not None:
-        os.environ["OWLET_ISA"] = isa
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
-# --- exact sums ---------------------------------------------------------------------------------
-
-
-@functools.cache
-def exact_products(kind):
-    """For every K of SIZES: x of whole numbers, int8 w, and the sums in float32, rounded once.
-
-    The largest of every row of x is 127, so that its scale is 1, or 0, so that its scale is 0.
-    """
-    torch.manual_seed(0)
-    M = N = max(SIZES)
-    products = []
-    for K in SIZES:
-        make = full_range if kind == "full range" else random_int8
-        x, w = make(M, K).float(), make(N, K).to(torch.int8)
-        x[:, 0] = 127
-        if kind == "full range":
-            x[0], w[0] = 127, 127  # the largest sum there is
-        if kind == "zeros":
-            x[::2], w[1::2] = 0, 0
-        products.append((x, w, (x.double() @ w.double().T).float()))  # float64: exact to 2^53
-    return products
-
-
-@pytest.mark.parametrize("kind", ["random", "full range", "zeros"])
-@pytest.mark.parametrize("isa", ISAS)
-def test_sums_are_exact(isa, kind):
-    os.environ["OWLET_ISA"] = isa
-    for x, w, sums in exact_products(kind):
-        for N in SIZES:
-            packed, ones = pack_int8(w[:N]), torch.ones(N)
-            for M in SIZES:
-                y = int8_linear(x[:M], packed, ones)
-                assert torch.equal(y, sums[:M, :N]), (M, N, w.shape[1])
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("sign", [1, -1])
-def test_largest_k_does_not_overflow(isa, sign):
-    os.environ["OWLET_ISA"] = isa
-    w = torch.full((2, MAX_K), 127, dtype=torch.int8)
-    y = int8_linear(torch.full((1, MAX_K), 127.0 * sign), pack_int8(w), torch.ones(2))
-    assert torch.equal(y, torch.full((1, 2), float(sign * 127 * 127 * MAX_K)))
-
-
-# --- the whole op -------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- the whole op
 
 @settings(deadline=None, max_examples=200)
-@given(
-    M=st.integers(1, 40),
-    N=st.integers(1, 200),
-    K=st.integers(1, 300),
-    swiglu=st.booleans(),
-    added=st.booleans(),
-    isa=st.sampled_from(ISAS),
-    threads=st.integers(1, 4),
-)
+@given(M=st.integers(1, 40), N=st.integers(1, 200), K=st.integers(1, 300), swiglu=st.booleans(), added=st.booleans(),
+       isa=st.sampled_from(ISAS), threads=st.integers(1, 4))
 def test_equals_reference_for_any_shape(M, N, K, swiglu, added, isa, threads):
     N += N % 2 if swiglu else 0
     os.environ["OWLET_ISA"] = isa
@@ -121,7 +63,7 @@ def test_same_bits_on_every_isa_and_thread_count(M, swiglu):
 
 
 def test_silu_over_its_whole_range():
-    """Of gates v beside an up of 127 / 127."""
+    """The gates are v, and each up is 127 / 127."""
     v = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-1e15, -1e4, -0.0, 1e4, 1e15])])
     x = torch.stack([v, v.abs().clamp(min=1)], dim=1)
     w, scale = torch.tensor([[127, 0], [0, 127]], dtype=torch.int8), torch.tensor([1 / 127, 1 / 127])
@@ -129,19 +71,6 @@ def test_silu_over_its_whole_range():
     y = int8_linear(x, pack_int8(w), scale, swiglu=True)
     expected = torch.nn.functional.silu(gate.double()) * up
     torch.testing.assert_close(y[:, 0].double(), expected, rtol=1e-6, atol=1e-33)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("swiglu", [False, True])
-def test_a_token_that_is_not_finite_yields_nan_and_no_other_does(bad, swiglu):
-    x, w, scale, residual = make_linear(9, 130, 200, swiglu)
-    packed = pack_int8(w)
-    good = int8_linear(x, packed, scale, residual, swiglu)
-    x[4, 77] = bad
-    y = int8_linear(x, packed, scale, residual, swiglu)
-    assert y[4].isnan().all()
-    y[4] = good[4]
-    assert torch.equal(y, good)
 
 
 def test_tokens_are_quantized_as_the_reference_does():
@@ -153,15 +82,6 @@ def test_tokens_are_quantized_as_the_reference_does():
     q, scale = quantize_tokens(x)
     y = int8_linear(x, pack_int8(torch.eye(len(halves), dtype=torch.int8)), torch.ones(len(halves)))
     assert torch.equal(y, q * scale)
-
-
-@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e-31, 1e-29, 1e34])
-def test_tiny_and_huge_tokens(value):
-    x, w = torch.full((2, 64), value), random_int8(5, 64)
-    scale = torch.full((5,), 1e-4)
-    y = int8_linear(x, pack_int8(w), scale)
-    assert torch.equal(y, int8_linear_reference(x, w, scale))
-    assert torch.isfinite(y).all()
 
 
 def test_strides_leading_dimensions_and_empty_batches():
@@ -182,65 +102,35 @@ def test_strides_leading_dimensions_and_empty_batches():
     assert int8_linear(torch.empty(4, 0, 33), packed, scale).shape == (4, 0, 70)
 
 
-@pytest.mark.parametrize("N", SIZES)
-@pytest.mark.parametrize("K", SIZES)
-def test_packed_layout(N, K):
-    w = random_int8(N, K)
-    packed = pack_int8(w)
-    panels, quads = -(-N // 64), -(-K // 4)
-    assert packed.shape == (panels, quads, 64, 4) and packed.dtype == torch.uint8
-    rows = packed.transpose(1, 2).reshape(panels * 64, quads * 4).int() - 128
-    assert torch.equal(rows[:N, :K], w.int())
-    assert not rows[N:].any() and not rows[:, K:].any()
-
-
-# --- errors -------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- errors
 
 X, PACKED, SCALE = torch.randn(2, 8), pack_int8(random_int8(6, 8)), torch.rand(6)
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        ({"x": X.double()}, "x must be Float, got Double"),
-        ({"x": torch.tensor(1.0)}, "x must have shape"),
-        ({"x": torch.ones(2, 0), "weight": PACKED[:, :0]}, "K must be 1 to .*, got 0"),
-        ({"x": torch.randn(2, 9)}, r"weight must have shape \[1, 3, 64, 4\], got \[1, 2, 64, 4\]"),
-        ({"weight": PACKED.char()}, "weight must be Byte, got Char"),
-        ({"weight": PACKED[0]}, r"weight must have shape .*, got \[2, 64, 4\]"),
-        ({"scale": SCALE.half()}, "scale must be Float, got Half"),
-        ({"scale": SCALE[None]}, r"scale must have shape \[6\], got \[1, 6\]"),
-        ({"scale": torch.rand(65)}, r"weight must have shape \[2, 2, 64, 4\]"),
-        ({"residual": torch.rand(6)}, r"residual must have shape \[2, 6\], got \[6\]"),
-        ({"residual": torch.rand(2, 6).double()}, "residual must be Float, got Double"),
-        ({"residual": torch.rand(2, 6), "swiglu": True}, r"residual must have shape \[2, 3\]"),
-        ({"scale": SCALE[:5], "swiglu": True}, "swiglu needs an even N"),
-    ],
-    ids=lambda v: v if isinstance(v, str) else "",
-)
+@pytest.mark.parametrize("args, message", [
+    ({"x": X.double()}, "x must be Float, got Double"),
+    ({"x": torch.tensor(1.0)}, "x must have shape"),
+    ({"x": torch.ones(2, 0), "weight": PACKED[:, :0]}, "K must be 1 to .*, got 0"),
+    ({"x": torch.randn(2, 9)}, r"weight must have shape \[1, 3, 64, 4\], got \[1, 2, 64, 4\]"),
+    ({"weight": PACKED.char()}, "weight must be Byte, got Char"),
+    ({"weight": PACKED[0]}, r"weight must have shape .*, got \[2, 64, 4\]"),
+    ({"scale": SCALE.half()}, "scale must be Float, got Half"),
+    ({"scale": SCALE[None]}, r"scale must have shape \[6\], got \[1, 6\]"),
+    ({"scale": torch.rand(65)}, r"weight must have shape \[2, 2, 64, 4\]"),
+    ({"residual": torch.rand(6)}, r"residual must have shape \[2, 6\], got \[6\]"),
+    ({"residual": torch.rand(2, 6).double()}, "residual must be Float, got Double"),
+    ({"residual": torch.rand(2, 6), "swiglu": True}, r"residual must have shape \[2, 3\]"),
+    ({"scale": SCALE[:5], "swiglu": True}, "swiglu needs an even N"),
+    ({"x": torch.ones(1, MAX_K + 1), "weight": pack_int8(random_int8(1, MAX_K + 1)), "scale": torch.ones(1)},
+     f"K must be 1 to {MAX_K}, .*, got {MAX_K + 1}")],
+    ids=lambda v: v if isinstance(v, str) else "")
 def test_int8_linear_refuses(args, message):
     with pytest.raises((RuntimeError, NotImplementedError), match=message):
         int8_linear(**{"x": X, "weight": PACKED, "scale": SCALE, **args})
 
 
-def test_int8_linear_refuses_a_k_whose_sums_could_overflow():
-    K = MAX_K + 1
-    with pytest.raises(RuntimeError, match=f"K must be 1 to {MAX_K}, .*, got {K}"):
-        int8_linear(torch.ones(1, K), pack_int8(random_int8(1, K)), torch.ones(1))
-
-
 SIZE_NAMES = ["n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "vocab_size", "block_size", "n_layer", "qk_norm",
               "slices", "fine_head", "tied"]
-
-
-def flat_list(**changes):
-    """A model of one block as a flat list: n_head 4, n_kv_head 2, head_dim 6, n_embd 10, n_hidden 7, 11 tokens."""
-    model = random_model(n_layer=1, n_head=4, n_kv_head=2, head_dim=6, n_embd=10, n_hidden=7, vocab_size=11,
-                         tie_embeddings=False, qk_norm=False, block_size=5)
-    flat = list(arrays(model.config, quantize_state(model), slices=1, fine_head=False))
-    for name, value in changes.items():
-        flat[0][SIZE_NAMES.index(name)] = value
-    return flat
 
 
 @pytest.mark.parametrize("change, message", [
@@ -256,29 +146,28 @@ def flat_list(**changes):
     ({"n_hidden": 8}, r"gate_up must be \(16, 10\) on the CPU, got \[14, 10\]"),
     ({"block_size": 4}, r"cos must be \(4, 3\) on the CPU, got \[5, 3\]"),
     ({"n_head": 2}, r"qkv must be \(36, 10\) on the CPU, got \[48, 10\]"),
-    ({"n_layer": 2}, r"input_norm must be Float|qkv must be|must be")])
-def test_the_decoder_refuses_sizes(change, message):
-    owlet_kernels.Decoder(flat_list())
-    with pytest.raises(RuntimeError, match=message):
-        owlet_kernels.Decoder(flat_list(**change))
-
-
-@pytest.mark.parametrize("at, array, message", [
-    (0, torch.zeros(3).long(), "sizes must be 12 numbers"),
-    (2, torch.rand(5, 3, device="meta"), "cos must be .* on meta"),
-    (4, torch.rand(10).double(), "input_norm must be Float, got Double"),
-    (5, torch.rand(48, 10), "qkv must be Char, got Float"),
-    (5, torch.full((48, 10), -128, dtype=torch.int8), "got a -128"),
-    (6, torch.rand(47), r"qkv must be \(1, 48\)")])
-def test_the_decoder_refuses_arrays(at, array, message):
-    flat = flat_list()
-    flat[at] = array
+    ({"n_layer": 2}, "must be"),
+    ({0: torch.zeros(3).long()}, "sizes must be 12 numbers"),
+    ({2: torch.rand(5, 3, device="meta")}, "cos must be .* on meta"),
+    ({4: torch.rand(10).double()}, "input_norm must be Float, got Double"),
+    ({5: torch.rand(48, 10)}, "qkv must be Char, got Float"),
+    ({5: torch.full((48, 10), -128, dtype=torch.int8)}, "got a -128"),
+    ({6: torch.rand(47)}, r"qkv must be \(1, 48\)"),
+    ({18: None}, "is missing"),
+    ({19: torch.zeros(1)}, "more arrays")])
+def test_the_decoder_refuses(change, message):
+    """A change is a size by its name, or the array at an index of the flat list of 19; None removes the array."""
+    model = random_model(n_layer=1, n_head=4, n_kv_head=2, head_dim=6, n_embd=10, n_hidden=7, vocab_size=11,
+                         tie_embeddings=False, qk_norm=False, block_size=5)
+    flat = list(arrays(model.config, quantize_state(model), slices=1, fine_head=False))
+    owlet_kernels.Decoder(flat)
+    for at, value in change.items():
+        if at in SIZE_NAMES:
+            flat[0][SIZE_NAMES.index(at)] = value
+        else:
+            flat[at:at + 1] = [] if value is None else [value]
     with pytest.raises(RuntimeError, match=message):
         owlet_kernels.Decoder(flat)
-    with pytest.raises(RuntimeError, match="is missing"):
-        owlet_kernels.Decoder(flat_list()[:-1])
-    with pytest.raises(RuntimeError, match="more arrays"):
-        owlet_kernels.Decoder([*flat_list(), torch.zeros(1)])
 
 
 @pytest.mark.parametrize("w, message", [
@@ -291,8 +180,7 @@ def test_pack_int8_refuses(w, message):
         pack_int8(w)
 
 
-# --- torch's machinery --------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- torch's machinery
 
 def test_the_operators_have_the_right_schema():
     x, w, scale, residual = make_linear(3, 66, 20, swiglu=True)
@@ -301,68 +189,51 @@ def test_the_operators_have_the_right_schema():
     library.opcheck(int8_linear.default, (x, pack_int8(w), scale, residual, True), test_utils=checks)
 
 
-# --- instruction sets, threads ------------------------------------------------------------------
-
-
-def python(code, **env):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-    )
-
+# ---------------------------------------------------------------- instruction sets, threads
 
 @pytest.mark.parametrize("isa", ["", *ISAS])
 def test_owlet_isa_chooses(isa):
-    result = python("import torch, owlet_kernels; print(owlet_kernels.isa())", OWLET_ISA=isa)
-    assert result.stdout.strip() == (isa or ISAS[0]), result.stderr
+    os.environ["OWLET_ISA"] = isa
+    assert owlet_kernels.isa() == (isa or ISAS[0])
 
 
 @pytest.mark.parametrize("isa", ["sse9", "neon" if "avx2" in ISAS else "avx2"])
 def test_owlet_isa_refuses(isa):
-    result = python("import torch, owlet_kernels; owlet_kernels.isa()", OWLET_ISA=isa)
-    message = f"instruction set '{isa}' (OWLET_ISA) is unknown or not supported by this CPU"
-    assert result.returncode != 0
-    assert f"{message}, which has: {', '.join(ISAS)}" in result.stderr
+    os.environ["OWLET_ISA"] = isa
+    message = f"instruction set '{isa}' (OWLET_ISA) is unknown or not supported by this CPU, which has: "
+    with pytest.raises(ValueError, match=re.escape(message + ", ".join(ISAS))):
+        owlet_kernels.isa()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("threads", [1, 3])
-def test_runs_on_torchs_threads(threads):
+def test_runs_on_torchs_threads():
     """The op starts as many threads as torch is told to, in the one OpenMP runtime there is."""
     if b"GOMP_parallel" not in Path(owlet_kernels.__file__).read_bytes():
         pytest.skip("the kernels were built without OpenMP: the decoder has threads of its own, the op has one")
-    code = f"""if True:
+    code = """if True:
         import os, re, torch, owlet_kernels
         x, w, scale = torch.ones(64, 512), torch.ones(2048, 512, dtype=torch.int8), torch.ones(2048)
-        torch.set_num_threads({threads})
         before = len(os.listdir("/proc/self/task"))
-        torch.ops.owlet.int8_linear(x, torch.ops.owlet.pack_int8(w), scale)
-        after = len(os.listdir("/proc/self/task"))
-        maps = open("/proc/self/maps").read()
-        print(after - before, len(set(re.findall(r"\\S*/lib(?:gomp|omp|iomp5)\\S*", maps))))
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            torch.ops.owlet.int8_linear(x, torch.ops.owlet.pack_int8(w), scale)
+            print(len(os.listdir("/proc/self/task")) - before)
+        print(len(set(re.findall(r"\\S*/lib(?:gomp|omp|iomp5)\\S*", open("/proc/self/maps").read()))))
     """
-    result = python(code, OMP_NUM_THREADS="1")
-    assert result.stdout.split() == [str(threads - 1), "1"], result.stderr
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            capture_output=True, text=True)
+    assert result.stdout.split() == ["0", "2", "1"], result.stderr
 
 
-# --- without torch ------------------------------------------------------------------------------
+# ---------------------------------------------------------------- without torch
 
-
-@pytest.mark.parametrize(
-    "compiler, flags, runner",
-    [
-        ("c++", ["-O2"], []),
-        pytest.param("c++", ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], [],
-                     marks=pytest.mark.long),
-        pytest.param("c++", ["-O1", "-fsanitize=thread"], [], marks=pytest.mark.long),
-        pytest.param("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"], marks=pytest.mark.long),
-        pytest.param("clang++", ["-O2"], [], marks=pytest.mark.long),
-    ],
-    ids=["native", "sanitized", "threads", "aarch64", "clang"],
-)
+@pytest.mark.long  # compiles for half a minute; tests/test_product.py and tests/test_decoder.py have quick ones
+@pytest.mark.parametrize("compiler, flags, runner", [
+    ("c++", ["-O2"], []),
+    ("c++", ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], []),
+    ("c++", ["-O1", "-fsanitize=thread"], []),
+    ("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"]),
+    ("clang++", ["-O2"], [])], ids=["native", "sanitized", "threads", "aarch64", "clang"])
 def test_native_self_test(compiler, flags, runner, tmp_path):
     for tool in [compiler, *runner]:
         if not shutil.which(tool):

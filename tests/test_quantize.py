@@ -1,16 +1,16 @@
 """int8: the arithmetic, the model, the folder, the table."""
 
+import functools
 import json
 import math
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_choice, forks, random_model, save_model, step_by_step
+from conftest import damage, forks, random_model, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import int8
@@ -45,14 +45,19 @@ def quick(monkeypatch):
     monkeypatch.setattr(quantize.multiprocessing, "get_context", lambda method: context)
 
 
-@pytest.fixture(scope="session")
-def trained(data, tmp_path_factory):
-    """A tiny model that has learned its text."""
-    out = tmp_path_factory.mktemp("trained") / "wood"
+@functools.cache
+def train_model(data: Path) -> Path:
+    """The folder of a tiny model that has learned its text; trained once for all tests."""
+    out = data.with_name("trained") / "wood"
     config = TrainConfig(data=data, out=out, n_layer=2, n_embd=64, block_size=64, batch_size=16, max_steps=150,
                          eval_every=150, dtype="float32", device="cpu")
     assert train.train(config, train.Ranks("cpu", threads=1)) == 0
     return out
+
+
+@pytest.fixture
+def trained(data):
+    return train_model(data)
 
 
 # ---------------------------------------------------------------- primitives
@@ -71,7 +76,7 @@ def test_rows_are_rounded_to_the_nearest_step(N, K, size, seed):
 def test_a_row_of_zeros_stays_zero():
     q, scale = quantize_rows(torch.zeros(2, 5))
     assert not q.any() and not scale.any()
-    assert torch.equal(int8_linear_reference(torch.ones(3, 5), q, scale), torch.zeros(3, 2))
+    assert not int8_linear_reference(torch.ones(3, 5), q, scale).any()
 
 
 def test_tokens_are_quantized_each_by_itself():
@@ -79,24 +84,6 @@ def test_tokens_are_quantized_each_by_itself():
     q, scale = quantize_tokens(x)
     assert q.tolist() == [[64, -127, 32], [0, 0, 0], [0, 0, 0], [127, -127, 0]]
     assert scale.isfinite().all()
-
-
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_a_poisoned_token_is_nan_and_the_others_are_not(poison):
-    x = torch.randn(3, 8)
-    x[1, 2] = poison
-    y = int8_linear_reference(x, *quantize_rows(torch.randn(4, 8)))
-    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
-
-
-def test_reference_is_integer_arithmetic():
-    g = torch.Generator().manual_seed(0)
-    w = torch.randint(-127, 128, (5, 33), generator=g, dtype=torch.int8)
-    x = torch.randint(-127, 128, (4, 33), generator=g).float()
-    x[:, 0] = 127  # so that every token's scale is 1
-    y = int8_linear_reference(x, w, torch.ones(5))
-    by_hand = [[sum(int(a) * int(b) for a, b in zip(row, column, strict=True)) for column in w] for row in x]
-    assert y.tolist() == by_hand
 
 
 def test_reference_epilogue():
@@ -130,15 +117,6 @@ def test_attention_over_an_int8_cache_is_near_attention(pos, T):
 FIELDS = [{}, {"n_kv_head": 1}, {"tie_embeddings": False}, {"qk_norm": False, "n_embd": 36, "n_head": 2}]
 
 
-@pytest.mark.parametrize("fields", FIELDS, ids=str)
-def test_int8_model_is_near_the_float_model(fields, backend):
-    model = random_model(**fields)
-    x = torch.randint(0, 256, (2, 24))
-    exact, near = model(x)[0], int8.quantize(model, backend)(x)[0]
-    assert (near - exact).norm() < 3 * ROUNDING[backend] * exact.norm()
-    assert not torch.equal(near, exact)
-
-
 def test_trained_model_keeps_its_loss_and_its_words(trained, data, backend):
     model, texts = load_model(trained), TokenData(data, 64)
     small = int8.quantize(model, backend)
@@ -151,30 +129,18 @@ def test_trained_model_keeps_its_loss_and_its_words(trained, data, backend):
         "Owl", "Fox", "Wren", "Mole", "Hare", "sees", "likes", "hears", "follows", "at", "one", "two", "ten"}
 
 
-def test_owlet_and_reference_choose_the_same_tokens(trained, data):
-    if int8.owlet_kernels is None:
-        pytest.skip("the kernels are not built")
-    model, (x, _) = load_model(trained), TokenData(data, 64).batch(0, 4, 1)[0]
-    owlet, reference = (int8.quantize(model, backend)(x)[0].flatten(0, 1) for backend in ("owlet", "reference"))
-    assert_same_choice(owlet, reference)
-
-
-def test_an_int8_model_does_not_mind_its_cache(trained, data, backend):
-    if backend == "torch.ao":
-        pytest.skip("torch.ao scales a batch, not a token: its results depend on how tokens are grouped")
-    model, (x, _) = int8.quantize(load_model(trained), backend), TokenData(data, 64).batch(0, 1, 1)[0]
-    assert_same_choice(step_by_step(model, x, prompt=5), model(x)[0][0, 5:])
-
-
 # ---------------------------------------------------------------- the folder
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_folder_round_trip(fields, backend, tmp_path):
+    """And int8 is near fp32."""
     model = random_model(**fields)
     int8.save_quantized(model, tmp_path)
-    again = int8.load_quantized(tmp_path, backend)
     x = torch.randint(0, 256, (2, 24))
-    assert torch.equal(again(x)[0], int8.quantize(model, backend)(x)[0])
+    exact, near, again = (each(x)[0] for each in (model, int8.quantize(model, backend),
+                                                  int8.load_quantized(tmp_path, backend)))
+    assert 0 < (near - exact).norm() < 3 * ROUNDING[backend] * exact.norm()
+    assert torch.equal(again, near)
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
     assert stored["model.layers.0.mlp.up_proj.weight_scale"].shape == (model.config.n_hidden,)
@@ -199,40 +165,41 @@ def test_base_size_shrinks_to_a_quarter(tmp_path):
     assert after <= 0.257 * before
 
 
-def test_a_foreign_int8_folder_is_refused(tiny, tmp_path):
-    int8.save_quantized(tiny, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["bits"] = 4
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="quantization_config"):
-        int8.load_quantized(tmp_path)
-
-
-def test_a_folder_that_lacks_a_scale_is_refused(tiny, tmp_path):
-    from safetensors.torch import save_file
-
+def test_a_damaged_folder_is_refused(tiny, tmp_path):
     int8.save_quantized(tiny, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     del stored["model.layers.1.mlp.down_proj.weight_scale"]
     save_file(stored, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"down_proj\.weight_scale is missing"):
         int8.load_quantized(tmp_path)
+    damage(tmp_path / "config.json", quantization_config=int8.FORMAT | {"bits": 4})
+    with pytest.raises(UserError, match="quantization_config"):
+        int8.load_quantized(tmp_path)
 
 
-def hide_kernels(monkeypatch):
+@pytest.fixture
+def no_kernels(monkeypatch):
     monkeypatch.setattr(int8, "owlet_kernels", None)
     monkeypatch.setattr(int8, "why_no_kernels", "owlet's int8 kernels are not built", raising=False)
 
 
-def test_without_the_extension_the_table_says_who_computed(trained, script, quick, monkeypatch):
-    hide_kernels(monkeypatch)
+def test_without_the_extension_the_table_says_who_computed(no_kernels, trained, script, quick):
     code, out, err = script(quantize.main, "--checkpoint", trained, "--eval-tokens", 500)
     assert code == 0 and "| owlet's format by torch.ao |" in out and "| owlet int8 |" not in out
     assert err.count("not built") == 1
 
 
+def test_without_the_extension_the_next_best_is_used_and_said(no_kernels, monkeypatch, capsys):
+    assert int8.pick_backend("auto", torch.device("cpu")) == "torch.ao"
+    assert "not built; going on with torch.ao" in capsys.readouterr().err
+    monkeypatch.setattr(int8, "has_torch_ao", lambda: False)
+    assert int8.pick_backend("auto", torch.device("cpu")) == "reference"
+    with pytest.raises(UserError, match="not built"):
+        int8.pick_backend("owlet", torch.device("cpu"))
+
+
 def test_a_decoder_that_differs_or_refuses_is_left_out(tiny, monkeypatch, capsys):
-    """On a GPU. Here, one that computes what PyTorch does, one that adds noise, and one that takes no such shape."""
+    """Stands in for a GPU's decoder: one that computes what PyTorch does, one that adds noise, one that refuses."""
     state = int8.quantize_state(tiny)
     flat = list(int8.arrays(tiny.config, state, slices=1, fine_head=False))
 
@@ -253,16 +220,6 @@ def test_a_decoder_that_differs_or_refuses_is_left_out(tiny, monkeypatch, capsys
         model = int8.Int8GPT(tiny.config, flat, "owlet (cuda)")
         model.add_decoder(flat)
         assert (model.decoder is None) == bool(said) and said in capsys.readouterr().err
-
-
-def test_without_the_extension_the_next_best_is_used_and_said(monkeypatch, capsys):
-    hide_kernels(monkeypatch)
-    assert int8.pick_backend("auto", torch.device("cpu")) == "torch.ao"
-    assert "not built; going on with torch.ao" in capsys.readouterr().err
-    monkeypatch.setattr(int8, "has_torch_ao", lambda: False)
-    assert int8.pick_backend("auto", torch.device("cpu")) == "reference"
-    with pytest.raises(UserError, match="not built"):
-        int8.pick_backend("owlet", torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- the script
@@ -296,14 +253,12 @@ def test_memory_is_that_of_the_model(tmp_path):
     save_model(GPT(GPTConfig(n_embd=512)), tmp_path / "big")
     int8.save_quantized(load_model(tmp_path / "big"), tmp_path / "big-int8")
     stored = weights_size(tmp_path / "big")
-    memory = {}
-    for row in ("fp32", "owlet int8"):
+    for row, least, most in (("fp32", 0.9, 1.5), ("owlet int8", 0.2, 0.5)):
         if row == "fp32" or int8.owlet_kernels is not None:
-            with multiprocessing.get_context("spawn").Pool(1) as fresh:
-                memory[row] = fresh.apply(quantize.resident_memory,
-                                          (row, tmp_path / "big", tmp_path / "big-int8", "owlet", 1))
-    assert 0.9 * stored < memory.pop("fp32") < 1.5 * stored
-    assert all(0.2 * stored < size < 0.5 * stored for size in memory.values())
+            with forks().Pool(1) as fresh:
+                memory = fresh.apply(quantize.resident_memory,
+                                     (row, tmp_path / "big", tmp_path / "big-int8", "owlet", 1))
+            assert least * stored < memory < most * stored
 
 
 def test_quantize_script_takes_the_newest_fp32_folder(tiny, script, tmp_path, monkeypatch):
