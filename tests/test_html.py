@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+from functools import partial
 
 import pytest
 import torch
@@ -22,8 +23,6 @@ from lib.cli import UserError
 from lib.gguf import WORDS
 from lib.page import compile_wasm, tokenizer, write_html
 
-HAS_COMPILER = importlib.util.find_spec("ziglang") or shutil.which("clang++")
-needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a compiler: pip install -r requirements-html.txt")
 needs_node = pytest.mark.skipif(not shutil.which("node"), reason="needs node")
 # Runs the worker's code of a page: call(name, values) is a message to it, and its answer.
 WORKER = """
@@ -53,6 +52,12 @@ console.log(JSON.stringify(given.map(([prompt, temperature, topP, seed, count]) 
 """
 
 
+@pytest.fixture(scope="session")
+def compiler():
+    if not importlib.util.find_spec("ziglang") and not shutil.which("clang++"):
+        pytest.skip("needs a compiler: pip install -r requirements-html.txt")
+
+
 def node(tmp_path, page, code, given):
     (tmp_path / "run.js").write_text(WORKER + code)
     (tmp_path / "given.json").write_text(json.dumps(given))
@@ -72,7 +77,7 @@ PIECES = ["a", "B", "owl", "Fox", " sees", "'s", "'LL", "'ſ", "n't", " ", "  ",
 
 
 def published_tokenizer(words):
-    """One that cuts words as a published model's does, and with what that has besides."""
+    """A tokenizer that cuts words as a published model's does, and has its normalizer, options and special tokens."""
     made = corpus.train_tokenizer([make_text(2000), "".join(PIECES) * 50], 400, end=True)
     made.pre_tokenizer = WORDS[words].pre_tokenizer()
     if WORDS[words].nfc:
@@ -86,10 +91,10 @@ def published_tokenizer(words):
     return made
 
 
-TOKENIZERS = {"bytes": lambda: corpus.train_tokenizer([], 256),
-              "bytes, end": lambda: corpus.train_tokenizer([], 256, end=True),
-              "learned": lambda: corpus.train_tokenizer([make_text(2000)], 320)}
-TOKENIZERS |= {words: lambda words=words: published_tokenizer(words) for words in WORDS}
+TOKENIZERS = {"bytes": partial(corpus.train_tokenizer, [], 256),
+              "bytes, end": partial(corpus.train_tokenizer, [], 256, end=True),
+              "learned": partial(corpus.train_tokenizer, [make_text(2000)], 320),
+              **{words: partial(published_tokenizer, words) for words in WORDS}}
 
 
 @needs_node
@@ -113,28 +118,15 @@ def test_the_pages_tokenizer_equals_hugging_faces(name, tmp_path):
 
 # ---------------------------------------------------------------- the arithmetic and the text
 
-@needs_compiler
 @needs_node
 @pytest.mark.long
-def test_the_kernels_are_exact_in_webassembly(tmp_path):
+def test_the_kernels_are_exact_in_webassembly(compiler, tmp_path):
     sources = [ROOT / "tests/selftest.cpp", *(ROOT / "csrc").glob("[dw]*.cpp"), *(ROOT / "csrc/kernels").glob("*.cpp")]
     compile_wasm(sources, tmp_path / "selftest.wasm")
     code = """
-        const fs = require("fs"), wasm = new WebAssembly.Module(fs.readFileSync(process.argv[1])), system = {};
-        for (const {name} of WebAssembly.Module.imports(wasm)) system[name] = () => 0;
-        system.fd_write = (file, parts, count, written) => {
-          const view = new DataView(made.exports.memory.buffer);
-          let all = 0;
-          for (let part = parts; part < parts + 8 * count; part += 8) {
-            const size = view.getUint32(part + 4, true);
-            all += fs.writeSync(1, new Uint8Array(view.buffer, view.getUint32(part, true), size));
-          }
-          view.setUint32(written, all, true);
-          return 0;
-        };
-        system.proc_exit = code => process.exit(code);
-        const made = new WebAssembly.Instance(wasm, {wasi_snapshot_preview1: system});
-        made.exports._start();"""
+        const {WASI} = require("wasi"), system = new WASI({version: "preview1"});
+        const wasm = new WebAssembly.Module(require("fs").readFileSync(process.argv[1]));
+        process.exitCode = system.start(new WebAssembly.Instance(wasm, {wasi_snapshot_preview1: system.wasiImport}));"""
     done = subprocess.run(["node", "-e", code, tmp_path / "selftest.wasm"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"wasm: \d+ cases, 0 failed", done.stdout)
@@ -146,7 +138,7 @@ SHAPES = {"bytes": {}, "ends, heads share": {"n_kv_head": 2, "tie_embeddings": F
 
 
 @pytest.fixture(scope="session", params=SHAPES)
-def page(request, tmp_path_factory):
+def page(compiler, request, tmp_path_factory):
     """A page, and the int8 folder that it is made of."""
     folder, fields = tmp_path_factory.mktemp("page"), SHAPES[request.param]
     model = random_model(std=0.2, block_size=64, **fields)
@@ -159,7 +151,6 @@ def page(request, tmp_path_factory):
     return folder / "an owl's & {{size}} fox.html", folder / "int8"
 
 
-@needs_compiler
 @needs_node
 def test_the_page_writes_what_sample_py_writes(page, tmp_path):
     """To the bit of each float, so that the texts are equal at every setting, also past the context."""
@@ -198,8 +189,11 @@ def test_what_a_page_cannot_express_is_refused(script, folder, monkeypatch, tmp_
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+one_page = pytest.mark.parametrize("page", ["bytes"], indirect=True)
+
+
 @pytest.fixture
-def browse(page, tmp_path):
+def browse(page):
     """browse(flags of the browser, options of a tab) opens the page from its file."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     if not CHROMIUM:
@@ -233,8 +227,7 @@ def written(tab):
     return tab.evaluate("document.querySelector('#text').lastChild.data")
 
 
-@needs_compiler
-@pytest.mark.parametrize("page", ["bytes"], indirect=True)
+@one_page
 def test_a_browser_opens_the_page_and_writes(browse, page):
     tab = browse()
     tab.fill("#prompt", "Owl sees")
@@ -256,8 +249,7 @@ def test_a_browser_opens_the_page_and_writes(browse, page):
     assert tab.evaluate(f"() => {{ const said = {refused}; {asked} return said; }}").startswith("https://example.org")
 
 
-@needs_compiler
-@pytest.mark.parametrize("page", ["bytes"], indirect=True)
+@one_page
 def test_the_page_works_by_keyboard_on_a_phone(browse):
     tab = browse(viewport={"width": 320, "height": 640}, color_scheme="dark")
     tab.wait_for_selector("#write:enabled")
@@ -279,8 +271,7 @@ def test_the_page_works_by_keyboard_on_a_phone(browse):
     wait(tab, "document.querySelector('#write').textContent === 'Stop'")
 
 
-@needs_compiler
-@pytest.mark.parametrize("page", ["bytes"], indirect=True)
+@one_page
 @pytest.mark.parametrize("flag, said", [("--jitless", "needs WebAssembly, which"),
                                         ("--no-enable-sse4-1", "needs WebAssembly with SIMD")])
 def test_a_browser_without_webassembly_is_told(browse, flag, said):
