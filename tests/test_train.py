@@ -42,7 +42,7 @@ from lib import corpus, recipe
 from lib.checkpoint import STATE, load_model, read_safetensors, read_state
 from lib.cli import UserError
 from lib.distributed import Ranks
-from lib.machine import can_compile
+from lib.machine import can_compile, pick_dtype
 from lib.muon import make_optimizers
 from lib.recipe import TrainConfig, lr_scale
 from lib.runlog import RunLog
@@ -276,6 +276,15 @@ def test_optimizers_share_out_every_parameter_once(tiny):
     assert sorted(ours) == sorted(id(p) for p in tiny.parameters())
     assert id(tiny.lm_head.weight) in {id(p) for p in adam.params}
     assert all(p.dim() == 2 for p in muon.params)
+
+
+@pytest.mark.parametrize(("name", "has", "chosen"), [
+    ("auto", {"avx512_bf16": True, "amx_bf16": False}, "bfloat16"), ("auto", {"amx_bf16": True}, "bfloat16"),
+    ("auto", {"avx512_bf16": False}, "float32"), ("auto", {"neon": True}, "float32"), ("bfloat16", {}, "bfloat16"),
+    ("float32", {"amx_bf16": True}, "float32")])
+def test_the_dtype_follows_from_the_kind_of_cpu(monkeypatch, name, has, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert pick_dtype(name, torch.device("cpu")) == getattr(torch, chosen)
 
 
 def test_a_resume_keeps_the_dtype_of_its_run(script, data, tmp_path, monkeypatch):
