@@ -53,7 +53,7 @@ class SampleConfig:
     device: str = flag("auto", "auto, cpu, cuda or mps.")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "For fp32 folders; auto: bfloat16 on GPUs with it.")
     backend: Literal["auto", "owlet", "torch.ao", "reference"] = flag("auto", "Int8 arithmetic; auto: the fastest.")
-    draft: str | None = flag(None, "Smaller int8 model with the same tokenizer, which guesses tokens: the same text "
+    draft: Path | None = flag(None, "Smaller int8 model with the same tokenizer, which guesses tokens: the same text "
                              "sooner. auto: the newest in out/. Default: guesses from the text itself.")
     threads: Threads | None = flag(None, "CPU threads; default: as many as cores are free.")
 
@@ -77,7 +77,7 @@ def load(folder: Path, dtype: str, backend: str, device: torch.device) -> GPT | 
     return load_quantized(folder, backend, device)
 
 
-def load_draft(name: str, model: GPT, folder: Path, tokenizer: Tokenizer) -> KernelGPT | None:
+def load_draft(name: Path, model: GPT, folder: Path, tokenizer: Tokenizer) -> KernelGPT | None:
     """The model that --draft names, for guesses; None, with a note, where `model` takes none."""
     if not model.new_writer:
         note("--draft: guesses are for int8 folders by owlet's kernels on a CPU; going on without")
@@ -88,8 +88,8 @@ def load_draft(name: str, model: GPT, folder: Path, tokenizer: Tokenizer) -> Ker
                 and read_config(other).get("vocab_size") == model.config.vocab_size
                 and read_tokenizer(other).get_vocab() == tokenizer.get_vocab())
 
-    if name != "auto":
-        draft = model_folder(Path(name))
+    if name != Path("auto"):
+        draft = model_folder(name)
         if not fits(draft):
             make = command("python", "quantize.py", "--checkpoint", draft)
             raise UserError(f"--draft {draft}: expected an int8 folder, smaller than {folder}, with its tokenizer"

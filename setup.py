@@ -17,18 +17,20 @@ import torch
 from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-cxx = shlex.split(os.environ.get("CXX") or "c++")
-if not shutil.which(cxx[0]):
+words = shlex.split(os.environ.get("CXX") or "c++")
+cxx_flags = [word for word in words if word.startswith("-")]
+cxx = os.environ["CXX"] = [word for word in words if word not in cxx_flags][-1]  # torch takes one word, no "ccache g++"
+if not shutil.which(cxx):
     sys.exit("setup.py: no C++ compiler found; install g++ or clang++, or name yours in CXX")
 
 csrc = Path("csrc")
 sources = [*csrc.glob("*.cpp"), *csrc.glob("kernels/*.cpp")]
 
 # Without contraction to fused multiply-adds, every instruction set gives the same floats.
-cxx_flags = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math"]
-is_gcc = "Free Software Foundation" in subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
+cxx_flags += ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math"]
+is_gcc = "Free Software Foundation" in subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
 if sys.platform == "linux" and not is_gcc:
-    print(f"setup.py: torch brings GCC's OpenMP, not that of {cxx[-1]}: products outside the decoder use one thread")
+    print(f"setup.py: torch brings GCC's OpenMP, not that of {cxx}: products outside the decoder use one thread")
 elif sys.platform == "linux":
     # at::parallel_for is a template: compiled without OpenMP, it uses one thread. Linking without -fopenmp makes the
     # calls resolve to the OpenMP runtime that torch brings, not to a second one.

@@ -208,13 +208,14 @@ def tokenizer_errors(what: str) -> Iterator[None]:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """A folder's tokenizer, which takes text as it is: truncation and padding are switched off."""
+    """A folder's tokenizer, which takes text as it is: truncation, padding and a BPE's dropout are switched off."""
     path = Path(folder) / "tokenizer.json"
     file = read_json(path, limit=1e9) | {"truncation": None, "padding": None}
     vocab = checked(file.get("model"), dict, f"{path}: model").get("vocab")
     checked(vocab, dict[str, Id] | list, f"{path}: model.vocab")
     checked([added.get("id") for added in checked(file.get("added_tokens", []), list[dict], f"{path}: added_tokens")],
             list[Id], f"{path}: added_tokens: id")
+    file["model"] = file["model"] | ({"dropout": None} if "dropout" in file["model"] else {})
     with tokenizer_errors(f"{path}: not a Hugging Face tokenizer"):
         tokenizer = Tokenizer.from_str(json.dumps(file))
     if not tokenizer.get_vocab_size():

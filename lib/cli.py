@@ -213,6 +213,9 @@ def run(main: Callable[[], None]) -> None:
     threading.excepthook = lambda failed: (
         note(f"{one_line(failed.exc_value)}; going on without") if isinstance(failed.exc_value, OSError)
         else threading.__excepthook__(failed))
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:  # it was closed before
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the terminal's encoding may lack letters that a book has
     code: int | str | None = 0

@@ -219,7 +219,7 @@ def prepare(config: PrepareConfig) -> Path:
         for i, source in enumerate(map(read_text, sources) if sources else [shakespeare()]):
             file.write(b"\n" if i > 0 else b"")
             for text in pieces(source):
-                text = clean_plain(text) if config.clean == "plain" else text
+                text = END.join(map(clean_plain, text.split(END))) if config.clean == "plain" else text
                 has_end = has_end or END in text
                 file.write(text.replace(END, end).encode("utf-8"))
         size = file.tell()

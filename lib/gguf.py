@@ -165,7 +165,7 @@ def recognise(folder: Path, bos: int | None) -> tuple[dict, str, bool]:
     parts = [(part.get("SpecialToken") or part["Sequence"])["id"] for part in after.get("single", [])]
     adds_bos = bool(texts) and parts == [*texts, "A"]
     bare = model["type"] == "BPE" and not any(model[name] for name in (
-        "dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
+        "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
     found = [name for name, words in WORDS.items() if bare and (
         model["ignore_merges"], plain(tokenizer["normalizer"]), plain(tokenizer["pre_tokenizer"])) == (
         words.ignore_merges, plain(words.normalizer()), plain(words.pre_tokenizer()))]

@@ -50,15 +50,17 @@ def model(tmp_path, monkeypatch) -> Path:
 
 # ---------------------------------------------------------------- the tokenizer
 
-def test_truncation_and_padding_are_switched_off(script, data, text_file, tmp_path):
+def test_a_tokenizer_takes_text_as_it_is(script, data, text_file, tmp_path):
     tokenizer = corpus.train_tokenizer([text_file.read_text()[:5000]], 300)
     tokenizer.enable_truncation(512)
     tokenizer.enable_padding(length=600)
+    tokenizer.model.dropout = 0.5
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert script(prepare.main, "--input", text_file, "--tokenizer", tmp_path, "--out", tmp_path / "data")[0] == 0
     ids = np.concatenate([np.fromfile(tmp_path / "data" / f"{part}.bin", "<u2") for part in ("train", "val")])
     assert read_tokenizer(tmp_path).decode(ids.tolist()) == text_file.read_text()
     assert len(read_tokenizer(tmp_path).encode("Owl").ids) <= 3
+    assert len({tuple(read_tokenizer(tmp_path).encode("Owl sees Fox at ten.").ids) for _ in range(20)}) == 1
 
 
 def test_a_tokenizer_that_hardly_knows_the_text_is_noted(script, text_file, tmp_path):

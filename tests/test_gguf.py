@@ -118,9 +118,9 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     tokenizer.post_processor = processors.TemplateProcessing("<0> $0", special_tokens=[("<0>", 256)])
     assert_refused("another post_processor")
     tokenizer.post_processor = processors.TemplateProcessing("$0", special_tokens=[])  # adds nothing
-    tokenizer.model.dropout = 0.5
+    tokenizer.model.end_of_word_suffix = "</w>"
     assert_refused("got another tokenizer")
-    tokenizer.model.dropout, tokenizer.pre_tokenizer = None, pre_tokenizers.Whitespace()
+    tokenizer.model.end_of_word_suffix, tokenizer.pre_tokenizer = None, pre_tokenizers.Whitespace()
     assert_refused("cuts texts as one of gpt-2, smollm, qwen2, llama-bpe, got another")
     _, tokenizer = save(tmp_path)
     model.lm_head.weight.data[0, 0] = torch.nan

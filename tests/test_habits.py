@@ -99,8 +99,10 @@ def test_a_compiler_may_be_several_words(tmp_path, monkeypatch):
     make = ["make", "-n", "-W", "setup.py", "kernels", "CXX=ccache g++"]
     made = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
     assert 'CXX="ccache g++"' in made.stdout and "command -v ccache >" in made.stdout
-    code = subprocess.run([sys.executable, ROOT / "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True)
-    assert "no C++ compiler" not in code.stderr + code.stdout
+    for compiler in ("no-such-compiler", "g++ -pipe"):
+        monkeypatch.setenv("CXX", f"ccache {compiler}")
+        done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True)
+        assert ("no C++ compiler" in done.stderr) == (compiler == "no-such-compiler")
 
 
 @pytest.mark.long  # test_train.py's two ranks, of which one cannot compile, are quick
@@ -189,6 +191,13 @@ def test_a_full_disk_behind_standard_output_does_not_end_training(data, tmp_path
                                *map(str, TINY + QUICK)], stdout=full, stderr=full)
     assert read_state(tmp_path / "run")["step"] == 2
     assert done.returncode in (0, 2, 120)
+
+
+def test_closed_streams_are_no_error(text_file, tmp_path):
+    command = shlex.join([sys.executable, str(ROOT / "data/prepare.py"), "--input", str(text_file), "--out", "made"])
+    for closed in ("<&- >&- 2>&-", ">&-"):
+        assert subprocess.run(f"{command} {closed}", shell=True, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "made" / "meta.json").exists()
 
 
 def test_no_home_is_no_error(data, tmp_path):

@@ -110,6 +110,14 @@ def test_large_vocabularies_take_four_bytes(text_file, tmp_path, monkeypatch):
     assert np.fromfile(out / "train.bin", "<u4")[:9].tolist() == list(text_file.read_bytes()[:9])
 
 
+def test_cleaning_keeps_the_marks_of_a_texts_end(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("A.<|endoftext|>b! " * 50)
+    out = corpus.prepare(PrepareConfig(input=(path,), out=tmp_path / "d", clean="plain"))
+    ids = np.fromfile(out / "train.bin", "<u2").tolist()
+    assert ids[:8] == [*b"A .", 256, *b"b !A"] and json.loads((out / "meta.json").read_text())["eos"] == 256
+
+
 def test_the_split_does_not_cut_a_character(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("日本語" * 50, encoding="utf-8")

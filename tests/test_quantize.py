@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import damage, forks, random_model, save_model
+from conftest import damage, forks, random_model, refused, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -19,8 +19,8 @@ import train
 from dataloader import TokenData, evaluate
 from generate import generate
 from int8 import int8_linear_reference, quantize_rows, quantize_tokens
-from lib import recipe
-from lib.checkpoint import load_model, weights_size
+from lib import corpus, recipe
+from lib.checkpoint import load_model, read_tokenizer, weights_size
 from lib.cli import UserError
 from lib.recipe import TrainConfig
 from model import GPT, GPTConfig, attention
@@ -237,6 +237,14 @@ def test_quantize_script_compares(trained, script, quick):
     assert result["rows"]["owlet int8"]["file_bytes"] == stored.stat().st_size
     assert "| owlet int8 |" in out
     assert (trained.with_name("wood-int8") / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_losses_of_another_tokenizers_tokens_are_refused(trained, script, text_file, tmp_path):
+    """With as many different tokens as the model's."""
+    tokenizer = read_tokenizer(trained).to_str().replace('"a":', '"?":').replace('"b":', '"a":').replace('"?":', '"b":')
+    (tmp_path / "tokenizer.json").write_text(tokenizer)
+    other = corpus.prepare(corpus.PrepareConfig(input=(text_file,), out=tmp_path / "data", tokenizer=tmp_path))
+    refused(script(quantize.main, "--checkpoint", trained, "--data", other), "another's; make some with")
 
 
 @pytest.mark.skipif(int8.owlet_kernels is None, reason="the kernels are not built")
