@@ -43,7 +43,7 @@ PHASE_OF = {function: phase for phase, functions in {
                "machine.py:peak_flops", "muon.py:make_optimizers", "runlog.py:RunLog.__init__"],
     "load": ["checkpoint.py:load_model", "checkpoint.py:read_tokenizer", "int8.py:load_quantized"],
     "quantize": ["smooth.py:smooth", "int8.py:save_quantized", "int8.py:torch_ao", "gguf.py:write_gguf"],
-    "generation": ["generate.py:_decode"],
+    "generation": ["generate.py:_decode", "generate.py:_write"],
     "tokenizer": ["checkpoint.py:token_ids", "sample.py:Detokenizer.__call__", "corpus.py:train_tokenizer"],
     "text": ["corpus.py:read_text", "corpus.py:clean_plain", "corpus.py:plain_markdown"],
 }.items() for function in functions}
