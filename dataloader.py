@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lib.cli import UserError
 from lib.distributed import Ranks
-from lib.files import plain_file, read_json
+from lib.files import read_json, regular_file
 
 Count = Annotated[int, Meta(ge=1, lt=1 << 48)]
 
@@ -106,7 +106,7 @@ class TokenData:
 
 def open_tokens(path: Path, meta: Split, itemsize: int) -> BinaryIO:
     """The file that meta.json describes. Raises UserError for any other. One of its size and time is not hashed."""
-    found, file = plain_file(path, "a file of tokens").stat(), path.open("rb")
+    found, file = regular_file(path, "a file of tokens").stat(), path.open("rb")
     if found.st_size != meta["tokens"] * itemsize:
         raise UserError(f"{path}: expected {meta['tokens']} tokens as meta.json says; run data/prepare.py again")
     if found.st_mtime_ns != meta.get("mtime_ns") and hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"]:

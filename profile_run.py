@@ -24,7 +24,7 @@ from pathlib import Path
 from types import MethodType, ModuleType
 
 from lib.cli import Count, UserError, flag, interrupt, optional, parse, run
-from lib.files import atomic_path, checked, plain_file
+from lib.files import atomic_path, checked, regular_file
 
 Func = tuple[str, int, str]  # file, line, name
 Row = tuple[int, int, float, float]  # two counts of calls, own seconds, cumulative seconds
@@ -111,7 +111,7 @@ def mend_monitoring() -> None:
 def read_profile(path: Path) -> Stats:
     expected = f"{path}: expected a profile in cProfile's format"
     try:
-        return checked(marshal.loads(plain_file(path, "a profile").read_bytes()), Stats, expected)
+        return checked(marshal.loads(regular_file(path, "a profile").read_bytes()), Stats, expected)
     except (EOFError, ValueError, TypeError, MemoryError):
         raise UserError(f"{expected}; it is damaged or another file") from None
 

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lib.cli import UserError, command, note, one_line
-from lib.files import atomic_path, checked, newest, plain_file, read_json, write_json
+from lib.files import atomic_path, checked, newest, read_json, regular_file, write_json
 from lib.machine import free_memory
 from model import GPT, GPTConfig
 
@@ -238,7 +238,7 @@ def copy_companions(source: Path, folder: Path) -> None:
     for name in COMPANIONS:
         if os.path.lexists(Path(source) / name):  # a link to nothing is a mistake, not a folder without this file
             with atomic_path(Path(folder) / name) as temporary:
-                shutil.copyfile(plain_file(Path(source) / name, "a file", 1e9), temporary)
+                shutil.copyfile(regular_file(Path(source) / name, "a file", 1e9), temporary)
 
 
 # ---------------------------------------------------------------- tensors
@@ -257,7 +257,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def weights_size(folder: Path) -> int:
     """Bytes of a folder's weights."""
-    return sum(plain_file(path, "the model's weights").stat().st_size for path in weight_files(folder))
+    return sum(regular_file(path, "the model's weights").stat().st_size for path in weight_files(folder))
 
 
 def stored_size(state: dict) -> int:
@@ -283,7 +283,7 @@ def read_safetensors(path: Path, expected: str = "the model's weights") -> tuple
     The tensors are views of the mapped file: its pages stay in memory while one of them exists.
     """
     try:
-        with safe_open(plain_file(path, expected), "pt") as file:
+        with safe_open(regular_file(path, expected), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
             metadata = file.metadata() or {}
         sha256, facts = metadata.get("owlet_sha256"), checked(json.loads(metadata.get("owlet", "{}")), dict, path)

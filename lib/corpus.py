@@ -256,7 +256,7 @@ def same_tokenizer(a: Path, b: Path) -> bool:
     return read_tokenizer(a).to_str() == read_tokenizer(b).to_str()
 
 
-def prepared(text: Path, tokenizer: Path | None) -> Path:
+def data_folder(text: Path, tokenizer: Path | None) -> Path:
     """The folder of a text's tokens under data/, made now unless it is there."""
     folder = Path("data") / (text.stem + (f"-{tokenizer.resolve().name}" if tokenizer else ""))
     meta = folder / "meta.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lib.checkpoint import COMPANIONS, holds_model, read_config, weight_files
 from lib.cli import UserError, note, one_line
-from lib.files import atomic_folder, atomic_path, plain_file
+from lib.files import atomic_folder, atomic_path, regular_file
 
 CACHE = Path(__file__).resolve().parents[1] / "data" / ".cache"
 # A small published model, pinned to the byte (Allal et al., 2025)
@@ -58,7 +58,7 @@ def model_folder(path: Path) -> Path:
     if path == Path("smollm2"):
         folder, sha256 = Path("out/SmolLM2-135M-Instruct"), SMOLLM2_SHA256
     elif path.suffix == ".gguf":
-        folder, sha256 = Path("out", path.stem), sha256_of(plain_file(path, "a GGUF file"))
+        folder, sha256 = Path("out", path.stem), sha256_of(regular_file(path, "a GGUF file"))
     elif hub is not None and not path.parent.exists() and path.parts[0] not in ("out", "data"):
         folder = Path("out", str(path).replace("/", "--"))
     else:

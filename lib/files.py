@@ -100,7 +100,7 @@ def write_json(path: Path, value: Any) -> None:
 
 # ---------------------------------------------------------------- reading
 
-def plain_file(path: Path, expected: str, limit: float = float("inf")) -> Path:
+def regular_file(path: Path, expected: str, limit: float = float("inf")) -> Path:
     """The path, if a file of at most `limit` bytes is there. Raises UserError for all else: a pipe would wait for ever.
 
     `expected` is what the file should be, for the message.
@@ -116,7 +116,7 @@ def plain_file(path: Path, expected: str, limit: float = float("inf")) -> Path:
 def read_json(path: Path, kind: Any = dict, limit: float = 64e6) -> Any:
     """What a JSON file holds, checked to be of the type `kind`."""
     try:
-        value = msgspec.json.decode(plain_file(path, "a JSON file", limit).read_text("utf-8-sig"))
+        value = msgspec.json.decode(regular_file(path, "a JSON file", limit).read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, as msgspec's errors are
         raise UserError(f"{path}: expected a JSON file: {one_line(error)}") from error
     return checked(value, kind, path)

@@ -48,7 +48,7 @@ ONLY = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_lin
 
 
 @dataclass
-class Words:
+class Cut:
     """How a byte-level BPE cuts a text before it merges, as llama.cpp names it in tokenizer.ggml.pre."""
 
     regex: str | None = None  # None: GPT-2's
@@ -67,8 +67,8 @@ class Words:
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-WORDS = {"gpt-2": Words(), "smollm": Words(digits=True), "qwen2": Words(_LETTERS + r"\p{N}" + _REST, nfc=True),
-         "llama-bpe": Words(_LETTERS + r"\p{N}{1,3}" + _REST, ignore_merges=True)}
+CUTS = {"gpt-2": Cut(), "smollm": Cut(digits=True), "qwen2": Cut(_LETTERS + r"\p{N}" + _REST, nfc=True),
+         "llama-bpe": Cut(_LETTERS + r"\p{N}{1,3}" + _REST, ignore_merges=True)}
 ALIASES = {"phi-2": "gpt-2", "deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}  # llama.cpp's
 
 
@@ -118,7 +118,7 @@ def write_gguf(model: GPT, folder: Path, path: Path) -> None:
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, config: GPTConfig, folder: Path) -> None:
-    tokenizer, words, adds_bos = recognise(folder, config.bos)
+    tokenizer, cut, adds_bos = recognise(folder, config.bos)
     tokens = {token: (f"[PAD{token}]", TokenType.UNUSED) for token in range(config.vocab_size)}
     tokens |= {token: (text, TokenType.NORMAL) for text, token in tokenizer["model"]["vocab"].items()}
     tokens |= {added["id"]: (added["content"], TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
@@ -127,7 +127,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: GPTConfig, folder: Path) -> N
         raise UserError(f"{folder}/tokenizer.json: has tokens up to {max(tokens)}, the model knows {config.vocab_size}")
     texts, kinds = zip(*tokens.values(), strict=True)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words)
+    writer.add_tokenizer_pre(cut)
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]] or NO_MERGES)
@@ -157,7 +157,7 @@ def chat_template(folder: Path) -> str | None:
 def recognise(folder: Path, bos: int | None) -> tuple[dict, str, bool]:
     """The folder's tokenizer.json, llama.cpp's name for how it cuts texts, and whether it puts bos before them.
 
-    Raises UserError unless it tokenizes as one of WORDS does.
+    Raises UserError unless it tokenizes as one of CUTS does.
     """
     tokenizer = json.loads(read_tokenizer(folder).to_str())
     model, after = tokenizer["model"], tokenizer["post_processor"] or {}
@@ -166,12 +166,12 @@ def recognise(folder: Path, bos: int | None) -> tuple[dict, str, bool]:
     adds_bos = bool(texts) and parts == [*texts, "A"]
     bare = model["type"] == "BPE" and not any(model[name] for name in (
         "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
-    found = [name for name, words in WORDS.items() if bare and (
-        model["ignore_merges"], plain(tokenizer["normalizer"]), plain(tokenizer["pre_tokenizer"])) == (
-        words.ignore_merges, plain(words.normalizer()), plain(words.pre_tokenizer()))]
+    found = [name for name, cut in CUTS.items() if bare and (
+        model["ignore_merges"], steps(tokenizer["normalizer"]), steps(tokenizer["pre_tokenizer"])) == (
+        cut.ignore_merges, steps(cut.normalizer()), steps(cut.pre_tokenizer()))]
     if not found:
         raise UserError(f"{folder}/tokenizer.json: expected a byte-level BPE that cuts texts as one of "
-                        f"{', '.join(WORDS)}, got another tokenizer")
+                        f"{', '.join(CUTS)}, got another tokenizer")
     # a template of the text alone adds nothing; ByteLevel changes offsets, not tokens
     if not (adds_bos or parts == ["A"] or after.get("type", "ByteLevel") == "ByteLevel"):
         raise UserError(f"{folder}/tokenizer.json: expected no post_processor, or one that puts bos before a "
@@ -179,11 +179,11 @@ def recognise(folder: Path, bos: int | None) -> tuple[dict, str, bool]:
     return tokenizer, found[0], adds_bos
 
 
-def plain(part: object) -> list[dict] | None:
+def steps(part: object) -> list[dict] | None:
     """The steps of a normalizer or pre-tokenizer, without what changes no tokens."""
     part = part if part is None or isinstance(part, dict) else json.loads(part.__getstate__())
     if part is not None and part["type"] == "Sequence":
-        return [step for each in part.get("pretokenizers") or part["normalizers"] for step in plain(each)]
+        return [step for each in part.get("pretokenizers") or part["normalizers"] for step in steps(each)]
     return part and [{name: value for name, value in part.items() if name != "trim_offsets"}]
 
 
@@ -281,8 +281,8 @@ def stored_config(file: GGUFFile) -> GPTConfig:
 def stored_tokenizer(file: GGUFFile) -> Tokenizer:
     model, pre = file.get("tokenizer.ggml.model", str), file.get("tokenizer.ggml.pre", str)
     pre = ALIASES.get(pre, pre)
-    if model != "gpt2" or pre not in WORDS:
-        raise UserError(f"{file.path}: tokenizer: expected gpt2 with {', '.join(WORDS)}, got {model} with {pre}")
+    if model != "gpt2" or pre not in CUTS:
+        raise UserError(f"{file.path}: tokenizer: expected gpt2 with {', '.join(CUTS)}, got {model} with {pre}")
     with tokenizer_errors(f"{file.path}: tokenizer.ggml"):
         tokens, kinds, merges = (file.get(f"tokenizer.ggml.{name}", list, []) for name in (
             "tokens", "token_type", "merges"))
@@ -292,8 +292,8 @@ def stored_tokenizer(file: GGUFFile) -> Tokenizer:
         if not merges or len(vocab) < len(used):
             raise UserError(f"{file.path}: tokenizer.ggml: expected merges, and tokens of different texts")
         pairs = [tuple(merge.split(" ", 1)) for merge in merges if merges != NO_MERGES]
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=WORDS[pre].ignore_merges))
-        tokenizer.normalizer, tokenizer.pre_tokenizer = WORDS[pre].normalizer(), WORDS[pre].pre_tokenizer()
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=CUTS[pre].ignore_merges))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = CUTS[pre].normalizer(), CUTS[pre].pre_tokenizer()
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_tokens([AddedToken(tokens[i], special=kinds[i] == TokenType.CONTROL, normalized=False)
                               for i in used if kinds[i] in (TokenType.CONTROL, TokenType.USER_DEFINED)])

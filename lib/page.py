@@ -92,7 +92,7 @@ def model_file(*model: object) -> bytes:
 
 def tokenizer(folder: Path, config: GPTConfig) -> dict:
     """What the page's tokenizer is made of. Raises UserError where it would give other tokens."""
-    file, words, adds_bos = recognise(folder, config.bos)
+    file, cut, adds_bos = recognise(folder, config.bos)
     vocab, added = file["model"]["vocab"], {token["content"]: token["id"] for token in file["added_tokens"]}
     odd = [token["content"] for token in file["added_tokens"] if token["lstrip"] or token["rstrip"]
            or token["single_word"] or (token["normalized"] and file["normalizer"])]
@@ -101,6 +101,6 @@ def tokenizer(folder: Path, config: GPTConfig) -> dict:
     if (most := max([*vocab.values(), *added.values()])) >= config.vocab_size:
         raise UserError(f"{folder}/tokenizer.json: has tokens up to {most}, the model knows {config.vocab_size}")
     return {"vocab": vocab, "merges": [" ".join(pair) for pair in file["model"]["merges"]], "added": added,
-            "special": [token["id"] for token in file["added_tokens"] if token["special"]], "words": words,
+            "special": [token["id"] for token in file["added_tokens"] if token["special"]], "cut": cut,
             "nfc": file["normalizer"] is not None, "ignoreMerges": file["model"]["ignore_merges"],
             "before": [config.bos] if adds_bos else [], "ends": config.ends}

@@ -17,7 +17,7 @@ from msgspec import Meta
 from dataloader import read_meta
 from lib.checkpoint import STATE, TrainState, config_from_hf, empty_model, read_config, read_state
 from lib.cli import Count, NonNegative, Seed, Threads, UserError, command, flag, given, note, parse, refuse
-from lib.corpus import prepared, same_tokenizer
+from lib.corpus import data_folder, same_tokenizer
 from lib.distributed import Ranks, launch, restart_folder
 from lib.fetch import MODEL, model_folder
 from lib.files import newest, read_json
@@ -168,7 +168,7 @@ def resume(out: Path, args: list[str], flags: dict) -> tuple[TrainConfig, Plan, 
                         "both or for neither: the matrices have the state of one optimizer")
     decided = {name: flags[name] for name in flags.keys() & vars(plan).keys() if flags[name] != "auto"}
     if "data" in decided and decided["data"].is_file():
-        decided["data"] = prepared(decided["data"], config.init_from)
+        decided["data"] = data_folder(decided["data"], config.init_from)
     if "max_steps" in flags:
         config = dataclasses.replace(config, max_minutes=None)
     elif config.max_minutes:
@@ -218,7 +218,7 @@ def find_data(config: TrainConfig) -> Path:
     if config.data is None:
         folders = newest(Path("data"), "meta.json", prepare)
     elif config.data.is_file():
-        return prepared(config.data, model)
+        return data_folder(config.data, model)
     elif config.data.exists():
         folders = [config.data]
     else:

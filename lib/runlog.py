@@ -7,7 +7,7 @@ from typing import Required, TypedDict, Unpack
 import msgspec
 
 from lib.cli import UserError, note, optional
-from lib.files import checked, plain_file, write_text
+from lib.files import checked, regular_file, write_text
 
 
 class Record(TypedDict, total=False):
@@ -36,7 +36,7 @@ class RunLog:
 
     def add(self, **record: Unpack[Record]) -> None:
         self.records.append(record)
-        with optional(self.path), plain_file(self.path, "the log of a run").open("a") as file:
+        with optional(self.path), regular_file(self.path, "the log of a run").open("a") as file:
             file.write(json.dumps(record) + "\n")
         if self.board is not None:
             with optional(self.board.log_dir):
@@ -82,7 +82,7 @@ class RunLog:
 def read_records(path: Path) -> list[Record]:
     """The lines of log.jsonl that are records; a killed run may leave half a line, and a note names the others."""
     records = []
-    lines = plain_file(path, "the log of a run", 1e9).read_bytes().splitlines() if path.exists() else []
+    lines = regular_file(path, "the log of a run", 1e9).read_bytes().splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             records.append(checked(msgspec.json.decode(line), Record, path))

@@ -68,7 +68,7 @@ def smooth(model: GPT, tokens: Tensor | None = None) -> tuple[dict, str]:
     inputs = observe(model, written(model) if tokens is None else tokens)
     found = sites(model)
     trials = [search(site, *seen) for site, seen in zip(found, inputs, strict=True)]
-    rounds = [[trial.plain_error for trial in trials], [trial.error for trial in trials]]
+    rounds = [[trial.error_before for trial in trials], [trial.error for trial in trials]]
     downs = [i for i, site in enumerate(found) if site.gate is not None]
     coarse = sum(trials[i].error for i in downs) > COARSE * len(downs)
     slices = SLICES if model.config.n_hidden % SLICES == 0 and coarse else 1
@@ -121,7 +121,7 @@ def observe(model: GPT, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @dataclass
 class Trial:
-    plain_error: float  # relative error of the int8 product without factors
+    error_before: float  # relative error of the int8 product without factors
     error: float  # ... with them
     factors: Tensor  # for the rows of the source
 
@@ -141,8 +141,8 @@ def search(site: Site, largest: Tensor, some: Tensor, slices: int = 1) -> Trial:
             exact = some @ rows.T
             sums += torch.stack([rounded @ (w_q * scale[:, None]).view_as(rows).T - exact, exact]).square().sum((1, 2))
         found.append(((sums[0] / sums[1].clamp(min=1e-30)).sqrt().item(), factors))
-    best, plain = min(found, key=lambda each: each[0]), found[0]
-    return Trial(plain[0], *(best if best[0] < CLEARLY * plain[0] else plain))
+    best, as_is = min(found, key=lambda each: each[0]), found[0]
+    return Trial(as_is[0], *(best if best[0] < CLEARLY * as_is[0] else as_is))
 
 
 def balance(inputs: Tensor, weights: Tensor, rows: Tensor, alpha: float) -> Tensor:

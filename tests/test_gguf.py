@@ -17,7 +17,7 @@ import train
 from lib import cli, corpus
 from lib.checkpoint import load_model, read_tokenizer
 from lib.cli import UserError
-from lib.gguf import WORDS, convert, interleave_pairs, write_gguf
+from lib.gguf import CUTS, convert, interleave_pairs, write_gguf
 
 TEXT = "Owl sees Fox at ten.\n\n  ä, naïve — 日本 12345, don't!\r\n\t \x0b🦉 Wren."
 
@@ -151,18 +151,18 @@ def test_a_gguf_becomes_the_folder_it_was_made_of(tmp_path, monkeypatch, script,
     assert json.loads((tmp_path / "out/m/tokenizer_config.json").read_text())["chat_template"] == "{{ talk }}"
 
 
-@pytest.mark.parametrize("words", WORDS)
-def test_each_way_to_cut_texts_survives(tmp_path, words):
+@pytest.mark.parametrize("cut", CUTS)
+def test_each_way_to_cut_texts_survives(tmp_path, cut):
     model, tokenizer = save(tmp_path, 400)
     text = json.loads(tokenizer.to_str())
-    text["model"]["ignore_merges"] = WORDS[words].ignore_merges
+    text["model"]["ignore_merges"] = CUTS[cut].ignore_merges
     tokenizer = Tokenizer.from_str(json.dumps(text))
-    if WORDS[words].nfc:
-        tokenizer.normalizer = WORDS[words].normalizer()
-    tokenizer.pre_tokenizer = WORDS[words].pre_tokenizer()
+    if CUTS[cut].nfc:
+        tokenizer.normalizer = CUTS[cut].normalizer()
+    tokenizer.pre_tokenizer = CUTS[cut].pre_tokenizer()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     write_gguf(model, tmp_path, tmp_path / "m.gguf")
-    assert read(tmp_path / "m.gguf")[0]["tokenizer.ggml.pre"] == words
+    assert read(tmp_path / "m.gguf")[0]["tokenizer.ggml.pre"] == cut
     convert(tmp_path / "m.gguf", tmp_path / "back", "0")
     back = read_tokenizer(tmp_path / "back")
     assert back.encode(TEXT).ids == tokenizer.encode(TEXT).ids

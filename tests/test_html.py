@@ -20,7 +20,7 @@ from int8 import load_quantized, save_quantized
 from lib import corpus
 from lib.checkpoint import read_tokenizer
 from lib.cli import UserError
-from lib.gguf import WORDS
+from lib.gguf import CUTS
 from lib.page import compile_wasm, tokenizer, write_html
 
 needs_node = pytest.mark.skipif(not shutil.which("node"), reason="needs node")
@@ -76,16 +76,16 @@ PIECES = ["a", "B", "owl", "Fox", " sees", "'s", "'LL", "'ſ", "n't", " ", "  ",
           "<|endof", "<s>"]
 
 
-def published_tokenizer(words):
-    """A tokenizer that cuts words as a published model's does, and has its normalizer, options and special tokens."""
+def published_tokenizer(cut):
+    """A tokenizer that cuts texts as a published model's does, and has its normalizer, options and special tokens."""
     made = corpus.train_tokenizer([make_text(2000), "".join(PIECES) * 50], 400, end=True)
-    made.pre_tokenizer = WORDS[words].pre_tokenizer()
-    if WORDS[words].nfc:
-        made.normalizer = WORDS[words].normalizer()
+    made.pre_tokenizer = CUTS[cut].pre_tokenizer()
+    if CUTS[cut].nfc:
+        made.normalizer = CUTS[cut].normalizer()
     file = json.loads(made.to_str())
-    file["model"]["ignore_merges"] = WORDS[words].ignore_merges
+    file["model"]["ignore_merges"] = CUTS[cut].ignore_merges
     made = made.from_str(json.dumps(file))
-    if words == "llama-bpe":
+    if cut == "llama-bpe":
         made.add_tokens(["<s>"])
         made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
     return made
@@ -94,7 +94,7 @@ def published_tokenizer(words):
 TOKENIZERS = {"bytes": partial(corpus.train_tokenizer, [], 256),
               "bytes, end": partial(corpus.train_tokenizer, [], 256, end=True),
               "learned": partial(corpus.train_tokenizer, [make_text(2000)], 320),
-              **{words: partial(published_tokenizer, words) for words in WORDS}}
+              **{cut: partial(published_tokenizer, cut) for cut in CUTS}}
 
 
 @needs_node
