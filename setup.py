@@ -38,10 +38,11 @@ elif sys.platform == "linux":
 
 # GPUs older than Turing have no int8 tensor cores. CUDA_HOME is None where torch is built without CUDA.
 nvcc = Path(CUDA_HOME or "", "bin/nvcc")
-release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc.exists() else ""
+found = nvcc.exists() and (nvcc.parents[1] / "include/cuda_runtime.h").exists()  # not beside a link to nvcc
+release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if found else ""
 too_old = any(torch.cuda.get_device_capability(i) < (7, 5) for i in range(torch.cuda.device_count()))
 if f"release {str(torch.version.cuda).split('.')[0]}." not in release or too_old:
-    print("setup.py: no CUDA kernels: they need a CUDA build of torch, its version of nvcc, no GPU older than Turing")
+    print("setup.py: no CUDA kernels: they need torch for CUDA, its nvcc in CUDA_HOME, no older GPU than Turing")
     extension = CppExtension
 else:
     extension = CUDAExtension

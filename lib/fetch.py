@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import itertools
 import re
 import shutil
 import subprocess
@@ -48,8 +49,8 @@ def model_folder(path: Path) -> Path:
 
     X.gguf is converted into out/X, and smollm2 into out/SmolLM2-135M-Instruct. ORG/NAME, or ORG/NAME@REVISION with a
     branch, tag or commit, is fetched into out/ORG--NAME: safetensors, JSON and text files alone, nothing that is run or
-    unpickled. config.json of a converted model holds the sha256 of its source, since a name may come to mean another
-    file. Raises UserError where the folder holds another model.
+    unpickled. config.json of a converted model holds the sha256 of its source: where out/X holds another model, out/X-2
+    is taken, and so on.
     """
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?", str(path))
     sha256 = None
@@ -65,18 +66,24 @@ def model_folder(path: Path) -> Path:
         return path
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "models.lock").open("w") as file:
-        new = not holds_model(folder)  # before any rank makes it: rank 0 alone prints notes
+        new = not holds_model(folder := free_folder(folder, sha256))  # before any rank makes it: rank 0 prints notes
         fcntl.flock(file, fcntl.LOCK_EX)  # one rank makes it, the others wait
         if not holds_model(folder):
             if sha256 is not None:
                 convert_gguf(path, folder, sha256)
             else:
                 fetch_model(str(path), hub[1], hub[2], folder)
-        elif sha256 is not None and sha256 != read_config(folder).get("source_sha256"):
-            raise UserError(f"{folder}: expected the model of {path}, found another; rename one of the two")
     if new and sha256 is not None:
         note(f"{path}: converted into {folder}")
     return folder
+
+
+def free_folder(folder: Path, sha256: str | None) -> Path:
+    """The first of folder, folder-2, ... without a model, or with that of the source with this hash (None: any)."""
+    for number in itertools.count(1):
+        found = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        if not holds_model(found) or sha256 in (None, read_config(found).get("source_sha256")):
+            return found
 
 
 def convert_gguf(path: Path, folder: Path, sha256: str) -> None:
