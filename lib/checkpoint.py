@@ -111,9 +111,10 @@ def is_quantized(folder: Path) -> bool:
 def load_model(folder: Path | str) -> GPT:
     """Load a folder written by owlet or transformers (Qwen3, Llama), as fp32, in eval mode."""
     folder = Path(folder)
-    if is_quantized(folder):
+    hf = read_config(folder)
+    if hf.get("quantization_config") is not None:
         raise UserError(f"{folder}: a quantized folder; expected an fp32 one")
-    config = config_from_hf(read_config(folder), folder / "config.json")
+    config = config_from_hf(hf, folder / "config.json")
     state = {name: tensor.float() for name, tensor in read_tensors(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}  # older Llamas store it, but it is computed
     if config.tie_embeddings:
@@ -215,7 +216,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     checked(vocab, dict[str, Id] | list, f"{path}: model.vocab")
     checked([added.get("id") for added in checked(file.get("added_tokens", []), list[dict], f"{path}: added_tokens")],
             list[Id], f"{path}: added_tokens: id")
-    file["model"] = file["model"] | ({"dropout": None} if "dropout" in file["model"] else {})
+    if "dropout" in file["model"]:
+        file["model"]["dropout"] = None
     with tokenizer_errors(f"{path}: not a Hugging Face tokenizer"):
         tokenizer = Tokenizer.from_str(json.dumps(file))
     if not tokenizer.get_vocab_size():

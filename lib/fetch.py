@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import itertools
 import re
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from lib.checkpoint import COMPANIONS, holds_model, read_config, weight_files
 from lib.cli import UserError, note, one_line
-from lib.files import atomic_folder, atomic_path, regular_file
+from lib.files import atomic_folder, atomic_path, numbered, regular_file
 
 CACHE = Path(__file__).resolve().parents[1] / "data" / ".cache"
 # A small published model, pinned to the byte (Allal et al., 2025)
@@ -80,10 +79,8 @@ def model_folder(path: Path) -> Path:
 
 def free_folder(folder: Path, sha256: str | None) -> Path:
     """The first of folder, folder-2, ... without a model, or with that of the source with this hash (None: any)."""
-    for number in itertools.count(1):
-        found = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        if not holds_model(found) or sha256 in (None, read_config(found).get("source_sha256")):
-            return found
+    return next(found for found in numbered(folder)
+                if not holds_model(found) or sha256 in (None, read_config(found).get("source_sha256")))
 
 
 def convert_gguf(path: Path, folder: Path, sha256: str) -> None:

@@ -7,6 +7,7 @@ kill -9 nor a power cut leaves half a file.
 import contextlib
 import fcntl
 import glob
+import itertools
 import json
 import os
 import shutil
@@ -148,6 +149,12 @@ def newest(root: Path, marker: str, make: str) -> list[Path]:
     if not found:
         raise UserError(f"{root}/: no folder with {marker} yet; make one with `{make}`")
     return [path.parent for path in found]
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """PATH, PATH-2, PATH-3, ..."""
+    yield path
+    yield from (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
 
 
 def beside(folder: Path, ending: str) -> Path:

@@ -20,7 +20,7 @@ from lib.cli import Count, NonNegative, Seed, Threads, UserError, command, flag,
 from lib.corpus import data_folder, same_tokenizer
 from lib.distributed import Ranks, launch, restart_folder
 from lib.fetch import MODEL, model_folder
-from lib.files import newest, read_json
+from lib.files import newest, numbered, read_json
 from lib.machine import can_compile, pick_dtype
 from model import SIZES, GPTConfig
 
@@ -251,10 +251,8 @@ def new_folder(config: TrainConfig, data: Path) -> Path:
             raise UserError(f"{config.out}: holds a model already; name another --out")
         return config.out
     name = config.init_from.resolve().name if config.init_from else config.size
-    stem, number = Path("out") / f"{data.name.removesuffix(f'-{name}')}-{name}", 1
-    while (folder := stem if number == 1 else stem.with_name(f"{stem.name}-{number}")).exists():
-        number += 1
-    return folder
+    folders = numbered(Path("out") / f"{data.name.removesuffix(f'-{name}')}-{name}")
+    return next(folder for folder in folders if not folder.exists())
 
 
 def shape(config: TrainConfig, meta: dict) -> GPTConfig:
