@@ -36,7 +36,7 @@ from lib.checkpoint import (
     weights_size,
 )
 from lib.cli import Count, Threads, UserError, command, flag, given, note, optional, parse, refuse, run
-from lib.corpus import same_tokenizer
+from lib.corpus import another_tokenizer, same_tokenizer
 from lib.fetch import MODEL, model_folder
 from lib.files import atomic_folder, beside, write_json
 from lib.machine import CPUThreads, cpu_name
@@ -181,8 +181,7 @@ def validation_data(source: Path | None, folder: Path, model: GPTConfig) -> Toke
         raise UserError(f"--data {source}: has {data.meta['vocab_size']} different tokens, "
                         f"the model knows {model.vocab_size}")
     if all((place / "tokenizer.json").exists() for place in (source, folder)) and not same_tokenizer(source, folder):
-        raise UserError(f"--data {source}: expected tokens of {folder}'s tokenizer, got another's; make some with "
-                        f"`{command('python', 'data/prepare.py', '--input', 'FILE', '--tokenizer', folder)}`")
+        raise another_tokenizer(f"--data {source}", folder)
     if sha256 not in (None, data.meta["train"]["sha256"]):
         note(f"{source} holds other data than the model was trained on; the losses are of what it holds now")
     return data

@@ -256,6 +256,16 @@ def same_tokenizer(a: Path, b: Path) -> bool:
     return read_tokenizer(a).to_str() == read_tokenizer(b).to_str()
 
 
+def prepare_command(model: Path | None) -> str:
+    """The command that makes data, for a model that is there already: with its tokenizer."""
+    return command("python", "data/prepare.py", *(["--input", "FILE", "--tokenizer", model] if model else []))
+
+
+def another_tokenizer(where: object, model: Path) -> UserError:
+    return UserError(f"{where}: expected tokens of {model}'s tokenizer, got another's; make some with "
+                     f"`{prepare_command(model)}`")
+
+
 def data_folder(text: Path, tokenizer: Path | None) -> Path:
     """The folder of a text's tokens under data/, made now unless it is there."""
     folder = Path("data") / (text.stem + (f"-{tokenizer.resolve().name}" if tokenizer else ""))

@@ -17,7 +17,7 @@ from msgspec import Meta
 from dataloader import read_meta
 from lib.checkpoint import STATE, TrainState, config_from_hf, empty_model, read_config, read_state
 from lib.cli import Count, NonNegative, Seed, Threads, UserError, command, flag, given, note, parse, refuse
-from lib.corpus import data_folder, same_tokenizer
+from lib.corpus import another_tokenizer, data_folder, prepare_command, same_tokenizer
 from lib.distributed import Ranks, launch, restart_folder
 from lib.fetch import MODEL, model_folder
 from lib.files import newest, numbered, read_json
@@ -214,9 +214,8 @@ def decide(config: TrainConfig, device: torch.device) -> Plan:
 def find_data(config: TrainConfig) -> Path:
     """The prepared folder: --data, or the newest under data/. With --init-from, its tokenizer is the model's."""
     model = config.init_from
-    prepare = command("python", "data/prepare.py", *(["--input", "FILE", "--tokenizer", model] if model else []))
     if config.data is None:
-        folders = newest(Path("data"), "meta.json", prepare)
+        folders = newest(Path("data"), "meta.json", prepare_command(model))
     elif config.data.is_file():
         return data_folder(config.data, model)
     elif config.data.exists():
@@ -228,7 +227,7 @@ def find_data(config: TrainConfig) -> Path:
     for folder in folders:
         if same_tokenizer(folder, model):
             return folder
-    raise UserError(f"{folders[0]}: expected tokens of {model}'s tokenizer, got another's; make some with `{prepare}`")
+    raise another_tokenizer(folders[0], model)
 
 
 def most_steps(config: TrainConfig, block_size: int, tokens: int) -> int:
